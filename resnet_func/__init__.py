@@ -1,0 +1,55 @@
+"""ResNets as pure functions over parameter pytrees, open to every `torch.func` transform."""
+
+from resnet_func import tree, zoo
+from resnet_func.config import ResNetConfig
+from resnet_func.resnet import build
+from resnet_func.types import Model, TrainState
+from resnet_func.zoo import (
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet34,
+    resnet44,
+    resnet50,
+    resnet56,
+    resnet101,
+    resnet110,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+    wrn_16_4,
+    wrn_28_10,
+    wrn_40_4,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Model",
+    "ResNetConfig",
+    "TrainState",
+    "build",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet44",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+    "resnet110",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "tree",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+    "wrn_16_4",
+    "wrn_28_10",
+    "wrn_40_4",
+    "zoo",
+]

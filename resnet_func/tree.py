@@ -1,0 +1,88 @@
+"""Pytree helpers over optree. Leaves are tensors; None is an empty subtree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+
+def map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply `fn` leaf by leaf to trees of the same structure; returns a tree of that structure."""
+    return optree.tree_map(fn, tree, *rest)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """All leaves, in the order `map` visits them."""
+    return optree.tree_leaves(tree)
+
+
+def dot(a: Any, b: Any) -> Tensor:
+    """Sum over leaves of `<a, b>`: a 0-d tensor. Trees without leaves give 0."""
+    products = leaves(map(lambda x, y: (x * y).sum(), a, b))
+    return torch.stack(products).sum() if products else torch.zeros(())
+
+
+def norm(tree: Any) -> Tensor:
+    """The global L2 norm over all leaves: a 0-d tensor."""
+    return dot(tree, tree).sqrt()
+
+
+def size(tree: Any) -> int:
+    """The number of scalars in all leaves together."""
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts to `{dotted path: leaf}`, in insertion order.
+
+    `{"conv1": {"weight": w}}` becomes `{"conv1.weight": w}`; empty dicts vanish.
+    """
+    return dict(_walk(tree, ""))
+
+
+def _walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`.
+
+    Raises:
+        ValueError: a path is both a leaf and a branch, like `"a"` and `"a.b"`.
+    """
+    root: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *branches, name = path.split(".")
+        node = root
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path!r} goes through {branch!r}, which is a leaf")
+        if name in node:
+            raise ValueError(f"{path!r} is both a leaf and a branch, or given twice")
+        node[name] = leaf
+    return root
+
+
+def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """The union of two nested dicts with disjoint leaves; neither input is changed."""
+    return unflatten({**flatten(a), **flatten(b)})
+
+
+def map_with_path(fn: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Like `map`, with the leaf's dotted path as the first argument."""
+    return unflatten({path: fn(path, leaf) for path, leaf in flatten(tree).items()})
+
+
+def prune(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict without its empty branches."""
+    return unflatten(flatten(tree))

@@ -1,0 +1,69 @@
+"""The nouns: what a network, its parameters, a loss and a training state are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from resnet_func.config import ResNetConfig
+
+# Nested dicts of tensors. The dotted path of a leaf is its torchvision `state_dict` key.
+Params: TypeAlias = dict[str, Any]
+State: TypeAlias = dict[str, Any]
+
+Images: TypeAlias = Float[Tensor, "n c h w"]
+Logits: TypeAlias = Float[Tensor, "n classes"]
+Targets: TypeAlias = Int[Tensor, "n"]
+PerSample: TypeAlias = Float[Tensor, "n"]
+
+# A loss is per-sample: the transform that uses it owns the reduction.
+LossFn: TypeAlias = Callable[[Logits, Targets], PerSample]
+Metrics: TypeAlias = dict[str, Tensor]
+
+
+class Init(Protocol):
+    """`init(generator, device=, dtype=) -> (params, state)`."""
+
+    def __call__(
+        self,
+        generator: torch.Generator,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Params, State]: ...
+
+
+class Apply(Protocol):
+    """`apply(params, state, x, train=) -> (logits, state)`: pure, nothing is mutated."""
+
+    def __call__(self, params: Params, state: State, x: Images, *, train: bool) -> tuple[Logits, State]: ...
+
+
+class Model(NamedTuple):
+    """A network as two pure functions.
+
+    `config` is None for a network that came from a module (`interop.from_module`), whose
+    layers the library cannot see.
+    """
+
+    config: ResNetConfig | None
+    init: Init
+    apply: Apply
+
+
+class TrainState(NamedTuple):
+    """All that a training step reads and writes; a pytree of tensors.
+
+    `ema_params` and `ema_state` are None when no moving average is kept.
+    """
+
+    params: Params
+    state: State
+    opt_state: Any
+    ema_params: Params | None = None
+    ema_state: State | None = None
