@@ -5,6 +5,9 @@ A spec is a layer's frozen hyper-parameters; `init_layer` makes its parameters a
 Taps and captures: where a convolution's or a linear layer's params hold a leaf "tap", it is added to the
 output, and the layer's input comes back in its state as "input". The gradient with respect to the tap is then
 the cotangent of the output; without a tap nothing is added and nothing is captured.
+
+A normalisation layer takes its weight and bias as `[N, C]` too, one per sample: their gradient is then the
+per-sample gradient. The kernel is the same, given every sample's channels as channels of one sample.
 """
 
 from __future__ import annotations
@@ -127,6 +130,8 @@ def batch_norm(params: Params, state: State, x: Tensor, *, train: bool) -> tuple
     """
     # F.batch_norm updates the statistics in place: give it copies, so that the caller's stay as they are
     mean, var = state["running_mean"], state["running_var"]
+    if params["weight"].ndim == 2:
+        return _batch_norm_by_sample(params, mean, var, x, train=train), state
     if train:
         mean, var = mean.clone(), var.clone()
     y = F.batch_norm(x, mean, var, params["weight"], params["bias"], train, BATCH_NORM_MOMENTUM, NORM_EPS)
@@ -136,8 +141,30 @@ def batch_norm(params: Params, state: State, x: Tensor, *, train: bool) -> tuple
     return y, {"running_mean": mean, "running_var": var, "num_batches_tracked": seen}
 
 
+def _batch_norm_by_sample(params: Params, mean: Tensor, var: Tensor, x: Tensor, *, train: bool) -> Tensor:
+    """Running statistics and weight, bias `[N, C]`."""
+    if train:
+        raise ValueError(
+            "batch statistics couple samples: a per-sample weight [N, C] needs running statistics. "
+            "Use train=False, or a model with norm='group'"
+        )
+    n, c = x.shape[:2]
+    weight, bias = params["weight"].reshape(-1), params["bias"].reshape(-1)
+    folded = x.reshape(1, n * c, *x.shape[2:])
+    y = F.batch_norm(
+        folded, mean.repeat(n), var.repeat(n), weight, bias, False, BATCH_NORM_MOMENTUM, NORM_EPS
+    )
+    return y.reshape(x.shape)
+
+
 def group_norm(spec: GroupNorm, params: Params, x: Tensor) -> Tensor:
     """Group normalisation of `x [N, C, H, W]`."""
+    if params["weight"].ndim == 2:
+        n, c = x.shape[:2]
+        weight, bias = params["weight"].reshape(-1), params["bias"].reshape(-1)
+        folded = x.reshape(1, n * c, *x.shape[2:])
+        # not F.group_norm, which refuses one value per group where it sees one sample
+        return torch.group_norm(folded, n * spec.groups, weight, bias, NORM_EPS).reshape(x.shape)
     return F.group_norm(x, spec.groups, params["weight"], params["bias"], NORM_EPS)
 
 
@@ -153,12 +180,12 @@ def global_average_pool(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, (1, 1)).flatten(1)
 
 
-def init_layer(spec: LayerSpec, generator: torch.Generator) -> tuple[Params, State]:
-    """Parameters and state of a layer as torchvision starts them, in float32 on the generator's device.
+def init_layer(spec: LayerSpec, generator: torch.Generator, device: torch.device) -> tuple[Params, State]:
+    """Parameters and state of a layer as torchvision starts them, in float32 on `device`.
 
     Convolutions: Kaiming normal, fan-out (He et al. 2015). Linear: `U(-1/sqrt(c_in), 1/sqrt(c_in))`.
+    `device` is the generator's, or meta for the shapes alone, which draws nothing.
     """
-    device = generator.device
     match spec:
         case Conv():
             weight = torch.empty(spec.weight_shape, device=device)

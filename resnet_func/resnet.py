@@ -43,7 +43,8 @@ def build(config: ResNetConfig) -> Model:
         """Fresh parameters and state.
 
         The numbers are drawn in float32 on the generator's device and then moved, so that a seed gives
-        the same network in every dtype and on every device.
+        the same network in every dtype and on every device. `device="meta"` gives the shapes alone and
+        draws nothing.
         """
         return _init(config, specs, generator, device=device, dtype=dtype)
 
@@ -160,14 +161,16 @@ def _init(
     device: torch.device | str | None,
     dtype: torch.dtype,
 ) -> tuple[Params, State]:
-    made = {path: init_layer(spec, generator) for path, spec in tree.flatten(specs).items()}
+    device = torch.device(device or generator.device)
+    drawn_on = device if device.type == "meta" else generator.device
+    made = {path: init_layer(spec, generator, drawn_on) for path, spec in tree.flatten(specs).items()}
     params = {f"{path}.{name}": leaf for path, (params, _) in made.items() for name, leaf in params.items()}
     state = {f"{path}.{name}": leaf for path, (_, state) in made.items() for name, leaf in state.items()}
     if config.zero_init_residual:
         params |= {path: torch.zeros_like(params[path]) for path in _residual_ends(specs)}
 
     def place(leaf: Tensor) -> Tensor:
-        return leaf.to(device or generator.device, dtype if leaf.is_floating_point() else leaf.dtype)
+        return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
 
     return tree.map(place, tree.unflatten(params)), tree.map(place, tree.unflatten(state))
 

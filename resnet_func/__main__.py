@@ -1,0 +1,7 @@
+"""`python -m resnet_func` is `resnet-func`."""
+
+import sys
+
+from resnet_func.cli import main
+
+sys.exit(main())

@@ -1,0 +1,297 @@
+"""Optimizers and learning-rate schedules as pure functions, equal to `torch.optim` to the bit.
+
+Step counter and learning rate are 0-d tensors, so a compiled step never recompiles. Two things in the
+arithmetic look odd, and are what keeps every bit (eager on CPU, against `foreach=False`):
+
+- torch's `p.add_(d, alpha=-lr)` is one fused multiply-add. `p + (-lr * d)` rounds twice, and differs in
+  up to a fifth of all entries. `torch.addcmul(p, d, -lr)` takes lr as a tensor and rounds once.
+- `p + u` cannot reach every value: in fp32, no u takes p = -1 to 1e-9. So an update is the unevaluated sum
+  of two terms, see `Updates`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from resnet_func import tree
+from resnet_func.schedules import Schedule, constant, cosine, one_cycle, require, require_finite, step  # noqa: F401
+from resnet_func.types import Params
+
+DecayMask: TypeAlias = Callable[[str], bool] | None
+Betas: TypeAlias = tuple[float, float]
+
+
+class Updates(NamedTuple):
+    """How far parameters move: `delta + residue`, two trees like params.
+
+    `delta` is the move in the parameters' precision: the one to look at. `residue` is what rounding
+    `params + delta` loses, or `{}` where that is nothing. To scale or mask an update, map over both.
+    """
+
+    delta: Params
+    residue: Params
+
+
+class SGDState(NamedTuple):
+    """`step`: updates done, 0-d float64. `momentum_buffer`: like params; `{}` without momentum."""
+
+    step: Tensor
+    momentum_buffer: Params
+
+
+class AdamState(NamedTuple):
+    """`step`: updates done, 0-d float64. `exp_avg`, `exp_avg_sq`: the two moments, like params."""
+
+    step: Tensor
+    exp_avg: Params
+    exp_avg_sq: Params
+
+
+class Optimizer(NamedTuple):
+    """An optimizer as two pure functions.
+
+    `init(params) -> opt_state`, `update(grads, opt_state, params) -> (updates, opt_state)`.
+    """
+
+    init: Callable[[Params], Any]
+    update: Callable[[Params, Any, Params], tuple[Updates, Any]]
+
+
+def apply_updates(params: Params, updates: Updates) -> Params:
+    """`(params + delta) + residue`, as new tensors; `params` must be the tree that `update` was given.
+
+    What overflows becomes NaN, where torch.optim may have inf.
+    """
+    moved = tree.map(torch.add, params, updates.delta)
+    return tree.map(torch.add, moved, updates.residue) if tree.leaves(updates.residue) else moved
+
+
+def sgd(
+    lr: float | Schedule,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    decay_mask: DecayMask = None,
+) -> Optimizer:
+    """Stochastic gradient descent, bitwise `torch.optim.SGD` (no dampening).
+
+    Args:
+        lr: Learning rate, or a schedule of it; the first update sees step 0.
+        momentum: In [0, 1); torch's form, `buffer = momentum * buffer + g`.
+        weight_decay: Adds `weight_decay * p` to the gradient (L2, not decoupled).
+        nesterov: Step along `g + momentum * buffer` instead of `buffer`.
+        decay_mask: Dotted path -> whether that leaf decays; None means every leaf.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range; in `update`, grads do not fit params.
+
+    Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".
+    """
+    schedule = lr if callable(lr) else constant(lr)
+    require("momentum", momentum, 0 <= momentum < 1, "in [0, 1)", "momentum=0.9")
+    require_finite(weight_decay=weight_decay)
+    require("momentum", momentum, not nesterov or momentum > 0, "> 0 with nesterov=True", "momentum=0.9")
+
+    def init(params: Params) -> SGDState:
+        return SGDState(_zero_step(params), tree.map(torch.zeros_like, params) if momentum else {})
+
+    def update(grads: Params, opt_state: SGDState, params: Params) -> tuple[Updates, SGDState]:
+        _check_fit(grads, params)
+        direction = _add_decay(grads, params, weight_decay, decay_mask) if weight_decay else grads
+        buffer = {}
+        if momentum:
+            # From zeros, the first buffer is g to the bit: what torch.optim stores.
+            buffer = tree.map(lambda g, b: b * momentum + g, direction, opt_state.momentum_buffer)
+            if nesterov:
+                direction = tree.map(lambda g, b: g.add(b, alpha=momentum), direction, buffer)
+            else:
+                direction = buffer
+        minus_lr = -schedule(opt_state.step)
+        target = tree.map(lambda p, d: torch.addcmul(p, d, minus_lr.to(p.dtype)), params, direction)
+        return _updates_to(target, params), SGDState(opt_state.step + 1, buffer)
+
+    return Optimizer(init, update)
+
+
+def adam(
+    lr: float | Schedule,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay_mask: DecayMask = None,
+) -> Optimizer:
+    """Adam, bitwise `torch.optim.Adam` (no amsgrad).
+
+    Args:
+        lr: Learning rate, or a schedule of it; the first update sees step 0.
+        betas: How much of the first and the second moment is kept, each in [0, 1).
+        eps: Added to the root of the second moment, after its bias correction.
+        weight_decay: Adds `weight_decay * p` to the gradient (L2, not decoupled).
+        decay_mask: Dotted path -> whether that leaf decays; None means every leaf.
+
+    Raises:
+        ValueError: A hyper-parameter is out of range; in `update`, grads do not fit params.
+
+    Kingma and Ba 2015, https://arxiv.org/abs/1412.6980.
+    """
+    return _adam(lr, betas, eps, weight_decay, decay_mask, decoupled=False)
+
+
+def adamw(
+    lr: float | Schedule,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    decay_mask: DecayMask = None,
+) -> Optimizer:
+    """Adam with decoupled weight decay, bitwise `torch.optim.AdamW` (no amsgrad).
+
+    Args:
+        lr, betas, eps, decay_mask: As in `adam`, which also says what raises.
+        weight_decay: Parameters shrink by `1 - lr * weight_decay` before each step.
+
+    Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """
+    return _adam(lr, betas, eps, weight_decay, decay_mask, decoupled=True)
+
+
+def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
+    """Scale all gradients by one factor, so that their joint L2 norm is at most `max_norm`.
+
+    The factor is that of `torch.nn.utils.clip_grad_norm_`: `min(1, max_norm / (norm + 1e-6))`.
+
+    Returns:
+        The clipped gradients, and the 0-d norm before clipping. `max_norm=0` gives zeros, a zero gradient
+        stays zero, a tree without leaves has norm 0; one NaN makes everything NaN, one inf zeros and NaN.
+
+    Raises:
+        ValueError: `max_norm` is negative or NaN.
+
+    Pascanu et al. 2013, https://arxiv.org/abs/1211.5063.
+    """
+    require("max_norm", max_norm, max_norm >= 0, ">= 0", "max_norm=1.0, or math.inf for no clipping")
+    norms = [torch.linalg.vector_norm(g) for g in tree.leaves(grads)]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return tree.map(lambda g: g * factor.to(g.dtype), grads), norm
+
+
+def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
+    """`optimizer`, fed with gradients that went through `clip_by_global_norm`, which says what raises."""
+    clip_by_global_norm({}, max_norm)  # an error now, not at the first step
+
+    def update(grads: Params, opt_state: Any, params: Params) -> tuple[Updates, Any]:
+        return optimizer.update(clip_by_global_norm(grads, max_norm)[0], opt_state, params)
+
+    return Optimizer(optimizer.init, update)
+
+
+def ema(average: Params, params: Params, decay: float | Tensor) -> Params:
+    """Exponential moving average, `decay * average + (1 - decay) * params`, leaf by leaf.
+
+    Computed as `lerp(average, params, 1 - decay)`: bitwise `torch.optim.swa_utils.get_ema_multi_avg_fn`.
+    Leaves that are not floating point (counters) take the newest value.
+
+    Args:
+        average, params: Trees of the same structure.
+        decay: Share of the average that is kept, in [0, 1]. A 0-d tensor, unchecked, may change with time.
+
+    Raises:
+        ValueError: `decay` is outside [0, 1].
+
+    Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging".
+    """
+    require("decay", decay, isinstance(decay, Tensor) or 0 <= decay <= 1, "in [0, 1]", "decay=0.999")
+
+    def mix(old: Tensor, new: Tensor) -> Tensor:
+        if not old.is_floating_point():
+            return new
+        share = 1 - decay
+        return torch.lerp(old, new, share.to(old.dtype) if isinstance(share, Tensor) else share)
+
+    return tree.map(mix, average, params)
+
+
+def _adam(
+    lr: float | Schedule, betas: Betas, eps: float, weight_decay: float, mask: DecayMask, decoupled: bool
+) -> Optimizer:
+    schedule = lr if callable(lr) else constant(lr)
+    require("betas", betas, all(0 <= beta < 1 for beta in betas), "both in [0, 1)", "betas=(0.9, 0.999)")
+    require_finite(eps=eps, weight_decay=weight_decay)
+
+    def init(params: Params) -> AdamState:
+        first, second = (tree.map(torch.zeros_like, params) for _ in range(2))
+        return AdamState(_zero_step(params), first, second)
+
+    def update(grads: Params, opt_state: AdamState, params: Params) -> tuple[Updates, AdamState]:
+        _check_fit(grads, params)
+        if weight_decay and not decoupled:
+            grads = _add_decay(grads, params, weight_decay, mask)
+        lr_now = schedule(opt_state.step)
+        delta, opt_state = _move(grads, opt_state, lr_now, betas, eps)
+        if not (weight_decay and decoupled):
+            return Updates(delta, {}), opt_state  # params + delta is what torch.optim computes
+        keep = 1 - lr_now * weight_decay
+        shrunk = tree.map(lambda p, on: p * keep.to(p.dtype) if on else p, params, _decays(params, mask))
+        return _updates_to(tree.map(torch.add, shrunk, delta), params), opt_state
+
+    return Optimizer(init, update)
+
+
+def _move(grads: Params, state: AdamState, lr: Tensor, betas: Betas, eps: float) -> tuple[Params, AdamState]:
+    """The move without weight decay, and the new moments."""
+    (beta1, beta2), count = betas, state.step + 1
+    m = tree.map(lambda m, g: torch.lerp(m, g, 1 - beta1), state.exp_avg, grads)
+    v = tree.map(lambda v, g: torch.addcmul(v * beta2, g, g, value=1 - beta2), state.exp_avg_sq, grads)
+    minus_size = -(lr / (1 - beta1**count))
+    bias2 = 1 - beta2**count
+    # torch.optim takes Python's pow(bias2, 0.5), whose last bit is not always that of sqrt.
+    root2 = torch.pow(bias2, torch.full_like(bias2, 0.5))
+
+    def move(m: Tensor, v: Tensor) -> Tensor:
+        # Cast first: a 0-d parameter would become float64, and under vmap every one.
+        return m * minus_size.to(m.dtype) / (v.sqrt() / root2.to(v.dtype) + eps)
+
+    return tree.map(move, m, v), AdamState(count, m, v)
+
+
+def _zero_step(params: Params) -> Tensor:
+    """The counter, beside the parameters, so that a compiled step stays on one device."""
+    leaves = tree.leaves(params)
+    return torch.zeros((), dtype=torch.float64, device=leaves[0].device if leaves else None)
+
+
+def _updates_to(target: Params, params: Params) -> Updates:
+    """The `Updates` that take params to `target` to the bit: the residue, being small, is exact."""
+    delta = tree.map(torch.sub, target, params)
+    residue = tree.map(lambda t, p, d: t - (p + d), target, params, delta)
+    return Updates(delta, residue)
+
+
+def _add_decay(grads: Params, params: Params, weight_decay: float, mask: DecayMask) -> Params:
+    """`grads + weight_decay * params` where the mask says so."""
+    decays = _decays(params, mask)
+    return tree.map(lambda g, p, on: g.add(p, alpha=weight_decay) if on else g, grads, params, decays)
+
+
+def _decays(node: Any, mask: DecayMask, path: str = "") -> Any:
+    """A tree like params that says which leaves decay."""
+    if isinstance(node, Mapping):
+        return {key: _decays(child, mask, f"{path}.{key}" if path else key) for key, child in node.items()}
+    return None if node is None else mask is None or bool(mask(path))
+
+
+def _check_fit(grads: Params, params: Params) -> None:
+    """Refuse gradients of another tree, or of other shapes: those would broadcast."""
+    given, wanted = tree.flatten(grads), tree.flatten(params)
+    for path in {**wanted, **given}:
+        got, need = (getattr(leaves.get(path), "shape", None) for leaves in (given, wanted))
+        if got != need:
+            raise ValueError(
+                f"grads must have the leaves and shapes of params: {path!r} must be {need}; got {got}. "
+                "Try torch.func.grad with respect to these params"
+            )

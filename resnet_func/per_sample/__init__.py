@@ -1,0 +1,37 @@
+"""Per-sample gradients, and what can be known of them, at about the price of an ordinary step.
+
+    import resnet_func as rf
+    ps = rf.per_sample
+    ps.norms(model, rf.losses.cross_entropy)(params, state, x, y)    # [N]
+
+Taps go in, captures come out, and layer by layer they are contracted: DESIGN.md section 5.
+"""
+
+from resnet_func.per_sample.engine import detect_nonfinite
+from resnet_func.per_sample.kernel import gram, layer_grams, ntk
+from resnet_func.per_sample.noise import Moments, NoiseScale
+from resnet_func.per_sample.plan import Plan, plan
+from resnet_func.per_sample.projections import sketch_quantity
+from resnet_func.per_sample.quantity import Quantity
+from resnet_func.per_sample.reduction import reduce
+from resnet_func.per_sample.transforms import clipped_sum, grads, layer_norms, moments, norms, sketch
+
+__all__ = [
+    "Moments",
+    "NoiseScale",
+    "Plan",
+    "Quantity",
+    "clipped_sum",
+    "detect_nonfinite",
+    "grads",
+    "gram",
+    "layer_grams",
+    "layer_norms",
+    "moments",
+    "norms",
+    "ntk",
+    "plan",
+    "reduce",
+    "sketch",
+    "sketch_quantity",
+]

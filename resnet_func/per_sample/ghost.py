@@ -1,0 +1,119 @@
+"""The ghost identity: inner products of per-sample gradients from pixel Gram matrices, no gradient formed.
+
+A convolution's weight gradient is `sum_t g_t u_t^T` over output pixels t, with `u_t` the patch of inputs that
+t sees. So `<G, G'> = sum_ts <u_t, u'_s> <g_t, g'_s>`, and a patch product is a sum of pixel products over the
+kernel's offsets d: `<u_t, u'_s> = sum_d <a_(t+d), a'_(s+d)>`. The pixel Gram is computed once, and shifted.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from resnet_func.layers import Conv
+
+Pair = tuple[Tensor, Tensor]
+
+
+def conv_squared_norms(spec: Conv, inputs: Tensor, cotangents: Tensor, views: int = 1) -> Float[Tensor, "n"]:
+    """Squared norms of a convolution's per-sample weight gradients.
+
+    Args:
+        spec: The convolution.
+        inputs: `[views * N, c_in, H, W]`.
+        cotangents: `[views * N, c_out, Ho, Wo]`.
+        views: Views of each sample, whose gradients are summed.
+    """
+    n = cotangents.shape[0] // views
+    a, g = (_by_sample_and_group(t, views, spec.groups) for t in (inputs, cotangents))
+    pixels = torch.bmm(a.transpose(1, 2), a)
+    outputs = torch.bmm(g.transpose(1, 2), g)
+    patches = _patch_products(spec, _pixel_pairs(pixels, views, inputs.shape[2:]))
+    products = patches * _pixel_pairs(outputs, views, cotangents.shape[2:])
+    # the sum is a square: round-off must not make it negative
+    return products.reshape(n, -1).sum(1).clamp(min=0)
+
+
+def conv_inner_products(spec: Conv, a: Pair, b: Pair, views: int = 1) -> Float[Tensor, "na nb"]:
+    """Inner products of the weight gradients of two batches, each an `(inputs, cotangents)` pair."""
+    na, nb = (cotangents.shape[0] // views for _, cotangents in (a, b))
+    patches = _patch_products(spec, _cross_pixel_pairs(a[0], b[0], views, spec.groups))
+    products = patches * _cross_pixel_pairs(a[1], b[1], views, spec.groups)
+    # dimensions: groups, na, views, nb, views, then the two pixels
+    return products.reshape(spec.groups, na, views, nb, views, -1).sum((0, 2, 4, 5))
+
+
+def linear_squared_norms(inputs: Tensor, cotangents: Tensor, views: int = 1) -> Float[Tensor, "n"]:
+    """Squared norms of a linear layer's per-sample weight gradients (the bias is a leaf of its own)."""
+    a, g = (_upcast(t).reshape(views, -1, t.shape[1]) for t in (inputs, cotangents))
+    if views == 1:
+        return a[0].square().sum(1) * g[0].square().sum(1)
+    products = torch.einsum("kni,lni->nkl", a, a) * torch.einsum("kno,lno->nkl", g, g)
+    return products.sum((1, 2)).clamp(min=0)
+
+
+def linear_inner_products(
+    inputs_a: Tensor, cotangents_a: Tensor, inputs_b: Tensor, cotangents_b: Tensor, views: int = 1
+) -> Float[Tensor, "na nb"]:
+    """Inner products of a linear layer's weight gradients between two batches."""
+    inputs_a, inputs_b = _upcast(inputs_a), _upcast(inputs_b)
+    products = (inputs_a @ inputs_b.T) * (_upcast(cotangents_a) @ _upcast(cotangents_b).T)
+    na, nb = inputs_a.shape[0] // views, inputs_b.shape[0] // views
+    return products.reshape(views, na, views, nb).sum((0, 2))
+
+
+def _patch_products(spec: Conv, pixels: Float[Tensor, "b h w h2 w2"]) -> Float[Tensor, "b ho wo ho2 wo2"]:
+    """Patch products from pixel products: both pixels move by the kernel's offsets together."""
+    if spec.padding:
+        pixels = F.pad(pixels, [spec.padding] * 8)
+    rows = [_window(spec, i, pixels.shape[1]) for i in range(spec.kernel)]
+    columns = [_window(spec, j, pixels.shape[2]) for j in range(spec.kernel)]
+    total = pixels[:, rows[0], columns[0], rows[0], columns[0]]
+    for index in range(1, spec.kernel**2):
+        i, j = divmod(index, spec.kernel)
+        total = total + pixels[:, rows[i], columns[j], rows[i], columns[j]]
+    return total
+
+
+def _window(spec: Conv, offset: int, padded: int) -> slice:
+    """The padded pixels along one side that the kernel sees at one of its offsets."""
+    outputs = (padded - spec.dilation * (spec.kernel - 1) - 1) // spec.stride + 1
+    start = offset * spec.dilation
+    return slice(start, start + spec.stride * (outputs - 1) + 1, spec.stride)
+
+
+def _by_sample_and_group(tensor: Tensor, views: int, groups: int) -> Tensor:
+    """`[views * N, C, H, W]` as `[N * groups, C / groups, views * H * W]`."""
+    total, c, h, w = tensor.shape
+    n = total // views
+    split = _upcast(tensor).reshape(views, n, groups, c // groups, h * w).permute(1, 2, 3, 0, 4)
+    return split.reshape(n * groups, c // groups, views * h * w)
+
+
+def _pixel_pairs(gram: Tensor, views: int, size: torch.Size) -> Tensor:
+    """`[B, views * HW, views * HW]` as `[B * views * views, H, W, H, W]`."""
+    h, w = size
+    split = gram.reshape(-1, views, h * w, views, h * w).permute(0, 1, 3, 2, 4)
+    return split.reshape(-1, h, w, h, w)
+
+
+def _cross_pixel_pairs(a: Tensor, b: Tensor, views: int, groups: int) -> Tensor:
+    """Pixel products between two batches: `[groups * na * views * nb * views, H, W, H, W]`."""
+    h, w = a.shape[2:]
+    rows, columns = (_by_group(t, views, groups) for t in (a, b))
+    gram = torch.bmm(rows, columns.transpose(1, 2))
+    split = gram.reshape(groups, rows.shape[1] // (h * w), h * w, columns.shape[1] // (h * w), h * w)
+    return split.permute(0, 1, 3, 2, 4).reshape(-1, h, w, h, w)
+
+
+def _by_group(tensor: Tensor, views: int, groups: int) -> Tensor:
+    """`[views * N, C, H, W]` as `[groups, N * views * H * W, C / groups]`."""
+    total, c, h, w = tensor.shape
+    split = _upcast(tensor).reshape(views, total // views, groups, c // groups, h * w)
+    return split.permute(2, 1, 0, 4, 3).reshape(groups, total * h * w, c // groups)
+
+
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

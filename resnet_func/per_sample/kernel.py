@@ -1,0 +1,133 @@
+"""Gram matrices of per-sample gradients between two batches, and the neural tangent kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias, Unpack
+
+import torch
+from torch import Tensor
+
+from resnet_func.losses import logit
+from resnet_func.per_sample import contract
+from resnet_func.per_sample.engine import Options, Problem, as_views, capture_batch, plan_ways, pose
+from resnet_func.per_sample.quantity import by_layer
+from resnet_func.types import LossFn, Model, Params, State
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+
+
+def gram(
+    model: Model,
+    loss_fn: LossFn,
+    **options: Unpack[Options],
+) -> Callable[..., Tensor]:
+    """Inner products between the per-sample gradients of two batches, layer by layer.
+
+    One layer's gradients at most exist at a time, and only some of its channels where it is large.
+
+    Args:
+        model, loss_fn, **options: As in `grads`. `microbatch` is samples of each batch at a time: blocks of
+            the matrix are computed one by one, so the passes over the network grow with the square of the
+            number of microbatches.
+
+    Returns:
+        `fn(params, state, (x_a, y_a), (x_b, y_b)) -> Tensor [N_a, N_b]`. Without the last argument it is the
+        Gram matrix of the first batch, exactly symmetric, and positive semi-definite to round-off.
+    """
+    per_layer = layer_grams(model, loss_fn, **options)
+
+    def gram_fn(params: Params, state: State, a: Batch, b: Batch | None = None) -> Tensor:
+        grams = list(per_layer(params, state, a, b).values())
+        other = a if b is None else b
+        if not grams:
+            return a[0].new_zeros((a[0].shape[0], other[0].shape[0]))
+        total = torch.stack(grams).sum(0)
+        return _symmetric(total) if b is None else total
+
+    return gram_fn
+
+
+def layer_grams(
+    model: Model,
+    loss_fn: LossFn,
+    **options: Unpack[Options],
+) -> Callable[..., dict[str, Tensor]]:
+    """`gram` of each layer by itself: `{layer path: Tensor [N_a, N_b]}`; they add up to `gram`."""
+    problem = pose(model, loss_fn, **options)
+
+    def layer_grams_fn(params: Params, state: State, a: Batch, b: Batch | None = None) -> dict[str, Tensor]:
+        blocks_a = _blocks(problem, a)
+        blocks_b = blocks_a if b is None else _blocks(problem, b)
+        rows = []
+        for i, left in enumerate(blocks_a):
+            row = [
+                _block(problem, params, state, left, None if b is None and i == j else right)
+                for j, right in enumerate(blocks_b)
+            ]
+            rows.append({layer: torch.cat([block[layer] for block in row], 1) for layer in row[0]})
+        grams = {layer: torch.cat([row[layer] for row in rows]) for layer in rows[0]}
+        return {layer: _symmetric(g) for layer, g in grams.items()} if b is None else grams
+
+    return layer_grams_fn
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    # products and sums of symmetric matrices are symmetric to round-off only
+    return (matrix + matrix.T) / 2
+
+
+def _blocks(problem: Problem, batch: Batch) -> list[Batch]:
+    x, y = as_views(*batch)
+    size = problem.microbatch or max(x.shape[0], 1)
+    return [(x[i : i + size], y[i : i + size]) for i in range(0, max(x.shape[0], 1), size)]
+
+
+def _block(problem: Problem, params: Params, state: State, a: Batch, b: Batch | None) -> dict[str, Tensor]:
+    """Layer Gram matrices of two blocks, or of one with itself."""
+    ways = plan_ways(problem, "gram", a[0])
+    left = capture_batch(problem, params, state, *a).factors
+    right = left if b is None else capture_batch(problem, params, state, *b).factors
+    empty = a[0].shape[0] == 0 or (b is not None and b[0].shape[0] == 0)
+    products = {}
+    for path in list(left):
+        factors_a = left.pop(path)
+        factors_b = factors_a if b is None else right.pop(path)
+        if empty:
+            n = (contract.num_samples(f) for f in (factors_a, factors_b))
+            products[path] = a[0].new_zeros(tuple(n))
+        else:
+            products[path] = contract.inner_products(factors_a, factors_b, ways.get(path, "materialize"))
+    return {
+        layer: torch.stack([products[path] for path in paths]).sum(0)
+        for layer, paths in by_layer(products).items()
+    }
+
+
+def ntk(model: Model, num_classes: int | None = None, **options: Unpack[Options]) -> Callable[..., Tensor]:
+    """The empirical neural tangent kernel, summed over classes: `sum_c <d f_c(x_i), d f_c(x_j)>`.
+
+    One `gram` for each logit (Jacot et al. 2018, https://arxiv.org/abs/1806.07572).
+
+    Args:
+        model: As in `grads`.
+        num_classes: Logits to sum over; None means all of the model's config.
+        **options: Those of `gram`.
+
+    Returns:
+        `fn(params, state, x_a, x_b) -> Tensor [N_a, N_b]`; without `x_b`, of the first batch with itself.
+
+    Raises:
+        ValueError: the model came from a module and `num_classes` is None.
+    """
+    if num_classes is None:
+        if model.config is None:
+            raise ValueError("a model from a module needs the number of its logits; pass num_classes=")
+        num_classes = model.config.num_classes
+    grams = [gram(model, logit(index), **options) for index in range(num_classes)]
+
+    def ntk_fn(params: Params, state: State, x_a: Tensor, x_b: Tensor | None = None) -> Tensor:
+        batches = [(x, x.new_zeros(x.shape[0])) for x in (x_a, x_b) if x is not None]
+        return torch.stack([gram_fn(params, state, *batches) for gram_fn in grams]).sum(0)
+
+    return ntk_fn

@@ -1,0 +1,190 @@
+"""The transforms: `transform(model, loss_fn, ...) -> function`, per sample where training takes the mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, Unpack
+
+from torch import Tensor
+
+from resnet_func.per_sample import quantity
+from resnet_func.per_sample.engine import Options, Problem, detect_nonfinite, evaluate, pose
+from resnet_func.per_sample.noise import Moments, moments_quantity
+from resnet_func.per_sample.projections import Projection, sketch_quantity
+from resnet_func.per_sample.quantity import Clipping, Quantity
+from resnet_func.types import LossFn, Model, Params, State
+
+
+def grads(
+    model: Model,
+    loss_fn: LossFn,
+    **options: Unpack[Options],
+) -> Callable[[Params, State, Tensor, Tensor], Params]:
+    """The gradient of every sample's loss.
+
+    Args:
+        model: A model of the zoo, of any config, or one from a module.
+        loss_fn: Per-sample loss, `(logits, targets) -> [N]`; each loss may depend on its own logits only.
+        **options: See `Options`.
+
+    Returns:
+        `fn(params, state, x, y)`: nested dicts of the trainable leaves, each `[N, *shape]`. `x [N, C, H, W]`,
+        or `x [N, views, C, H, W]` for gradients averaged over augmented views that share a target `y [N,
+        ...]` (De et al. 2022, https://arxiv.org/abs/2204.13650). No samples give leaves `[0, *shape]`; a
+        sample with NaN has NaN in its own gradient only.
+
+    Raises:
+        ValueError: an option is out of range, the model has BatchNorm and `train` is not False, the shapes do
+            not fit together, or the loss is not per-sample.
+    """
+    problem = pose(model, loss_fn, **options)
+    return _transform(problem, quantity.grads())
+
+
+def norms(
+    model: Model,
+    loss_fn: LossFn,
+    **options: Unpack[Options],
+) -> Callable[[Params, State, Tensor, Tensor], Tensor]:
+    """The L2 norm of every sample's gradient, over all trainable leaves.
+
+    At most one layer's gradients exist at a time, and none where the ghost identity is cheaper
+    (Goodfellow 2015, https://arxiv.org/abs/1510.01799; Bu et al. 2022, https://arxiv.org/abs/2205.10683).
+
+    Args:
+        model, loss_fn, **options: As in `grads`.
+
+    Returns:
+        `fn(params, state, x, y) -> Tensor [N]`. A sample with NaN has a NaN norm; no samples give `[0]`.
+    """
+    problem = pose(model, loss_fn, **options)
+    return _transform(problem, quantity.norms())
+
+
+def layer_norms(
+    model: Model,
+    loss_fn: LossFn,
+    **options: Unpack[Options],
+) -> Callable[[Params, State, Tensor, Tensor], dict[str, Tensor]]:
+    """`norms` of each layer by itself: `fn(params, state, x, y) -> {layer path: Tensor [N]}`."""
+    problem = pose(model, loss_fn, **options)
+    return _transform(problem, quantity.layer_norms())
+
+
+def clipped_sum(
+    model: Model,
+    loss_fn: LossFn,
+    *,
+    max_norm: float,
+    clipping: Clipping = "flat",
+    nonfinite: Literal["raise", "zero"] = "raise",
+    **options: Unpack[Options],
+) -> Callable[[Params, State, Tensor, Tensor], tuple[Params, Tensor]]:
+    """The sum of per-sample gradients, each clipped to norm `max_norm` (Abadi et al. 2016).
+
+    Replacing one sample changes the sum by at most `2 max_norm`, adding one by `max_norm`, to floating-point
+    round-off in the norm.
+
+    Args:
+        model, loss_fn, **options: As in `grads`.
+        max_norm: Bound on the norm of one sample's contribution, >= 0.
+        clipping: "flat" multiplies by `min(1, max_norm / norm)`, which is exactly 1 for norms up to
+            `max_norm`. "per_layer" does so in each layer with `max_norm / sqrt(layers)`, so the bound on the
+            whole stays. "automatic" normalises, `max_norm / (norm + 0.01)` (Bu et al. 2023,
+            https://arxiv.org/abs/2206.07136).
+        nonfinite: What a sample with NaN or Inf in its gradient does: "raise" names it, "zero" leaves it out
+            of the sum. Its norm is returned as it is, and no other sample is touched. Compiled code cannot
+            raise, and leaves it out: look at the norms.
+
+    Returns:
+        `fn(params, state, x, y) -> (sum, norms)`: nested dicts of the trainable leaves, and the norms `[N]`
+        before clipping. `max_norm=0` gives zeros; a zero gradient stays zero; no samples give zeros and
+        `[0]`.
+
+    Raises:
+        ValueError: `max_norm` is negative or NaN, an unknown name, a sample is not finite, or as in `grads`.
+    """
+    if not max_norm >= 0 or (math.isinf(max_norm) and clipping == "automatic"):
+        raise ValueError(f"max_norm must be 0 or more (and finite for 'automatic'); got {max_norm}")
+    for name, value, allowed in (
+        ("clipping", clipping, ("flat", "per_layer", "automatic")),
+        ("nonfinite", nonfinite, ("raise", "zero")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    problem = pose(model, loss_fn, **options)
+    clipped = _transform(problem, quantity.clipped_sum(max_norm, clipping))
+
+    def clipped_sum_fn(params: Params, state: State, x: Tensor, y: Tensor) -> tuple[Params, Tensor]:
+        total, norms = clipped(params, state, x, y)
+        if nonfinite == "raise":
+            detect_nonfinite(norms)
+        return total, norms
+
+    return clipped_sum_fn
+
+
+def sketch(
+    model: Model,
+    loss_fn: LossFn,
+    *,
+    dim: int = 4096,
+    seed: int = 0,
+    projection: Projection = "factorized",
+    **options: Unpack[Options],
+) -> Callable[[Params, State, Tensor, Tensor], Tensor]:
+    """A random linear projection of every sample's gradient: `E[<s_i, s_j>] = <g_i, g_j>`.
+
+    The projection depends on `dim`, `seed`, `projection` and the leaves' paths and shapes only: not on the
+    batch, its split, or the machine.
+
+    Args:
+        model, loss_fn, **options: As in `grads`.
+        dim: Length of a sketch. The error of an inner product, relative to `|g_i| |g_j|`, is about `1 /
+            sqrt(dim)`.
+        seed: Of the projection.
+        projection: "dense" draws a sign for every entry of a gradient and dimension, at a cost of
+            `N * |params| * dim`. "factorized" projects a layer's input and cotangent to about `sqrt(dim)`
+            each before their outer product, and costs about one more forward pass; give it a `dim` with a
+            divisor near its root. Its error is up to twice as large.
+
+    Returns:
+        `fn(params, state, x, y) -> Tensor [N, dim]`.
+
+    Raises:
+        ValueError: `dim` is below 1, an unknown projection, or as in `grads`.
+    """
+    problem = pose(model, loss_fn, **options)
+    return _transform(problem, sketch_quantity(dim, seed, projection))
+
+
+def moments(
+    model: Model,
+    loss_fn: LossFn,
+    **options: Unpack[Options],
+) -> Callable[[Params, State, Tensor, Tensor], Moments]:
+    """The mean gradient, its diagonal second moment, and the gradient noise scale.
+
+    The second moment is the diagonal of the empirical Fisher matrix; the noise scale estimates the batch size
+    beyond which averaging more samples stops helping (McCandlish et al. 2018,
+    https://arxiv.org/abs/1812.06162).
+
+    Args:
+        model, loss_fn, **options: As in `grads`.
+
+    Returns:
+        `fn(params, state, x, y) -> Moments`. One sample has no noise scale (NaN); no samples give zeros, and
+        NaN. The estimate of the squared gradient norm, and with it the noise scale, can come out negative
+        where the batch is small against the noise.
+    """
+    problem = pose(model, loss_fn, **options)
+    return _transform(problem, moments_quantity())
+
+
+def _transform(problem: Problem, wanted: Quantity) -> Callable:
+    def transformed(params: Params, state: State, x: Tensor, y: Tensor):
+        (joined,) = evaluate(problem, [wanted], params, state, x, y)
+        return wanted.final(joined)
+
+    return transformed

@@ -1,0 +1,346 @@
+"""The pictures of a run folder: curves, confusion matrix, most confident mistakes.
+
+Drawn on matplotlib's objects alone: no display, no pyplot, no global state, so safe in any thread.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+from torch import Tensor
+
+DPI = 150
+TRAIN, TEST, GREY = "#D55E00", "#0072B2", "#595959"  # Okabe and Ito: distinct to every kind of colour vision
+FEW_POINTS = 12  # up to here each epoch gets a marker
+LOG_RANGE = 30.0  # losses that span more than this factor get a logarithmic axis
+CLASSES_WITH_COUNTS, CLASSES_WITH_NAMES = 20, 50
+LISTED_MISTAKES = 12
+GRID_COLUMNS, GRID_ROWS = 6, 6
+
+Numbers = NDArray[np.float64]
+
+
+# --------------------------------------------------------------------------- curves
+
+
+def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw loss and accuracy over epochs, train and test.
+
+    Args:
+        records: One mapping per epoch, as in metrics.jsonl: epoch, train_loss, train_accuracy, test_loss,
+            test_accuracy (fractions). A value that is absent, None, NaN or infinite is left out.
+        path: The PNG to write; what it replaces stays whole until then.
+        title: Above the panels.
+
+    Edge cases: no records give a picture that says so; from the first epoch whose train loss is not finite
+    on, the panels are shaded.
+    """
+    figure = _figure(11, 4.2, title)
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = _column(records, "epoch")
+    for axes, metric, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+        series = {split: scale * _column(records, f"{split}_{metric}") for split in ("train", "test")}
+        _draw_series(axes, epochs, series)
+        _tidy_axes(axes, epochs)
+        values = np.concatenate(list(series.values()))
+        if not np.isfinite(values).any():
+            _say(axes, "no finite values" if len(records) else "no epochs yet")
+            continue
+        _shade_divergence(axes, epochs, _column(records, "train_loss"))
+        _scale_loss(axes, values) if metric == "loss" else _scale_accuracy(axes, series)
+    loss.set_title("Loss", loc="left", fontsize=11)
+    accuracy.set_title("Accuracy (%)", loc="left", fontsize=11)
+    _note_best(accuracy, epochs, 100 * _column(records, "test_accuracy"))
+    _save(figure, path)
+
+
+def _column(records: Sequence[Mapping[str, Any]], key: str) -> Numbers:
+    values = [record.get(key) for record in records]
+    numbers = np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
+    return np.where(np.isfinite(numbers), numbers, math.nan)
+
+
+def _draw_series(axes: Axes, epochs: Numbers, series: Mapping[str, Numbers]) -> None:
+    marker = "o" if len(epochs) <= FEW_POINTS else ""
+    styles = {"train": (TRAIN, "--", 1.3), "test": (TEST, "-", 1.8)}
+    for split, values in series.items():
+        finite = np.isfinite(values)
+        color, line, width = styles[split]
+        axes.plot(
+            epochs[finite],
+            values[finite],
+            color=color,
+            linestyle=line,
+            linewidth=width,
+            marker=marker,
+            markersize=4,
+            label=split,
+        )
+
+
+def _tidy_axes(axes: Axes, epochs: Numbers) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
+    axes.set_xlabel("epoch", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    if len(epochs):
+        margin = max(0.02 * np.ptp(epochs), 0.2 if len(epochs) > 1 else 0.5)
+        axes.set_xlim(epochs.min() - margin, epochs.max() + margin)
+        axes.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=10)
+
+
+def _shade_divergence(axes: Axes, epochs: Numbers, train_loss: Numbers) -> None:
+    lost = np.flatnonzero(np.isnan(train_loss))
+    if len(lost):
+        start = float(epochs[lost[0]])
+        axes.axvspan(start - 0.5, float(epochs[-1]) + 0.5, color="#000000", alpha=0.07, linewidth=0)
+        _plain(
+            axes.text(
+                start - 0.4,
+                0.03,
+                f"loss not finite from epoch {start:.0f}",
+                transform=axes.get_xaxis_transform(),
+                rotation=90,
+                fontsize=9,
+                color=GREY,
+            )
+        )
+
+
+def _scale_loss(axes: Axes, losses: Numbers) -> None:
+    losses = losses[np.isfinite(losses)]
+    if losses.min() > 0 and losses.max() > LOG_RANGE * losses.min():
+        axes.set_yscale("log")
+        decades = math.log10(losses.max() / losses.min())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif losses.min() >= 0:
+        axes.set_ylim(0, 1.05 * losses.max() or 1)
+
+
+def _scale_accuracy(axes: Axes, series: Mapping[str, Numbers]) -> None:
+    """Give the axis to the second half of the run where the climb before it would flatten it."""
+    settled = np.concatenate([values[len(values) // 2 :] for values in series.values()])
+    everything = np.concatenate(list(series.values()))
+    low, high = np.nanmin(everything), np.nanmax(everything)
+    if len(everything) > 8 and np.isfinite(settled).any() and high - np.nanmin(settled) < (high - low) / 2:
+        low = np.nanmin(settled)
+    margin = 0.06 * max(high - low, 1.0)
+    axes.set_ylim(max(low - margin, -margin / 2), min(high + margin, 100 + margin / 2))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _note_best(axes: Axes, epochs: Numbers, accuracy: Numbers) -> None:
+    if not np.isfinite(accuracy).any():
+        return
+    best = int(np.nanargmax(accuracy))
+    axes.plot(epochs[best], accuracy[best], "o", color=TEST, markersize=8, markerfacecolor="none")
+    final = f"{accuracy[-1]:.2f}" if np.isfinite(accuracy[-1]) else "not finite"
+    text = f"test: final {final}, best {accuracy[best]:.2f} at epoch {epochs[best]:.0f}"
+    axes.set_title(text, loc="right", fontsize=10, color=TEST)
+
+
+# --------------------------------------------------------------------------- confusion
+
+
+def confusion(matrix: Int[Tensor, "c c"], classes: Sequence[str], path: Path, title: str) -> None:
+    """Draw a confusion matrix: rows are true classes, columns predictions.
+
+    Colour is the percentage of the row: blue where right, orange where wrong, on a scale of its own, so that
+    rare mistakes show beside a strong diagonal. Up to 20 classes each cell shows its count and each row its
+    accuracy; above that the most frequent mistakes are listed.
+
+    Args:
+        matrix: Counts [C, C].
+        classes: Names of the C classes.
+        path: The PNG to write.
+        title: Above the picture.
+
+    Raises:
+        ValueError: the matrix is not C x C.
+    """
+    counts = matrix.cpu().numpy().astype(np.float64)
+    if counts.shape != (len(classes), len(classes)):
+        raise ValueError(f"{len(classes)} classes need a square matrix of that size; got {counts.shape}")
+    totals = counts.sum(1, keepdims=True)
+    percent = 100 * counts / np.where(totals > 0, totals, 1)
+    right, samples = int(np.trace(counts)), int(counts.sum())
+    accuracy = f"{right / samples:.2%} of {samples:,} right" if samples else "no samples"
+    figure = _figure(8.2 if len(classes) <= CLASSES_WITH_COUNTS else 11, 7, f"{title}: {accuracy}")
+    axes = figure.add_subplot()
+    _draw_cells(figure, axes, percent)
+    _label_classes(axes, classes)
+    if len(classes) <= CLASSES_WITH_COUNTS:
+        _write_counts(axes, counts, percent)
+    else:
+        _list_mistakes(axes, counts, percent, classes)
+    _save(figure, path)
+
+
+def _draw_cells(figure: Figure, axes: Axes, percent: Numbers) -> None:
+    diagonal = np.eye(len(percent), dtype=bool)
+    right = np.ma.masked_where(~diagonal, percent)
+    wrong = np.ma.masked_where(diagonal, percent)
+    axes.imshow(right, cmap="Blues", vmin=0, vmax=160, interpolation="nearest")
+    # the square root lifts rare mistakes out of the white
+    scale = PowerNorm(0.5, 0, max(float(percent[~diagonal].max(initial=0)), 1))
+    image = axes.imshow(wrong, cmap="Oranges", norm=scale, interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, aspect=30)
+    bar.set_label("mistakes, % of the true class", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+
+
+def _label_classes(axes: Axes, classes: Sequence[str]) -> None:
+    count = len(classes)
+    if count <= CLASSES_WITH_NAMES:
+        names, size = [_shorten(name, 14) for name in classes], 10 if count <= CLASSES_WITH_COUNTS else 7
+        upright = count <= 10 and max(map(len, names)) <= 4
+        axes.set_xticks(range(count), names, rotation=0 if upright else 90, fontsize=size)
+        axes.set_yticks(range(count), names, fontsize=size)
+        for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+            label.set_parse_math(False)
+    else:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+        axes.tick_params(labelsize=9)
+    axes.set_xlabel("predicted", fontsize=10)
+    axes.set_ylabel("true", fontsize=10)
+    axes.tick_params(length=0 if count <= CLASSES_WITH_NAMES else 3)
+    axes.spines[:].set_color("#bfbfbf")
+
+
+def _write_counts(axes: Axes, counts: Numbers, percent: Numbers) -> None:
+    size = 9 if len(counts) <= 12 else 7
+    darkest = max(float(percent[~np.eye(len(counts), dtype=bool)].max(initial=0)), 1)
+    for row, column in np.argwhere(counts > 0):
+        right = row == column
+        # white where the square-root colour scale has become dark
+        color = "white" if not right and percent[row, column] > 0.5 * darkest else "black"
+        weight = "bold" if right else "normal"
+        text = f"{counts[row, column]:.0f}"
+        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size, fontweight=weight)
+    for row, total in enumerate(counts.sum(1)):
+        text = f"{percent[row, row]:.1f} %" if total else "none"
+        axes.text(len(counts) - 0.4, row, text, ha="left", va="center", color=GREY, fontsize=size)
+    axes.text(len(counts) - 0.4, -0.6, "right", ha="left", va="bottom", color=GREY, fontsize=size)
+
+
+def _list_mistakes(axes: Axes, counts: Numbers, percent: Numbers, classes: Sequence[str]) -> None:
+    wrong = np.where(np.eye(len(counts), dtype=bool), 0, counts)
+    worst = np.argsort(-wrong, axis=None, kind="stable")[:LISTED_MISTAKES]
+    lines = ["most frequent mistakes", ""]
+    for row, column in zip(*np.unravel_index(worst, wrong.shape), strict=True):
+        if wrong[row, column]:
+            arrow = f"{_shorten(classes[row], 16)} → {_shorten(classes[column], 16)}"
+            lines.append(f"{arrow}  {wrong[row, column]:.0f} ({percent[row, column]:.0f} %)")
+    text = "\n".join(lines if len(lines) > 2 else ["no mistakes"])
+    _plain(axes.text(1.32, 0.5, text, transform=axes.transAxes, va="center", fontsize=9, linespacing=1.6))
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+def mistakes(
+    images: UInt8[Tensor, "k c h w"],
+    labels: Int[Tensor, "k"],
+    predictions: Int[Tensor, "k"],
+    confidences: Float[Tensor, "k"],
+    classes: Sequence[str],
+    path: Path,
+    title: str,
+) -> None:
+    """Draw up to 36 wrongly classified images, the most confident mistake first.
+
+    Args:
+        images: [K, C, H, W], uint8; three channels are RGB, other numbers of channels show their mean as grey.
+        labels: True classes [K].
+        predictions: Predicted classes [K]; an image whose prediction is right is left out.
+        confidences: Probabilities of the predictions [K], in 0..1.
+        classes: Names of the classes.
+        path: The PNG to write.
+        title: Above the grid.
+
+    Edge cases: without a mistake the picture says so.
+    """
+    wrong = (labels != predictions).cpu().numpy()
+    certainty = np.where(wrong, np.nan_to_num(confidences.double().cpu().numpy(), nan=0.0), -1.0)
+    shown = np.argsort(-certainty, kind="stable")[: min(int(wrong.sum()), GRID_COLUMNS * GRID_ROWS)]
+    columns = min(GRID_COLUMNS, max(3, math.ceil(math.sqrt(len(shown)))))
+    rows = max(1, math.ceil(len(shown) / columns))
+    figure = _figure(1.75 * columns, 0.6 + 2.15 * rows, title)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, index in zip(grid, shown, strict=False):
+        _draw_image(axes, images[int(index)])
+        true, predicted = (_shorten(classes[int(of[int(index)])], 18) for of in (labels, predictions))
+        caption = f"{true} →\n{predicted} ({float(confidences[int(index)]):.1%})"
+        _plain(axes.set_title(caption, fontsize=9))
+    if not len(shown):
+        _say(figure.add_subplot(), "no mistakes")
+    _save(figure, path)
+
+
+def _draw_image(axes: Axes, image: UInt8[Tensor, "c h w"]) -> None:
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    if pixels.shape[2] != 3:
+        pixels = pixels.mean(2)
+    small = max(pixels.shape[:2]) < 200  # pixels on paper per image
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest" if small else "antialiased")
+
+
+# --------------------------------------------------------------------------- figures
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    """A figure of this size in inches, its title in the left corner, in as many lines as it needs."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    text = textwrap.fill(title, max(20, int(10 * width)))
+    _plain(figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold"))
+    return figure
+
+
+def _plain(text: Text) -> None:
+    """A name with dollar signs in it is no formula."""
+    text.set_parse_math(False)
+
+
+def _shorten(name: str, length: int) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _say(axes: Axes, message: str) -> None:
+    axes.text(0.5, 0.5, message, transform=axes.transAxes, ha="center", va="center", fontsize=14, color=GREY)
+    axes.set_axis_off()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write the PNG whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

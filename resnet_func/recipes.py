@@ -1,0 +1,124 @@
+"""Recipes: how a network is trained, as frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from resnet_func.augment import Augment
+from resnet_func.losses import cross_entropy, smoothed_cross_entropy
+from resnet_func.types import LossFn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+RecipeName = Literal["fast", "article"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A network and how to train it.
+
+    Attributes:
+        model: A network of the zoo.
+        norm: The normalisation layers of the network.
+        stem: The first layers: "cifar" keeps the resolution, "imagenet" divides it by four.
+        epochs: Passes over the training set.
+        batch_size: Images a step.
+        optimizer: sgd (Nesterov), adam or adamw.
+        learning_rate: The highest learning rate of the schedule.
+        schedule: one-cycle (linear up and down), cosine, step (a tenth after 50 and 75 %) or constant.
+        warmup: Share of the steps in which the learning rate climbs; one-cycle and cosine.
+        momentum: Momentum of sgd.
+        weight_decay: L2 penalty of weights (decoupled for adamw); norms and biases are not decayed.
+        label_smoothing: Weight of the uniform distribution in the targets.
+        clip_norm: Largest global norm of the gradient; 0 is no clipping.
+        ema: Decay of the moving average of the parameters, which is what gets tested; 0 is no average.
+        microbatches: Pieces each batch is cut into to bound memory.
+        crop: Pixels of padding before a random crop.
+        flip: Mirror half of the training images.
+        cutout: Side of the square blanked in each training image.
+        image_size: Resize all images to this side; 0 keeps the data set's own.
+        early_size: Side of the training images in the first part of the run; 0 is full size from the start.
+        early_epochs: How many epochs train at `early_size`.
+        normalization: Mean and standard deviation: of the training images ("data") or ImageNet's.
+    """
+
+    model: str = "resnet20"
+    norm: Literal["batch", "group", "none"] = "batch"
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: float = 0.3
+    schedule: Literal["one-cycle", "cosine", "step", "constant"] = "one-cycle"
+    warmup: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0
+    ema: float = 0.0
+    microbatches: int = 1
+    crop: int = 4
+    flip: bool = True
+    cutout: int = 0
+    image_size: int = 0
+    early_size: int = 0
+    early_epochs: int = 0
+    normalization: Literal["data", "imagenet"] = "data"
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "microbatches")
+        natural = ("crop", "cutout", "image_size", "early_size", "early_epochs", "clip_norm")
+        for names, least in ((positive, 1), (natural, 0)):
+            for name in names:
+                if not getattr(self, name) >= least:
+                    raise ValueError(f"{name} must be {least} or more; got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the steps, in [0, 1); got {self.warmup}")
+        if bool(self.early_size) != bool(self.early_epochs):
+            raise ValueError(
+                "early_size and early_epochs go together; "
+                f"got early_size={self.early_size} and early_epochs={self.early_epochs}"
+            )
+
+
+FAST = Recipe()
+"""The most accuracy for minutes on two cores, for small colour images."""
+
+DIGITS = replace(FAST, epochs=20, batch_size=64, crop=1, flip=False)
+"""`FAST` for 8x8 grey digits, which must not be mirrored."""
+
+ARTICLE = Recipe(
+    model="resnet18",
+    stem="imagenet",
+    epochs=10,
+    batch_size=64,
+    optimizer="adam",
+    learning_rate=1e-3,
+    schedule="constant",
+    weight_decay=0.0,
+    crop=0,
+    flip=True,
+    image_size=224,
+    normalization="imagenet",
+)
+"""The textbook way: ResNet-18 made for ImageNet, on images resized to 224 pixels, with Adam."""
+
+
+def recipe(name: str, dataset: str) -> Recipe:
+    """The named recipe as it is for a data set."""
+    if name == "article":
+        return ARTICLE
+    if dataset == "digits":
+        return DIGITS
+    return replace(FAST, flip=False) if dataset == "mnist" else FAST
+
+
+def make_augment(recipe: Recipe) -> Augment:
+    """What the recipe does to training images."""
+    return Augment(crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout)
+
+
+def make_loss(recipe: Recipe) -> LossFn:
+    """The recipe's training loss."""
+    return smoothed_cross_entropy(recipe.label_smoothing) if recipe.label_smoothing else cross_entropy
