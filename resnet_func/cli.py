@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -18,104 +18,23 @@ from resnet_func import (
     console,
     data,
     experiment,
+    inference,
     plots,
     recipes,
     report,
+    run,
     run_folder,
     runtime,
     summary,
     zoo,
 )
-from resnet_func.experiment import Experiment, Interrupted
-from resnet_func.recipes import Recipe, RecipeName
+from resnet_func.experiment import Experiment
+from resnet_func.options import Evaluate, Machine, Predict, Summary, Train
 from resnet_func.resnet import build
+from resnet_func.run import Interrupted
 
-DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder"]
 INTERRUPTED = 130
 COMPILE_ABOVE_FLOPS = 5e13  # some ten minutes on two CPU cores, of which compiling saves more than it costs
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How to compute; changes speed, and results only within rounding."""
-
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
-    threads: int = 0
-    """CPU threads; 0 is all cores."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the forward pass; auto is bf16 where the hardware has it."""
-    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
-    """Layout of images and weights."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the training step; auto where a compiler is found and the run is long enough to pay."""
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train a ResNet and write a run folder: config, metrics, checkpoints, pictures."""
-
-    dataset: DatasetName = "digits"
-    """digits come with scikit-learn, the named sets are downloaded, folder is your own images."""
-    data_dir: Path | None = None
-    """Where the data set is: for folder, train/<class>/* and test/<class>/*; else the download's root."""
-    recipe: RecipeName = "fast"
-    """fast: the most accuracy for minutes on two cores; article: ResNet-18 at 224 pixels with Adam."""
-    run_dir: Path | None = None
-    """A new folder for the results; by default the first free runs/DATASET-MODEL."""
-    resume: Path | None = None
-    """A run folder to go on with; its config.json decides everything but the machine."""
-    seed: int = 0
-    """Of initialisation, order and augmentation."""
-    download: bool = True
-    """Whether a missing data set may be downloaded."""
-    hyper: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = field(default_factory=Recipe)
-    """The recipe's values, each of which can be changed."""
-    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Test a trained network: accuracy, a table by class, confusion.png and mistakes.png."""
-
-    run_dir: Path | None = None
-    """The run folder; by default the latest below runs/."""
-    checkpoint: Literal["last", "best"] = "last"
-    """last is the honest one: best was chosen by its test accuracy."""
-    data_dir: Path | None = None
-    """Where the data set is now, if it has moved."""
-    flips: bool = False
-    """Average the logits over each image and its mirror image."""
-    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
-
-
-@dataclass(frozen=True)
-class Predict:
-    """Name what is on images: the five likeliest classes of each."""
-
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files."""
-    run_dir: Path | None = None
-    """The run folder; by default the latest below runs/."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Which of the run's checkpoints."""
-    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Print a network as a table: layer, output shape, parameters, multiply-accumulates."""
-
-    model: tyro.conf.Positional[str]
-    """A network of the zoo."""
-    image_size: int = 0
-    """Side of the input in pixels; 0 is 224 for the ImageNet stem and 32 for CIFAR's."""
-    stem: Literal["auto", "imagenet", "cifar"] = "auto"
-    """The first layers; auto is the network's own."""
-    norm: Literal["batch", "group", "none"] = "batch"
-    """The normalisation layers."""
-    num_classes: int = 0
-    """Size of the output; 0 is the network's own."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,7 +62,7 @@ class UsageError(Exception):
     """The command's options are wrong or do not go together."""
 
 
-EXPECTED = (run_folder.RunError, experiment.TrainingError, checkpoint.CheckpointError, data.DataError)
+EXPECTED = (run_folder.RunError, run.TrainingError, checkpoint.CheckpointError, data.DataError)
 
 
 def _fail(message: str, code: int, error: Exception | None = None) -> int:
@@ -227,13 +146,13 @@ def _train(options: Train) -> None:
     done = len(run_folder.read_metrics(folder)) if resume else 0
     try:
         with console.ConsoleReporter(output, recipe.epochs, done) as reporter:
-            records = experiment.train(described, splits, folder, machine, reporter, resume=resume)
+            records = run.train(described, splits, folder, machine, reporter, resume=resume)
     except Interrupted:
         raise Interrupted(f"the run is saved; go on with: resnet-func train --resume {folder}") from None
     title = f"{recipe.model} on {options.dataset}"
     plots.curves(records, folder / "curves.png", title)
-    trained = experiment.load_trained(folder, "last", machine)
-    evaluation = experiment.evaluate_trained(trained, splits.test, machine)
+    trained = inference.load_trained(folder, "last", machine)
+    evaluation = inference.evaluate_trained(trained, splits.test, machine)
     report.write_pictures(evaluation, splits.test, trained.task.classes, folder, title)
     _say(
         output,
@@ -245,14 +164,14 @@ def _evaluate(options: Evaluate) -> None:
     output = Console()
     folder = options.run_dir or run_folder.latest()
     machine = _configure(options.machine)
-    trained = experiment.load_trained(folder, options.checkpoint, machine, flips=options.flips)
+    trained = inference.load_trained(folder, options.checkpoint, machine, flips=options.flips)
     described = trained.experiment
     if options.data_dir is not None:
         described = replace(described, data_dir=str(options.data_dir))
     source = experiment.load_data(described).test
     if source.classes != trained.task.classes:
         raise data.DataError(f"{source.name} has other classes than the network of {folder} was trained on")
-    evaluation = experiment.evaluate_trained(trained, source, machine)
+    evaluation = inference.evaluate_trained(trained, source, machine)
     output.print(report.class_table(evaluation, trained.task.classes))
     title = f"{described.recipe.model} on {described.dataset}"
     report.write_pictures(evaluation, source, trained.task.classes, folder, title)
@@ -267,10 +186,10 @@ def _predict(options: Predict) -> None:
     if not options.images:
         raise UsageError("predict needs an image file or more: resnet-func predict IMAGE...")
     machine = _configure(options.machine)
-    trained = experiment.load_trained(options.run_dir or run_folder.latest(), options.checkpoint, machine)
-    images = [experiment.read_image(path, trained.task) for path in options.images]
+    trained = inference.load_trained(options.run_dir or run_folder.latest(), options.checkpoint, machine)
+    images = [inference.read_image(path, trained.task) for path in options.images]
     output = Console()
-    for path, logits in zip(options.images, experiment.predict(trained, images, machine), strict=True):
+    for path, logits in zip(options.images, inference.predict(trained, images, machine), strict=True):
         best = logits.softmax(0).topk(min(5, len(logits)))
         table = Table(str(path), "probability", box=None)
         for share, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):

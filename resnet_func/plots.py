@@ -20,14 +20,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
 DPI = 150
-TRAIN, TEST, GREY = "#D55E00", "#0072B2", "#595959"  # Okabe and Ito: distinct to every kind of colour vision
+TEST, GREY = "#0072B2", "#595959"
+STYLES: dict[str, dict[str, Any]] = {  # Okabe and Ito's colours: distinct to every kind of colour vision
+    "train": {"color": "#D55E00", "linestyle": "--", "linewidth": 1.3},
+    "test": {"color": TEST, "linestyle": "-", "linewidth": 1.8},
+}
 FEW_POINTS = 12  # up to here each epoch gets a marker
 LOG_RANGE = 30.0  # losses that span more than this factor get a logarithmic axis
+ERROR_FLOOR = 0.2  # percentage points: where the logarithm of the error levels off
+ERROR_TICKS = (0, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 99.8, 100)
 CLASSES_WITH_COUNTS, CLASSES_WITH_NAMES = 20, 50
 LISTED_MISTAKES = 12
 GRID_COLUMNS, GRID_ROWS = 6, 6
@@ -47,25 +53,27 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
         path: The PNG to write; what it replaces stays whole until then.
         title: Above the panels.
 
-    Edge cases: no records give a picture that says so; from the first epoch whose train loss is not finite
-    on, the panels are shaded.
+    Edge cases: no records give a picture that says so; the panels are shaded from the first epoch on whose
+    train loss is not finite.
     """
     figure = _figure(11, 4.2, title)
     loss, accuracy = figure.subplots(1, 2)
-    epochs = _column(records, "epoch")
-    for axes, metric, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
-        series = {split: scale * _column(records, f"{split}_{metric}") for split in ("train", "test")}
-        _draw_series(axes, epochs, series)
-        _tidy_axes(axes, epochs)
-        values = np.concatenate(list(series.values()))
-        if not np.isfinite(values).any():
-            _say(axes, "no finite values" if len(records) else "no epochs yet")
-            continue
-        _shade_divergence(axes, epochs, _column(records, "train_loss"))
-        _scale_loss(axes, values) if metric == "loss" else _scale_accuracy(axes, series)
     loss.set_title("Loss", loc="left", fontsize=11)
     accuracy.set_title("Accuracy (%)", loc="left", fontsize=11)
+    epochs, train_loss = _column(records, "epoch"), _column(records, "train_loss")
+    for axes, metric, percent in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+        series = {split: percent * _column(records, f"{split}_{metric}") for split in STYLES}
+        values = np.concatenate(list(series.values()))
+        values = values[np.isfinite(values)]
+        if not len(values):
+            _say(axes, "no finite values" if len(records) else "no epochs yet")
+            continue
+        _draw_series(axes, epochs, series)
+        _shade_divergence(axes, epochs, train_loss)
+        _scale_loss(axes, values) if metric == "loss" else _scale_accuracy(axes, values)
+        _tidy_axes(axes, epochs)
     _note_best(accuracy, epochs, 100 * _column(records, "test_accuracy"))
+    _note_divergence(loss, epochs, train_loss)
     _save(figure, path)
 
 
@@ -77,20 +85,9 @@ def _column(records: Sequence[Mapping[str, Any]], key: str) -> Numbers:
 
 def _draw_series(axes: Axes, epochs: Numbers, series: Mapping[str, Numbers]) -> None:
     marker = "o" if len(epochs) <= FEW_POINTS else ""
-    styles = {"train": (TRAIN, "--", 1.3), "test": (TEST, "-", 1.8)}
     for split, values in series.items():
-        finite = np.isfinite(values)
-        color, line, width = styles[split]
-        axes.plot(
-            epochs[finite],
-            values[finite],
-            color=color,
-            linestyle=line,
-            linewidth=width,
-            marker=marker,
-            markersize=4,
-            label=split,
-        )
+        seen = np.isfinite(values)
+        axes.plot(epochs[seen], values[seen], marker=marker, markersize=4, label=split, **STYLES[split])
 
 
 def _tidy_axes(axes: Axes, epochs: Numbers) -> None:
@@ -99,53 +96,49 @@ def _tidy_axes(axes: Axes, epochs: Numbers) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=9)
     axes.set_xlabel("epoch", fontsize=10)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    if len(epochs):
-        margin = max(0.02 * np.ptp(epochs), 0.2 if len(epochs) > 1 else 0.5)
-        axes.set_xlim(epochs.min() - margin, epochs.max() + margin)
-        axes.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    margin = max(0.02 * np.ptp(epochs), 0.2 if len(epochs) > 1 else 0.5)
+    axes.set_xlim(epochs.min() - margin, epochs.max() + margin)
+    axes.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=10)
 
 
 def _shade_divergence(axes: Axes, epochs: Numbers, train_loss: Numbers) -> None:
-    lost = np.flatnonzero(np.isnan(train_loss))
+    lost = epochs[np.isnan(train_loss)]
     if len(lost):
-        start = float(epochs[lost[0]])
-        axes.axvspan(start - 0.5, float(epochs[-1]) + 0.5, color="#000000", alpha=0.07, linewidth=0)
-        _plain(
-            axes.text(
-                start - 0.4,
-                0.03,
-                f"loss not finite from epoch {start:.0f}",
-                transform=axes.get_xaxis_transform(),
-                rotation=90,
-                fontsize=9,
-                color=GREY,
-            )
-        )
+        axes.axvspan(lost[0] - 0.5, epochs[-1] + 0.5, color="black", alpha=0.07, linewidth=0)
+
+
+def _note_divergence(axes: Axes, epochs: Numbers, train_loss: Numbers) -> None:
+    lost = epochs[np.isnan(train_loss)]
+    if len(lost):
+        axes.set_title(f"not finite from epoch {lost[0]:.0f}", loc="right", fontsize=10, color=GREY)
 
 
 def _scale_loss(axes: Axes, losses: Numbers) -> None:
-    losses = losses[np.isfinite(losses)]
     if losses.min() > 0 and losses.max() > LOG_RANGE * losses.min():
         axes.set_yscale("log")
         decades = math.log10(losses.max() / losses.min())
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3.5 else (1,)))
     elif losses.min() >= 0:
         axes.set_ylim(0, 1.05 * losses.max() or 1)
 
 
-def _scale_accuracy(axes: Axes, series: Mapping[str, Numbers]) -> None:
-    """Give the axis to the second half of the run where the climb before it would flatten it."""
-    settled = np.concatenate([values[len(values) // 2 :] for values in series.values()])
-    everything = np.concatenate(list(series.values()))
-    low, high = np.nanmin(everything), np.nanmax(everything)
-    if len(everything) > 8 and np.isfinite(settled).any() and high - np.nanmin(settled) < (high - low) / 2:
-        low = np.nanmin(settled)
-    margin = 0.06 * max(high - low, 1.0)
-    axes.set_ylim(max(low - margin, -margin / 2), min(high + margin, 100 + margin / 2))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
+def _scale_accuracy(axes: Axes, accuracies: Numbers) -> None:
+    """Where a run gets from far to near 100 %, the logarithm of the error; else as it is."""
+    low, high = accuracies.min(), accuracies.max()
+    if high > 90 and 100 - low > 5 * (100 - high + ERROR_FLOOR):
+        ceiling = 100 + ERROR_FLOOR
+        scale = (lambda a: -np.log10(np.maximum(ceiling - a, 1e-6)), lambda y: ceiling - 10.0**-y)
+        axes.set_yscale("function", functions=scale)
+        axes.set_ylabel("error on a log scale", fontsize=9, color=GREY)
+        axes.yaxis.set_major_locator(FixedLocator(ERROR_TICKS))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        margin = max(0.06 * (high - low), 0.5)
+        bottom = max(low - margin, -0.5)
+        axes.set_ylim(bottom, min(high + margin, 100 + 0.03 * (100 - bottom)))
 
 
 def _note_best(axes: Axes, epochs: Numbers, accuracy: Numbers) -> None:
@@ -182,28 +175,31 @@ def confusion(matrix: Int[Tensor, "c c"], classes: Sequence[str], path: Path, ti
         raise ValueError(f"{len(classes)} classes need a square matrix of that size; got {counts.shape}")
     totals = counts.sum(1, keepdims=True)
     percent = 100 * counts / np.where(totals > 0, totals, 1)
-    right, samples = int(np.trace(counts)), int(counts.sum())
-    accuracy = f"{right / samples:.2%} of {samples:,} right" if samples else "no samples"
-    figure = _figure(8.2 if len(classes) <= CLASSES_WITH_COUNTS else 11, 7, f"{title}: {accuracy}")
-    axes = figure.add_subplot()
+    samples = int(totals.sum())
+    accuracy = f"{np.trace(counts) / samples:.2%} of {samples:,} right" if samples else "no samples"
+    small = len(classes) <= CLASSES_WITH_COUNTS
+    figure = _figure(8.2 if small else 11, 7, f"{title}: {accuracy}")
+    axes, *rest = figure.subplots(
+        1, 1 if small else 2, squeeze=False, width_ratios=(1,) if small else (2.3, 1)
+    )[0]
     _draw_cells(figure, axes, percent)
     _label_classes(axes, classes)
-    if len(classes) <= CLASSES_WITH_COUNTS:
+    if small:
         _write_counts(axes, counts, percent)
     else:
-        _list_mistakes(axes, counts, percent, classes)
+        _list_mistakes(rest[0], counts, percent, classes)
     _save(figure, path)
 
 
 def _draw_cells(figure: Figure, axes: Axes, percent: Numbers) -> None:
     diagonal = np.eye(len(percent), dtype=bool)
     right = np.ma.masked_where(~diagonal, percent)
-    wrong = np.ma.masked_where(diagonal, percent)
-    axes.imshow(right, cmap="Blues", vmin=0, vmax=160, interpolation="nearest")
+    wrong = np.ma.masked_where(diagonal | (percent == 0), percent)
+    axes.imshow(right, cmap="Blues", vmin=-30, vmax=130, interpolation="nearest")
     # the square root lifts rare mistakes out of the white
     scale = PowerNorm(0.5, 0, max(float(percent[~diagonal].max(initial=0)), 1))
     image = axes.imshow(wrong, cmap="Oranges", norm=scale, interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02, aspect=30)
+    bar = figure.colorbar(image, ax=axes, shrink=0.5, pad=0.02, aspect=30)
     bar.set_label("mistakes, % of the true class", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
@@ -230,30 +226,37 @@ def _label_classes(axes: Axes, classes: Sequence[str]) -> None:
 
 def _write_counts(axes: Axes, counts: Numbers, percent: Numbers) -> None:
     size = 9 if len(counts) <= 12 else 7
-    darkest = max(float(percent[~np.eye(len(counts), dtype=bool)].max(initial=0)), 1)
+    worst = max(float(percent[~np.eye(len(counts), dtype=bool)].max(initial=0)), 1)
     for row, column in np.argwhere(counts > 0):
         right = row == column
-        # white where the square-root colour scale has become dark
-        color = "white" if not right and percent[row, column] > 0.5 * darkest else "black"
-        weight = "bold" if right else "normal"
-        text = f"{counts[row, column]:.0f}"
-        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size, fontweight=weight)
+        dark = percent[row, column] > (55 if right else 0.5 * worst)
+        axes.text(
+            column,
+            row,
+            f"{counts[row, column]:.0f}",
+            ha="center",
+            va="center",
+            color="white" if dark else "black",
+            fontsize=size,
+            fontweight="bold" if right else "normal",
+        )
+    edge = {"x": len(counts) - 0.4, "color": GREY, "fontsize": size}
     for row, total in enumerate(counts.sum(1)):
-        text = f"{percent[row, row]:.1f} %" if total else "none"
-        axes.text(len(counts) - 0.4, row, text, ha="left", va="center", color=GREY, fontsize=size)
-    axes.text(len(counts) - 0.4, -0.6, "right", ha="left", va="bottom", color=GREY, fontsize=size)
+        axes.text(y=row, s=f"{percent[row, row]:.1f}%" if total else "none", va="center", **edge)
+    axes.text(y=-0.6, s="right", va="bottom", **edge)
 
 
 def _list_mistakes(axes: Axes, counts: Numbers, percent: Numbers, classes: Sequence[str]) -> None:
     wrong = np.where(np.eye(len(counts), dtype=bool), 0, counts)
-    worst = np.argsort(-wrong, axis=None, kind="stable")[:LISTED_MISTAKES]
-    lines = ["most frequent mistakes", ""]
-    for row, column in zip(*np.unravel_index(worst, wrong.shape), strict=True):
+    lines = []
+    for cell in np.argsort(-wrong, axis=None, kind="stable")[:LISTED_MISTAKES]:
+        row, column = divmod(int(cell), len(counts))
         if wrong[row, column]:
-            arrow = f"{_shorten(classes[row], 16)} → {_shorten(classes[column], 16)}"
-            lines.append(f"{arrow}  {wrong[row, column]:.0f} ({percent[row, column]:.0f} %)")
-    text = "\n".join(lines if len(lines) > 2 else ["no mistakes"])
-    _plain(axes.text(1.32, 0.5, text, transform=axes.transAxes, va="center", fontsize=9, linespacing=1.6))
+            pair = f"{_shorten(classes[row], 18)} → {_shorten(classes[column], 18)}"
+            lines.append(f"{pair}\n{counts[row, column]:.0f} times, {percent[row, column]:.1f}%")
+    text = "\n".join(["most frequent mistakes\n", *lines] if lines else ["no mistakes"])
+    _plain(axes.text(0, 0.5, text, va="center", fontsize=9, linespacing=1.4))
+    axes.set_axis_off()
 
 
 # --------------------------------------------------------------------------- mistakes
@@ -271,7 +274,7 @@ def mistakes(
     """Draw up to 36 wrongly classified images, the most confident mistake first.
 
     Args:
-        images: [K, C, H, W], uint8; three channels are RGB, other numbers of channels show their mean as grey.
+        images: [K, C, H, W], uint8; three channels are RGB, else their mean is shown in grey.
         labels: True classes [K].
         predictions: Predicted classes [K]; an image whose prediction is right is left out.
         confidences: Probabilities of the predictions [K], in 0..1.
@@ -292,7 +295,7 @@ def mistakes(
         axes.set_axis_off()
     for axes, index in zip(grid, shown, strict=False):
         _draw_image(axes, images[int(index)])
-        true, predicted = (_shorten(classes[int(of[int(index)])], 18) for of in (labels, predictions))
+        true, predicted = (_shorten(classes[int(of[int(index)])], 14) for of in (labels, predictions))
         caption = f"{true} →\n{predicted} ({float(confidences[int(index)]):.1%})"
         _plain(axes.set_title(caption, fontsize=9))
     if not len(shown):
@@ -315,7 +318,7 @@ def _figure(width: float, height: float, title: str) -> Figure:
     """A figure of this size in inches, its title in the left corner, in as many lines as it needs."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    text = textwrap.fill(title, max(20, int(10 * width)))
+    text = textwrap.fill(title, max(20, int(9 * width)))
     _plain(figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold"))
     return figure
 
