@@ -34,7 +34,7 @@ from resnet_func.resnet import build
 from resnet_func.run import Interrupted
 
 INTERRUPTED = 130
-COMPILE_ABOVE_FLOPS = 5e13  # some ten minutes on two CPU cores, of which compiling saves more than it costs
+COMPILE_ABOVE_FLOPS = 1e15  # hours on two CPU cores: below, compiling costs what it saves or more
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -170,7 +170,7 @@ def train_batches(
     """The augmented batches of an epoch from batch `first` on; the same in every run of the experiment."""
     recipe, device = experiment.recipe, prepare.runtime.device
     changes = recipes.make_augment(recipe)
-    size = max(1, round(recipe.scale_at(epoch) * prepare.task.image_size))
+    size = _size_at(experiment, prepare, epoch)
     order = torch.randperm(source.num_samples, generator=make_generator("cpu", experiment.seed, 1, epoch))
     full = len(order) // recipe.batch_size
     picks = order.split(recipe.batch_size)[first:full]
@@ -180,10 +180,18 @@ def train_batches(
         yield x, labels.to(device)
 
 
-def eval_batches(source: data.Source, prepare: Preparer) -> Batches:
-    """All batches of a source in its own order, not augmented."""
+def _size_at(experiment: Experiment, prepare: Preparer, epoch: int) -> int:
+    return max(1, round(experiment.recipe.scale_at(epoch) * prepare.task.image_size))
+
+
+def test_batches(
+    experiment: Experiment, source: data.Source, prepare: Preparer, epoch: int
+) -> Iterator[tuple[Images, Targets]]:
+    """All batches of a source in its own order, not augmented, at the size that the epoch trains at."""
+    size = _size_at(experiment, prepare, epoch)
     for images, labels in data.batches(source, EVAL_BATCH):
-        yield prepare(images), labels.to(prepare.runtime.device)
+        x = augment.resize(prepare(images), size).contiguous(memory_format=prepare.runtime.memory_format)
+        yield x, labels.to(prepare.runtime.device)
 
 
 def training_flops(experiment: Experiment, splits: data.Splits) -> float:

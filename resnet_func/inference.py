@@ -13,10 +13,10 @@ from resnet_func.experiment import (
     Experiment,
     Preparer,
     Task,
-    eval_batches,
     from_description,
     make_network,
     make_optimizer,
+    test_batches,
 )
 from resnet_func.losses import cross_entropy
 from resnet_func.run import tested
@@ -58,8 +58,9 @@ def load_trained(folder: Path, which: str, runtime: Runtime, *, flips: bool = Fa
 def evaluate_trained(trained: Trained, source: data.Source, runtime: Runtime) -> Evaluation:
     """Losses and logits of a trained network on a source."""
     eval_step = make_eval_step(trained.model, cross_entropy)
-    prepare = Preparer(trained.task, runtime)
-    return evaluate(eval_step, trained.params, trained.state, eval_batches(source, prepare))
+    last = trained.experiment.recipe.epochs - 1  # at full size
+    batches = test_batches(trained.experiment, source, Preparer(trained.task, runtime), last)
+    return evaluate(eval_step, trained.params, trained.state, batches)
 
 
 def predict(trained: Trained, images: list[Tensor], runtime: Runtime) -> Tensor:

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -35,13 +34,9 @@ LOG_RANGE = 30.0  # losses that span more than this factor get a logarithmic axi
 ERROR_FLOOR = 0.2  # percentage points: where the logarithm of the error levels off
 ERROR_TICKS = (0, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 99.8, 100)
 CLASSES_WITH_COUNTS, CLASSES_WITH_NAMES = 20, 50
-LISTED_MISTAKES = 12
-GRID_COLUMNS, GRID_ROWS = 6, 6
+LISTED_MISTAKES, SHOWN_MISTAKES = 12, 36
 
 Numbers = NDArray[np.float64]
-
-
-# --------------------------------------------------------------------------- curves
 
 
 def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -60,7 +55,7 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
     loss, accuracy = figure.subplots(1, 2)
     loss.set_title("Loss", loc="left", fontsize=11)
     accuracy.set_title("Accuracy (%)", loc="left", fontsize=11)
-    epochs, train_loss = _column(records, "epoch"), _column(records, "train_loss")
+    epochs = _column(records, "epoch")
     for axes, metric, percent in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
         series = {split: percent * _column(records, f"{split}_{metric}") for split in STYLES}
         values = np.concatenate(list(series.values()))
@@ -69,11 +64,10 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
             _say(axes, "no finite values" if len(records) else "no epochs yet")
             continue
         _draw_series(axes, epochs, series)
-        _shade_divergence(axes, epochs, train_loss)
         _scale_loss(axes, values) if metric == "loss" else _scale_accuracy(axes, values)
         _tidy_axes(axes, epochs)
     _note_best(accuracy, epochs, 100 * _column(records, "test_accuracy"))
-    _note_divergence(loss, epochs, train_loss)
+    _mark_divergence(loss, accuracy, epochs, _column(records, "train_loss"))
     _save(figure, path)
 
 
@@ -98,22 +92,19 @@ def _tidy_axes(axes: Axes, epochs: Numbers) -> None:
     axes.set_xlabel("epoch", fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
     margin = max(0.02 * np.ptp(epochs), 0.2 if len(epochs) > 1 else 0.5)
     axes.set_xlim(epochs.min() - margin, epochs.max() + margin)
     axes.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=10)
 
 
-def _shade_divergence(axes: Axes, epochs: Numbers, train_loss: Numbers) -> None:
+def _mark_divergence(loss: Axes, accuracy: Axes, epochs: Numbers, train_loss: Numbers) -> None:
     lost = epochs[np.isnan(train_loss)]
     if len(lost):
-        axes.axvspan(lost[0] - 0.5, epochs[-1] + 0.5, color="black", alpha=0.07, linewidth=0)
-
-
-def _note_divergence(axes: Axes, epochs: Numbers, train_loss: Numbers) -> None:
-    lost = epochs[np.isnan(train_loss)]
-    if len(lost):
-        axes.set_title(f"not finite from epoch {lost[0]:.0f}", loc="right", fontsize=10, color=GREY)
+        loss.set_title(f"not finite from epoch {lost[0]:.0f}", loc="right", fontsize=10, color=GREY)
+        for axes in (loss, accuracy):
+            if axes.axison:
+                axes.axvspan(lost[0] - 0.5, epochs[-1] + 0.5, color="black", alpha=0.07, linewidth=0)
 
 
 def _scale_loss(axes: Axes, losses: Numbers) -> None:
@@ -134,7 +125,6 @@ def _scale_accuracy(axes: Axes, accuracies: Numbers) -> None:
         axes.set_yscale("function", functions=scale)
         axes.set_ylabel("error on a log scale", fontsize=9, color=GREY)
         axes.yaxis.set_major_locator(FixedLocator(ERROR_TICKS))
-        axes.yaxis.set_minor_locator(NullLocator())
     else:
         margin = max(0.06 * (high - low), 0.5)
         bottom = max(low - margin, -0.5)
@@ -149,9 +139,6 @@ def _note_best(axes: Axes, epochs: Numbers, accuracy: Numbers) -> None:
     final = f"{accuracy[-1]:.2f}" if np.isfinite(accuracy[-1]) else "not finite"
     text = f"test: final {final}, best {accuracy[best]:.2f} at epoch {epochs[best]:.0f}"
     axes.set_title(text, loc="right", fontsize=10, color=TEST)
-
-
-# --------------------------------------------------------------------------- confusion
 
 
 def confusion(matrix: Int[Tensor, "c c"], classes: Sequence[str], path: Path, title: str) -> None:
@@ -179,15 +166,13 @@ def confusion(matrix: Int[Tensor, "c c"], classes: Sequence[str], path: Path, ti
     accuracy = f"{np.trace(counts) / samples:.2%} of {samples:,} right" if samples else "no samples"
     small = len(classes) <= CLASSES_WITH_COUNTS
     figure = _figure(8.2 if small else 11, 7, f"{title}: {accuracy}")
-    axes, *rest = figure.subplots(
-        1, 1 if small else 2, squeeze=False, width_ratios=(1,) if small else (2.3, 1)
-    )[0]
+    axes, *beside = figure.subplots(1, 2 - small, squeeze=False, width_ratios=(2.3, 1)[: 2 - small])[0]
     _draw_cells(figure, axes, percent)
     _label_classes(axes, classes)
     if small:
         _write_counts(axes, counts, percent)
     else:
-        _list_mistakes(rest[0], counts, percent, classes)
+        _list_mistakes(beside[0], counts, percent, classes)
     _save(figure, path)
 
 
@@ -212,15 +197,9 @@ def _label_classes(axes: Axes, classes: Sequence[str]) -> None:
         upright = count <= 10 and max(map(len, names)) <= 4
         axes.set_xticks(range(count), names, rotation=0 if upright else 90, fontsize=size)
         axes.set_yticks(range(count), names, fontsize=size)
-        for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-            label.set_parse_math(False)
-    else:
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-        axes.tick_params(labelsize=9)
+        axes.tick_params(length=0)
     axes.set_xlabel("predicted", fontsize=10)
     axes.set_ylabel("true", fontsize=10)
-    axes.tick_params(length=0 if count <= CLASSES_WITH_NAMES else 3)
     axes.spines[:].set_color("#bfbfbf")
 
 
@@ -230,16 +209,11 @@ def _write_counts(axes: Axes, counts: Numbers, percent: Numbers) -> None:
     for row, column in np.argwhere(counts > 0):
         right = row == column
         dark = percent[row, column] > (55 if right else 0.5 * worst)
-        axes.text(
-            column,
-            row,
-            f"{counts[row, column]:.0f}",
-            ha="center",
-            va="center",
-            color="white" if dark else "black",
-            fontsize=size,
-            fontweight="bold" if right else "normal",
-        )
+        style: dict[str, Any] = {
+            "color": "white" if dark else "black",
+            "fontweight": "bold" if right else "normal",
+        }
+        axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", fontsize=size, **style)
     edge = {"x": len(counts) - 0.4, "color": GREY, "fontsize": size}
     for row, total in enumerate(counts.sum(1)):
         axes.text(y=row, s=f"{percent[row, row]:.1f}%" if total else "none", va="center", **edge)
@@ -255,11 +229,8 @@ def _list_mistakes(axes: Axes, counts: Numbers, percent: Numbers, classes: Seque
             pair = f"{_shorten(classes[row], 18)} → {_shorten(classes[column], 18)}"
             lines.append(f"{pair}\n{counts[row, column]:.0f} times, {percent[row, column]:.1f}%")
     text = "\n".join(["most frequent mistakes\n", *lines] if lines else ["no mistakes"])
-    _plain(axes.text(0, 0.5, text, va="center", fontsize=9, linespacing=1.4))
+    axes.text(0, 0.5, text, va="center", fontsize=9, linespacing=1.4)
     axes.set_axis_off()
-
-
-# --------------------------------------------------------------------------- mistakes
 
 
 def mistakes(
@@ -285,20 +256,19 @@ def mistakes(
     Edge cases: without a mistake the picture says so.
     """
     wrong = (labels != predictions).cpu().numpy()
-    certainty = np.where(wrong, np.nan_to_num(confidences.double().cpu().numpy(), nan=0.0), -1.0)
-    shown = np.argsort(-certainty, kind="stable")[: min(int(wrong.sum()), GRID_COLUMNS * GRID_ROWS)]
-    columns = min(GRID_COLUMNS, max(3, math.ceil(math.sqrt(len(shown)))))
+    certainty = np.where(wrong, confidences.double().nan_to_num(0).cpu().numpy(), -1)
+    shown = np.argsort(-certainty, kind="stable")[: min(wrong.sum(), SHOWN_MISTAKES)].tolist()
+    columns = max(3, math.ceil(math.sqrt(len(shown))))
     rows = max(1, math.ceil(len(shown) / columns))
     figure = _figure(1.75 * columns, 0.6 + 2.15 * rows, title)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid:
         axes.set_axis_off()
     for axes, index in zip(grid, shown, strict=False):
-        _draw_image(axes, images[int(index)])
-        true, predicted = (_shorten(classes[int(of[int(index)])], 14) for of in (labels, predictions))
-        caption = f"{true} →\n{predicted} ({float(confidences[int(index)]):.1%})"
-        _plain(axes.set_title(caption, fontsize=9))
-    if not len(shown):
+        _draw_image(axes, images[index])
+        true, predicted = (_shorten(classes[int(of[index])], 14) for of in (labels, predictions))
+        axes.set_title(f"{true} →\n{predicted} ({float(confidences[index]):.1%})", fontsize=9)
+    if not shown:
         _say(figure.add_subplot(), "no mistakes")
     _save(figure, path)
 
@@ -311,21 +281,12 @@ def _draw_image(axes: Axes, image: UInt8[Tensor, "c h w"]) -> None:
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest" if small else "antialiased")
 
 
-# --------------------------------------------------------------------------- figures
-
-
 def _figure(width: float, height: float, title: str) -> Figure:
     """A figure of this size in inches, its title in the left corner, in as many lines as it needs."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     text = textwrap.fill(title, max(20, int(9 * width)))
-    _plain(figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold"))
+    figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
-
-
-def _plain(text: Text) -> None:
-    """A name with dollar signs in it is no formula."""
-    text.set_parse_math(False)
 
 
 def _shorten(name: str, length: int) -> str:
@@ -339,6 +300,8 @@ def _say(axes: Axes, message: str) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write the PNG whole or not at all."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name with dollar signs in it is no formula
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     temporary = path.with_name(f"{path.name}.tmp")

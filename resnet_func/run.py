@@ -18,11 +18,11 @@ from resnet_func.experiment import (
     Experiment,
     Preparer,
     describe,
-    eval_batches,
     make_generator,
     make_network,
     make_optimizer,
     make_task,
+    test_batches,
     train_batches,
 )
 from resnet_func.losses import cross_entropy
@@ -107,7 +107,9 @@ def train(
                 if interrupted():
                     _save(folder, train_state, progress)
                     raise Interrupted
-            evaluation = evaluate(eval_step, *tested(train_state), eval_batches(splits.test, prepare))
+            evaluation = evaluate(
+                eval_step, *tested(train_state), test_batches(experiment, splits.test, prepare, epoch)
+            )
             records.append(_record(epoch, progress, evaluation))
             progress = Progress(epoch + 1)
             _finish_epoch(folder, train_state, progress, records)

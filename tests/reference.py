@@ -191,7 +191,9 @@ def assert_bitwise(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> Non
         assert leaf.isfinite().all(), f"{name} of the reference is not finite: nothing is proven"
         assert got[name].dtype == leaf.dtype, name
         if not torch.equal(got[name], leaf):
-            wrong[name] = (got[name] - leaf).abs().max().item() if got[name].shape == leaf.shape else float("inf")
+            wrong[name] = (
+                (got[name] - leaf).abs().max().item() if got[name].shape == leaf.shape else float("inf")
+            )
     worst = max(wrong, key=lambda name: wrong[name], default=None)
     assert worst is None, f"{len(wrong)} of {len(want)} differ, worst {worst} by {wrong[worst]:.3g}"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_folder import make_image_folder
 
 from resnet_func import checkpoint, recipes, zoo
 from resnet_func.cli import main
-from image_folder import make_image_folder
 
 TINY = ("--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1")
 

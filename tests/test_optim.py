@@ -330,7 +330,8 @@ def test_compiled_step_is_one_graph_and_never_recompiles() -> None:
         return params, tuple(new_states), optim.ema(average, params, 0.9)
 
     params = make_tree(0)
-    eager = compiled = (params, (optimizer.init(params), nesterov.init(params)), params)
+    # Another tree for the average: were it `params` itself, the second step would not alias, and recompile.
+    eager = compiled = (params, (optimizer.init(params), nesterov.init(params)), make_tree(0))
     counter = CompileCounterWithBackend("aot_eager")
     compiled_step = torch.compile(step, fullgraph=True, backend=counter)
     for _ in range(5):

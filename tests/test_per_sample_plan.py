@@ -58,15 +58,20 @@ def test_views_count_as_pixels() -> None:
 
 
 def test_the_measured_shapes_go_the_measured_way() -> None:
-    """EVIDENCE.md, section 2: ghost for (512, 512, 4x4), a grouped convolution where maps are large."""
+    """EVIDENCE.md, section 2, and the layer table of benchmarks/per_sample.py: ghost where maps are small."""
     ways = ps.plan(rf.resnet18(num_classes=10, stem="cifar", norm="group"), (32, 3, 32, 32), "norms").ways
     assert ways["layer4.1.conv2.weight"] == "ghost"
+    assert ways["layer3.1.conv2.weight"] == "ghost"
+    assert ways["layer4.0.conv1.weight"] == "ghost"
     assert ways["fc.weight"] == "ghost"
+    assert ways["conv1.weight"] == "materialize"
     assert ways["layer1.0.conv1.weight"] == "materialize"
-    assert ways["layer2.1.conv1.weight"] == "materialize"
+    assert ways["layer2.0.downsample.0.weight"] == "materialize"
     small_maps = ps.plan(rf.resnet20(norm="group"), (64, 3, 32, 32), "norms").ways
     assert small_maps["layer1.0.conv1.weight"] == "materialize"
-    assert small_maps["layer3.1.conv1.weight"] == "materialize"
+    assert small_maps["layer2.1.conv1.weight"] == "materialize"
+    grouped = ps.plan(rf.resnext50_32x4d(norm="group"), (8, 3, 160, 160), "norms").ways
+    assert grouped["layer1.1.conv2.weight"] == "materialize"
 
 
 def test_standardized_weights_are_materialized() -> None:

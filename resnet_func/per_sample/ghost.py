@@ -7,6 +7,8 @@ kernel's offsets d: `<u_t, u'_s> = sum_d <a_(t+d), a'_(s+d)>`. The pixel Gram is
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -27,6 +29,7 @@ def conv_squared_norms(spec: Conv, inputs: Tensor, cotangents: Tensor, views: in
         views: Views of each sample, whose gradients are summed.
     """
     n = cotangents.shape[0] // views
+    spec, inputs = _seen(spec, inputs)
     a, g = (_by_sample_and_group(t, views, spec.groups) for t in (inputs, cotangents))
     pixels = torch.bmm(a.transpose(1, 2), a)
     outputs = torch.bmm(g.transpose(1, 2), g)
@@ -39,7 +42,8 @@ def conv_squared_norms(spec: Conv, inputs: Tensor, cotangents: Tensor, views: in
 def conv_inner_products(spec: Conv, a: Pair, b: Pair, views: int = 1) -> Float[Tensor, "na nb"]:
     """Inner products of the weight gradients of two batches, each an `(inputs, cotangents)` pair."""
     na, nb = (cotangents.shape[0] // views for _, cotangents in (a, b))
-    patches = _patch_products(spec, _cross_pixel_pairs(a[0], b[0], views, spec.groups))
+    (spec, inputs_a), (_, inputs_b) = _seen(spec, a[0]), _seen(spec, b[0])
+    patches = _patch_products(spec, _cross_pixel_pairs(inputs_a, inputs_b, views, spec.groups))
     products = patches * _cross_pixel_pairs(a[1], b[1], views, spec.groups)
     # dimensions: groups, na, views, nb, views, then the two pixels
     return products.reshape(spec.groups, na, views, nb, views, -1).sum((0, 2, 4, 5))
@@ -62,6 +66,13 @@ def linear_inner_products(
     products = (inputs_a @ inputs_b.T) * (_upcast(cotangents_a) @ _upcast(cotangents_b).T)
     na, nb = inputs_a.shape[0] // views, inputs_b.shape[0] // views
     return products.reshape(views, na, views, nb).sum((0, 2))
+
+
+def _seen(spec: Conv, inputs: Tensor) -> tuple[Conv, Tensor]:
+    """A strided 1x1 convolution without padding sees only every `stride`-th pixel."""
+    if spec.kernel > 1 or spec.padding or spec.stride == 1:
+        return spec, inputs
+    return replace(spec, stride=1), inputs[:, :, :: spec.stride, :: spec.stride]
 
 
 def _patch_products(spec: Conv, pixels: Float[Tensor, "b h w h2 w2"]) -> Float[Tensor, "b ho wo ho2 wo2"]:

@@ -16,11 +16,14 @@ from resnet_func.types import Model
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")
 
-# Costs in nanoseconds, from one run of `python -m benchmarks.per_sample --layers` on two Zen 3 cores; what
-# carries over to other machines is how they compare.
-NS_PER_CONV_FLOP = 0.0125
+# Costs in nanoseconds, fitted to `python -m benchmarks.per_sample --layers` on one Zen 3 core; what carries
+# over to other machines is how they compare. A ghost norm reads its pixel products once per kernel offset.
+NS_PER_CONV_FLOP = 0.017
 NS_PER_MATMUL_FLOP = 0.0125
-NS_PER_BYTE = 0.08
+NS_PER_GRADIENT_BYTE = 0.4
+NS_PER_PIXEL_PRODUCT_BYTE = 0.25
+NS_PER_KEPT_BYTE = 0.06
+NS_PER_CAPTURED_BYTE = 0.05
 # the part of what the captures take that `clipped_sum` may add in kept gradients, if no budget is given
 KEPT_SHARE = 0.25
 
@@ -158,8 +161,8 @@ class _Layer:
 
     @property
     def pixels(self) -> int:
-        """Input pixels over all views, to within the last stride."""
-        stride = self.spec.stride if isinstance(self.spec, Conv) else 1
+        """Input pixels that a ghost norm pairs, over all views, to within the last stride."""
+        stride = self.spec.stride if isinstance(self.spec, Conv) and self.spec.kernel > 1 else 1
         return self.positions * stride * stride
 
     @property
@@ -184,9 +187,11 @@ def _materialize_flops(layer: _Layer) -> int:
 
 
 def _materialize_cost(layer: _Layer) -> float:
-    # written once and read once, and the factors read
-    traffic = 2 * layer.gradient_bytes + layer.capture_bytes
-    return _materialize_flops(layer) * NS_PER_CONV_FLOP + traffic * NS_PER_BYTE
+    return _weight_pass_cost(layer) + layer.gradient_bytes * NS_PER_GRADIENT_BYTE
+
+
+def _weight_pass_cost(layer: _Layer) -> float:
+    return _materialize_flops(layer) * NS_PER_CONV_FLOP + layer.capture_bytes * NS_PER_CAPTURED_BYTE
 
 
 def _ghost_pairs(layer: _Layer, quantity: str) -> int:
@@ -206,9 +211,12 @@ def _ghost_bytes(layer: _Layer, quantity: str) -> int:
 
 def _ghost_cost(layer: _Layer, quantity: str) -> float:
     kernel = layer.spec.kernel if isinstance(layer.spec, Conv) else 1
-    # one pass over the pixel products for every offset of the kernel
-    traffic = _ghost_bytes(layer, quantity) * (1 + kernel**2) + layer.capture_bytes
-    return _ghost_flops(layer, quantity) * NS_PER_MATMUL_FLOP + traffic * NS_PER_BYTE
+    groups = layer.spec.groups if isinstance(layer.spec, Conv) else 1
+    width = max(layer.element_size, 4)
+    products = _ghost_pairs(layer, quantity) * groups * layer.positions**2 * width * kernel**2
+    products += _ghost_pairs(layer, quantity) * groups * layer.pixels**2 * width
+    traffic = products * NS_PER_PIXEL_PRODUCT_BYTE + layer.capture_bytes * NS_PER_CAPTURED_BYTE
+    return _ghost_flops(layer, quantity) * NS_PER_MATMUL_FLOP + traffic
 
 
 def _choose(layer: _Layer, quantity: str, memory_budget: int | None) -> Entry:
@@ -240,9 +248,10 @@ def _keep_what_pays(layers: list[_Layer], entries: list[Entry], memory_budget: i
     kept = {}
     extra = {layer.path: layer.gradient_bytes - layer.capture_bytes for layer in layers}
     for layer, entry in sorted(zip(layers, entries, strict=True), key=lambda pair: extra[pair[0].path]):
-        second_pass = _materialize_flops(layer) * NS_PER_CONV_FLOP + layer.capture_bytes * NS_PER_BYTE
-        keep_cost = _materialize_cost(layer) + layer.gradient_bytes * NS_PER_BYTE
-        costs = {way: cost + second_pass for way, cost in entry.costs.items()} | {"keep": keep_cost}
+        keep_cost = _materialize_cost(layer) + layer.gradient_bytes * NS_PER_KEPT_BYTE
+        costs = {way: cost + _weight_pass_cost(layer) for way, cost in entry.costs.items()} | {
+            "keep": keep_cost
+        }
         need = layer.gradient_bytes if memory_budget is not None else extra[layer.path]
         if keep_cost < costs[entry.way] and need <= left:
             left -= need

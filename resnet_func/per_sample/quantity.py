@@ -158,7 +158,7 @@ def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
     """`min(1, max_norm / norm)`: exactly 1 up to `max_norm`, and `factor * norm` never rounds above it."""
     # the quotient may round up, and so may its product with the norm: a step below is safe, unless subnormal
     info = torch.finfo(norms.dtype)
-    quotient = max_norm / norms * (1 - 2 * info.eps)
+    quotient = max_norm / norms.clamp(min=info.tiny) * (1 - 2 * info.eps)
     quotient = torch.where(quotient < info.tiny, 0.0, quotient)
     return torch.where(norms <= max_norm, 1.0, quotient).to(norms.dtype)
 
