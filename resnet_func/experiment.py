@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ from resnet_func.runtime import Runtime
 from resnet_func.train import (
     Batches,
 )
-from resnet_func.types import Images, Model
+from resnet_func.types import Images, Model, Targets
 
 EVAL_BATCH = 500
 

@@ -39,8 +39,8 @@ class Recipe:
         cutout: Side of the square blanked in each training image.
         image_size: Resize all images to this side; 0 keeps the data set's own.
         early_scales: Pairs (scale, share): for this share of the epochs, train on images scaled down by
-            `scale` (and test on them); one pair after the other, then at full size, in which at least the last
-            epoch is.
+            `scale`, and test at that size; one pair after the other, then at full size, as at least the
+            last epoch always is.
         normalization: Mean and standard deviation: of the training images ("data") or ImageNet's.
     """
 

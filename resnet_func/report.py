@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -16,13 +17,14 @@ MISTAKES_SHOWN = 25
 
 def class_table(evaluation: Evaluation, classes: tuple[str, ...]) -> Table:
     """Precision, recall (the class's accuracy) and F1 of each class, with its number of images."""
-    scores = classification_report(
+    # the stubs know only the report as text
+    scores: Any = classification_report(
         evaluation.targets,
         evaluation.logits.argmax(1),
         labels=range(len(classes)),
         target_names=classes,
         output_dict=True,
-        zero_division=0,
+        zero_division=0,  # pyright: ignore[reportArgumentType]
     )
     table = Table("class", box=None)
     for name in ("precision", "recall", "F1", "images"):

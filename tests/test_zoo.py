@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -106,8 +105,8 @@ def pair(name: str, dtype: torch.dtype = torch.float32) -> Pair:
 
 
 @pytest.fixture(scope="module", params=zoo.IMAGENET)
-def imagenet(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    yield pair(request.param)
+def imagenet(request: pytest.FixtureRequest) -> Pair:
+    return pair(request.param)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["fp32-train", "fp32-eval"])
