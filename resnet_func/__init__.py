@@ -1,6 +1,6 @@
 """ResNets as pure functions over parameter pytrees, open to every `torch.func` transform."""
 
-from resnet_func import tree, zoo
+from resnet_func import losses, per_sample, tree, zoo
 from resnet_func.config import ResNetConfig
 from resnet_func.resnet import build
 from resnet_func.types import Model, TrainState
@@ -32,6 +32,8 @@ __all__ = [
     "ResNetConfig",
     "TrainState",
     "build",
+    "losses",
+    "per_sample",
     "resnet18",
     "resnet20",
     "resnet32",

@@ -26,7 +26,7 @@ DENSE_CHUNK = 2**22
 def sketch_quantity(dim: int, seed: int, projection: Projection) -> Quantity:
     """Sketches `[N, dim]` as a quantity."""
     if dim < 1:
-        raise ValueError(f"dim must be 1 or more; got {dim}. 4096 keeps inner products to about 2 %")
+        raise ValueError(f"dim must be 1 or more; got {dim}. 4096 is common")
     if projection not in ("factorized", "dense"):
         raise ValueError(f"projection must be 'factorized' or 'dense'; got {projection!r}")
 
@@ -71,9 +71,9 @@ def dense(grads: Float[Tensor, "n d"], dim: int, generator: torch.Generator) -> 
 def factorized(factors: Factors, dim: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
     """`P gradient Q^T`, flattened: input and cotangent are projected before their outer product.
 
-    `rows * columns = dim`. Inner products are unbiased as with a dense projection; their error is a little
-    larger (Choe et al. 2024, https://arxiv.org/abs/2405.13954). Leaves that are vectors are projected
-    densely.
+    `rows * columns = dim`. Inner products are unbiased as with a dense projection; their error is larger, and
+    falls with the smaller of the two factors (LoGra: Choe et al. 2024, https://arxiv.org/abs/2405.13954).
+    Leaves that are vectors are projected densely.
     """
     if isinstance(factors, ConvFactors):
         return _factorized_conv(factors, dim, generator)
