@@ -37,14 +37,14 @@ class Updates(NamedTuple):
 
 
 class SGDState(NamedTuple):
-    """`step`: updates done, 0-d float64. `momentum_buffer`: like params; `{}` without momentum."""
+    """`step`: updates done, 0-d int64. `momentum_buffer`: like params; `{}` without momentum."""
 
     step: Tensor
     momentum_buffer: Params
 
 
 class AdamState(NamedTuple):
-    """`step`: updates done, 0-d float64. `exp_avg`, `exp_avg_sq`: the two moments, like params."""
+    """`step`: updates done, 0-d int64. `exp_avg`, `exp_avg_sq`: the two moments, like params."""
 
     step: Tensor
     exp_avg: Params
@@ -110,7 +110,7 @@ def sgd(
                 direction = tree.map(lambda g, b: g.add(b, alpha=momentum), direction, buffer)
             else:
                 direction = buffer
-        minus_lr = -schedule(opt_state.step)
+        minus_lr = -schedule(opt_state.step.to(torch.float64))
         target = tree.map(lambda p, d: torch.addcmul(p, d, minus_lr.to(p.dtype)), params, direction)
         return _updates_to(target, params), SGDState(opt_state.step + 1, buffer)
 
@@ -231,7 +231,7 @@ def _adam(
         _check_fit(grads, params)
         if weight_decay and not decoupled:
             grads = _add_decay(grads, params, weight_decay, mask)
-        lr_now = schedule(opt_state.step)
+        lr_now = schedule(opt_state.step.to(torch.float64))
         delta, opt_state = _move(grads, opt_state, lr_now, betas, eps)
         if not (weight_decay and decoupled):
             return Updates(delta, {}), opt_state  # params + delta is what torch.optim computes
@@ -244,7 +244,7 @@ def _adam(
 
 def _move(grads: Params, state: AdamState, lr: Tensor, betas: Betas, eps: float) -> tuple[Params, AdamState]:
     """The move without weight decay, and the new moments."""
-    (beta1, beta2), count = betas, state.step + 1
+    (beta1, beta2), count = betas, (state.step + 1).to(torch.float64)
     m = tree.map(lambda m, g: torch.lerp(m, g, 1 - beta1), state.exp_avg, grads)
     v = tree.map(lambda v, g: torch.addcmul(v * beta2, g, g, value=1 - beta2), state.exp_avg_sq, grads)
     minus_size = -(lr / (1 - beta1**count))
@@ -256,13 +256,13 @@ def _move(grads: Params, state: AdamState, lr: Tensor, betas: Betas, eps: float)
         # Cast first: a 0-d parameter would become float64, and under vmap every one.
         return m * minus_size.to(m.dtype) / (v.sqrt() / root2.to(v.dtype) + eps)
 
-    return tree.map(move, m, v), AdamState(count, m, v)
+    return tree.map(move, m, v), AdamState(state.step + 1, m, v)
 
 
 def _zero_step(params: Params) -> Tensor:
-    """The counter, beside the parameters, so that a compiled step stays on one device."""
+    """The counter, on the device of the parameters; int64, since a 0-d float64 input makes dynamo trace twice."""
     leaves = tree.leaves(params)
-    return torch.zeros((), dtype=torch.float64, device=leaves[0].device if leaves else None)
+    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 
 
 def _updates_to(target: Params, params: Params) -> Updates:

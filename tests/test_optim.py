@@ -290,7 +290,7 @@ def test_vmap_over_an_ensemble_equals_the_loop(case: str) -> None:
 def test_vmap_over_step_counters() -> None:
     optimizer = optim.adamw(optim.one_cycle(0.1, 10))
     params, grads = {"w": torch.ones(3, 2)}, {"w": torch.ones(3, 2)}
-    opt_state = torch.func.vmap(optimizer.init)(params)._replace(step=torch.tensor([0.0, 3.0, 7.0]).double())
+    opt_state = torch.func.vmap(optimizer.init)(params)._replace(step=torch.tensor([0, 3, 7]))
     updates, _ = torch.func.vmap(optimizer.update)(grads, opt_state, params)
     assert updates.delta["w"].dtype == FP32
     assert len(updates.delta["w"][:, 0].unique()) == 3

@@ -162,7 +162,9 @@ def _evaluate_part(
     answers: list[dict[str, Any]] = [{} for _ in quantities]
     for path in list(captured.factors):
         factors = captured.factors.pop(path)  # the last reference, unless a quantity keeps it
-        wanted = [(i, ways[i].get(path)) for i, q in enumerate(quantities) if q.name]
+        wanted: list[tuple[int, Way]] = [
+            (i, ways[i].get(path, "materialize")) for i, q in enumerate(quantities) if q.name
+        ]
         if sum(way != "ghost" for _, way in wanted) > 1:
             factors = Direct(contract.grads(factors))  # formed once for all
         for i, way in wanted:

@@ -145,11 +145,11 @@ def sketch(
         seed: Of the projection.
         projection: "dense" draws a sign for every entry of a gradient and dimension, at a cost of
             `N * |params| * dim`. The error of an inner product, relative to `|g_i| |g_j|`, is about
-            `1 / sqrt(dim)`: measured on ResNet-20, 0.067 at dim 256 and 0.037 at 1024. "factorized" projects a
-            layer's input and cotangent to about `sqrt(dim)` each before their outer product, at about the cost
-            of one more forward pass; give it a `dim` with a divisor near its root. Its error falls as slowly as
-            `dim ** -0.25` where gradients are nearly of rank one: measured, 0.16 at 256, 0.10 at 1024, 0.08 at
-            4096.
+            `1 / sqrt(dim)`: measured on ResNet-20, 0.067 at dim 256 and 0.037 at 1024. "factorized" projects
+            a layer's input and cotangent to about `sqrt(dim)` each before their outer product, at about the
+            cost of one more forward pass; give it a `dim` with a divisor near its root. Its error falls as
+            slowly as `dim ** -0.25` where gradients are nearly of rank one: measured, 0.16 at 256, 0.10 at
+            1024, 0.08 at 4096.
 
     Returns:
         `fn(params, state, x, y) -> Tensor [N, dim]`.
