@@ -209,7 +209,7 @@ def ema(average: Params, params: Params, decay: float | Tensor) -> Params:
 
     def mix(old: Tensor, new: Tensor) -> Tensor:
         if not old.is_floating_point():
-            return new
+            return new.clone()  # no output is another: a compiled step would be traced anew for the alias
         share = 1 - decay
         return torch.lerp(old, new, share.to(old.dtype) if isinstance(share, Tensor) else share)
 
@@ -260,7 +260,7 @@ def _move(grads: Params, state: AdamState, lr: Tensor, betas: Betas, eps: float)
 
 
 def _zero_step(params: Params) -> Tensor:
-    """The counter, on the device of the parameters; int64, since a 0-d float64 input makes dynamo trace twice."""
+    """The counter, on the device of the parameters, so that a compiled step stays on one device."""
     leaves = tree.leaves(params)
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 

@@ -68,7 +68,8 @@ def average_flips(model: Model) -> Model:
 
 def init_train_state(params: Params, state: State, optimizer: Optimizer, *, ema: bool = False) -> TrainState:
     """What the first step takes; with `ema` the moving averages start at the parameters and the state."""
-    averages = (params, state) if ema else (None, None)
+    # Copies: were they the parameters themselves, a compiled step would be traced anew once they differ.
+    averages = (tree.map(torch.clone, params), tree.map(torch.clone, state)) if ema else (None, None)
     return TrainState(params, state, optimizer.init(params), *averages)
 
 
@@ -130,7 +131,8 @@ def make_train_step(
         params = apply_updates(params, updates)
         ema_params, ema_state = train_state.ema_params, train_state.ema_state
         if ema_decay is not None and ema_params is not None and ema_state is not None:
-            decay = torch.clamp((1 + opt_state.step) / (10 + opt_state.step), max=ema_decay)
+            steps = opt_state.step.to(torch.float64)
+            decay = torch.clamp((1 + steps) / (10 + steps), max=ema_decay)
             ema_params, ema_state = ema(ema_params, params, decay), ema(ema_state, state, decay)
         return TrainState(params, state, opt_state, ema_params, ema_state), metrics
 
