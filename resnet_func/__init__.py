@@ -1,7 +1,8 @@
 """ResNets as pure functions over parameter pytrees, open to every `torch.func` transform."""
 
-from resnet_func import losses, per_sample, tree, zoo
+from resnet_func import losses, optim, per_sample, train, tree, zoo
 from resnet_func.config import ResNetConfig
+from resnet_func.interop import from_module, from_state_dict, pretrained, to_state_dict
 from resnet_func.resnet import build
 from resnet_func.types import Model, TrainState
 from resnet_func.zoo import (
@@ -32,8 +33,12 @@ __all__ = [
     "ResNetConfig",
     "TrainState",
     "build",
+    "from_module",
+    "from_state_dict",
     "losses",
+    "optim",
     "per_sample",
+    "pretrained",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -47,6 +52,8 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "to_state_dict",
+    "train",
     "tree",
     "wide_resnet50_2",
     "wide_resnet101_2",

@@ -206,4 +206,5 @@ def training_flops(experiment: Experiment, splits: data.Splits) -> float:
         in_channels=source.image_shape[0],
     )
     rows = summary.summarize(model, recipe.image_size or source.image_shape[1])
-    return 6.0 * summary.totals(rows).macs * source.num_samples * recipe.epochs
+    full_epochs = sum(recipe.scale_at(epoch) ** 2 for epoch in range(recipe.epochs))
+    return 6.0 * summary.totals(rows).macs * source.num_samples * full_epochs

@@ -9,7 +9,6 @@ import platform
 import shutil
 import sys
 import sysconfig
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -30,7 +29,7 @@ class Runtime:
     Args:
         device: Where parameters and batches live.
         threads: Threads inside one operation, on the CPU.
-        precision: Of the forward pass (`autocast`); parameters are float32 either way.
+        precision: Of the forward pass (`train.autocast`); parameters are float32 either way.
         memory_format: For images and convolution weights.
         compile: Whether to put `torch.compile` around the whole step.
         allocator: As `tune_allocator` says it.
@@ -113,16 +112,6 @@ def describe(runtime: Runtime) -> str:
         f"allocator {runtime.allocator}",
     ]
     return f"runtime: {', '.join(parts)}"
-
-
-def autocast(runtime: Runtime) -> AbstractContextManager[object]:
-    """The context for a forward pass: bf16 autocast, or for fp32 nothing at all.
-
-    Loss and optimizer belong outside it: https://docs.pytorch.org/docs/stable/amp.html
-    """
-    if runtime.precision == "fp32":
-        return nullcontext()
-    return torch.autocast(runtime.device.type, dtype=torch.bfloat16)
 
 
 def tune_allocator() -> str:

@@ -290,21 +290,6 @@ def test_describe_this_machine() -> None:
     assert "\n" not in line
 
 
-# --- autocast ---
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_autocast_is_bf16_or_nothing(precision: str, dtype: torch.dtype) -> None:
-    weight = torch.full((3, 2, 1, 1), 0.1, requires_grad=True)
-    with runtime.autocast(a_runtime(precision=precision)):
-        y = torch.nn.functional.conv2d(torch.ones(1, 2, 4, 4), weight)
-    assert y.dtype == dtype
-    (grad,) = torch.autograd.grad(y.float().sum(), weight)
-    assert grad.dtype == torch.float32
-    assert torch.equal(grad, torch.full_like(weight, 16.0))
-    assert not torch.is_autocast_enabled("cpu")
-
-
 # --- allocator ---
 
 

@@ -7,7 +7,11 @@ from typing import NamedTuple
 import pytest
 import torch
 import torchvision
-from reference import (
+from torch import nn
+from torchvision.models import get_model_weights
+
+import resnet_func as rf
+from parity.reference import (
     CifarResNet,
     WideResNet,
     assert_bitwise,
@@ -18,10 +22,6 @@ from reference import (
     perturbed,
     randn,
 )
-from torch import nn
-from torchvision.models import get_model_weights
-
-import resnet_func as rf
 from resnet_func import interop, tree, zoo
 from resnet_func.types import Model, Params, State
 

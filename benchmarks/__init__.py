@@ -1,0 +1,1 @@
+"""Measurements: ratios within one run, variants interleaved, with the noise floor beside them."""

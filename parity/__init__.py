@@ -1,0 +1,1 @@
+"""Proofs that the functions are the networks."""
