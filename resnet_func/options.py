@@ -70,7 +70,7 @@ class Evaluate:
 class Predict:
     """Name what is on images: the five likeliest classes of each."""
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")]
     """Image files."""
     run_dir: Path | None = None
     """The run folder; by default the latest below runs/."""
@@ -83,7 +83,7 @@ class Predict:
 class Summary:
     """Print a network as a table: layer, output shape, parameters, multiply-accumulates."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A network of the zoo."""
     image_size: int = 0
     """Side of the input in pixels; 0 is 224 for the ImageNet stem and 32 for CIFAR's."""

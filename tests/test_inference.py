@@ -57,7 +57,7 @@ def test_the_best_checkpoint_is_of_the_best_epoch(
     folder, _ = trained
     accuracies = [record["test_accuracy"] for record in run_folder.read_metrics(folder)]
     best = max(epoch + 1 for epoch, accuracy in enumerate(accuracies) if accuracy == max(accuracies))
-    assert checkpoint.read_meta(run_folder.checkpoints(folder), "best")["meta"]["epoch"] == best
+    assert checkpoint.read_meta(run_folder.checkpoints(folder), "best")["epoch"] == best
     assert inference.load_trained(folder, "best", machine).task.classes == ("blue", "green", "red")
 
 

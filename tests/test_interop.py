@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 import resnet_func as rf
-from parity.reference import function_step, generator, module_step, perturbed, randn
+from parity.reference import assert_close, function_step, generator, module_step, perturbed, randn
 from resnet_func import tree
 
 
@@ -154,15 +154,19 @@ def test_a_misspelled_key_is_refused() -> None:
         model.apply(params, state, torch.zeros(1, 2), train=False)
 
 
-def test_a_module_of_any_kind_per_sample() -> None:
-    """Group norm put in by torchvision's own argument: the gradients are the module's."""
+def test_a_module_with_another_norm() -> None:
+    """Group norm put in by torchvision's own argument.
+
+    The logits are the module's to the bit. The gradients are so only to round-off: torch.func differentiates
+    group_norm by a formula that can itself be differentiated, plain autograd by a fused kernel.
+    """
     module = torchvision.models.resnet18(num_classes=3, norm_layer=lambda c: nn.GroupNorm(8, c)).double()
     model, params, state = rf.from_module(module)
     x, cotangent = (randn(*shape, seed=2, dtype=torch.float64) for shape in ((2, 3, 32, 32), (2, 3)))
     got = function_step(model, params, state, x, cotangent, train=True)
     want = module_step(module, x, cotangent, train=True)
-    assert set(got) == set(want)
-    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert torch.equal(got["logits"], want["logits"])
+    assert_close(got, want, rtol=1e-12)
 
 
 def test_a_module_has_no_init() -> None:
