@@ -143,9 +143,10 @@ def tune_allocator() -> str:
     if not _is_glibc():
         return "stock (no glibc)"
     mallopt = ctypes.CDLL(None).mallopt
-    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, by their numbers in malloc.h: nothing large is mapped on its
-    # own, the heap never shrinks, and grows by 256 MiB.
-    settings = ((-4, 0), (-1, 2**31 - 1), (-2, 256 * 2**20))
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX, by their numbers in malloc.h: nothing large is
+    # mapped on its own, the heap never shrinks, grows by 256 MiB, and is the only one: after a request that
+    # cannot be met, glibc would move the thread to another arena, and those map all that is large.
+    settings = ((-4, 0), (-1, 2**31 - 1), (-2, 256 * 2**20), (-8, 1))
     accepted = [mallopt(parameter, value) == 1 for parameter, value in settings]
     return "tuned" if all(accepted) else "stock (mallopt refused)"
 

@@ -6,8 +6,9 @@ import ctypes
 import dataclasses
 import importlib.util
 import os
-import resource
 import shutil
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -311,10 +312,10 @@ def libc(monkeypatch: pytest.MonkeyPatch) -> FakeLibc:
     return fake
 
 
-def test_allocator_is_tuned_by_three_settings(libc: FakeLibc) -> None:
+def test_allocator_is_tuned_by_four_settings(libc: FakeLibc) -> None:
     assert tune_allocator() == tune_allocator() == "tuned"
-    # malloc.h: M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1, M_TOP_PAD -2
-    assert libc.calls[:3] == libc.calls[3:] == [(-4, 0), (-1, 2147483647), (-2, 268435456)]
+    # malloc.h: M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1, M_TOP_PAD -2, M_ARENA_MAX -8
+    assert libc.calls[:4] == libc.calls[4:] == [(-4, 0), (-1, 2147483647), (-2, 268435456), (-8, 1)]
 
 
 def test_allocator_refused(libc: FakeLibc) -> None:
@@ -359,18 +360,32 @@ def test_allocator_elsewhere_than_on_glibc(monkeypatch: pytest.MonkeyPatch, answ
     assert tune_allocator() == "stock (no glibc)"
 
 
+PAGE_FAULTS = """
+import resource, torch
+from resnet_func.runtime import tune_allocator
+
+def faults(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        torch.ones(2**24)  # 64 MiB: 16384 pages, all of them new each time under stock glibc
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+assert tune_allocator() == "tuned"
+faults(8)  # the heap settles within its first 256 MiB
+print(faults(4))
+try:
+    torch.empty(2**60)
+except RuntimeError:
+    print(faults(4))
+"""
+
+
 @pytest.mark.skipif(not runtime._is_glibc(), reason="glibc only")
-def test_tuned_memory_is_reused_without_page_faults() -> None:
-    assert tune_allocator() == "tuned"
-
-    def faults(count: int) -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(count):
-            torch.ones(2**24)  # 64 MiB: 16384 pages, all of them new each time under stock glibc
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    faults(8)  # the heap settles within its first 256 MiB
-    assert faults(4) < 1000
+def test_tuned_memory_is_reused_without_page_faults_even_after_a_failed_allocation() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != runtime.ALLOCATOR_VARIABLE}
+    counts = subprocess.check_output([sys.executable, "-c", PAGE_FAULTS], text=True, env=environment).split()
+    assert len(counts) == 2
+    assert all(int(count) < 1000 for count in counts)
 
 
 # --- the CPU ---
