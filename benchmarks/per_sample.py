@@ -29,7 +29,7 @@ from torch.utils.benchmark import Timer
 
 import resnet_func as rf
 from benchmarks import environment
-from benchmarks.statistics import ratio
+from benchmarks.statistics import interleave, ratio
 from resnet_func import runtime, tree
 from resnet_func.layers import Conv, LayerSpec
 from resnet_func.losses import cross_entropy
@@ -128,7 +128,6 @@ def make_problem(options: Options) -> Problem:
     generator = torch.Generator().manual_seed(0)
     params, state = model.init(generator)
     x = torch.randn(options.batch, 3, options.size, options.size, generator=generator)
-    assert model.config is not None
     return Problem(model, params, state, x, torch.randint(10, (options.batch,), generator=generator))
 
 
@@ -202,11 +201,7 @@ def measure(options: Options, problem: Problem) -> dict[str, list[float]]:
         name: Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
         for name, step in variants.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(options.rounds):
-        for name in names[:: -1 if turn % 2 else 1]:
-            seconds[name].append(timers[name].timeit(1).mean)
-    return seconds
+    return interleave(names, options.rounds, lambda name: timers[name].timeit(1).mean)
 
 
 # --------------------------------------------------------------------------- memory

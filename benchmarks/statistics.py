@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+
+def interleave(names: Sequence[str], rounds: int, turn: Callable[[str], float]) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; they take turns, in an order that reverses (ABBA)."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        for name in names[:: -1 if index % 2 else 1]:
+            seconds[name].append(turn(name))
+    return seconds
 
 
 class Ratio(NamedTuple):

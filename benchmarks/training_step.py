@@ -29,11 +29,11 @@ from torch.utils.benchmark import Timer
 
 import resnet_func as rf
 from benchmarks import environment
-from benchmarks.statistics import ratio
+from benchmarks.statistics import interleave, ratio
 from parity.reference import CifarResNet
-from resnet_func import optim, runtime, tree
+from resnet_func import optim, runtime
 from resnet_func.losses import cross_entropy
-from resnet_func.train import autocast, init_train_state, make_train_step
+from resnet_func.train import arrange, autocast, init_train_state, make_train_step
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "stock"
@@ -91,12 +91,12 @@ def measure(options: Options) -> dict[str, list[float]]:
         first = loss if first is None else first
         if abs(loss - first) > 0.02 * abs(first):
             sys.exit(f"{name} computes another loss, {loss}, than {BASELINE}, {first}: nothing is comparable")
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for turn in range(options.rounds):
-        for name in sorted(VARIANTS, key=list(VARIANTS).index, reverse=bool(turn % 2)):
-            workers[name].send(options.steps)
-            seconds[name].append(workers[name].recv())
-    return seconds
+
+    def turn(name: str) -> float:
+        workers[name].send(options.steps)
+        return workers[name].recv()
+
+    return interleave(list(VARIANTS), options.rounds, turn)
 
 
 def serve(name: str, options: Options, pipe: Connection) -> None:
@@ -158,15 +158,11 @@ def make_our_step(options: Options, *, compile: bool) -> Callable[[], float]:
     (model, params, state), (x, y) = make_model(options), make_batch(options)
     if machine.precision == "bf16":
         model = autocast(model, "cpu", torch.bfloat16)
-    layout = machine.memory_format
-
-    def arrange(leaf: Tensor) -> Tensor:
-        return leaf.contiguous(memory_format=layout) if leaf.ndim == 4 else leaf
-
     optimizer = optim.sgd(LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
     train_step = make_train_step(model, cross_entropy, optimizer)
     train_step = torch.compile(train_step, fullgraph=True, dynamic=False) if compile else train_step
-    train_state, x = init_train_state(tree.map(arrange, params), state, optimizer), arrange(x)
+    train_state = init_train_state(arrange(params, machine.memory_format), state, optimizer)
+    x = x.contiguous(memory_format=machine.memory_format)
 
     def step() -> float:
         nonlocal train_state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,10 +13,8 @@ from torch import Tensor
 from resnet_func import augment, data, optim, recipes, run_folder, summary, zoo
 from resnet_func.recipes import Recipe
 from resnet_func.runtime import Runtime
-from resnet_func.train import (
-    Batches,
-)
-from resnet_func.types import Images, Model, Targets
+from resnet_func.train import Batches
+from resnet_func.types import Images, Model
 
 EVAL_BATCH = 500
 
@@ -152,7 +149,11 @@ class Preparer:
         """Normalise `images` (uint8, `[N, C, H, W]`) and bring them to the task's size."""
         images = images.to(self.runtime.device)
         x = data.normalize(images, self.mean, self.std)
-        x = augment.resize(x, self.task.image_size)
+        return self.scale(x, 1.0)
+
+    def scale(self, x: Images, scale: float) -> Images:
+        """Resize to `scale` times the task's size, in the runtime's memory format."""
+        x = augment.resize(x, max(1, round(scale * self.task.image_size)))
         return x.contiguous(memory_format=self.runtime.memory_format)
 
 
@@ -171,28 +172,19 @@ def train_batches(
     """The augmented batches of an epoch from batch `first` on; the same in every run of the experiment."""
     recipe, device = experiment.recipe, prepare.runtime.device
     changes = recipes.make_augment(recipe)
-    size = _size_at(experiment, prepare, epoch)
     order = torch.randperm(source.num_samples, generator=make_generator("cpu", experiment.seed, 1, epoch))
     full = len(order) // recipe.batch_size
     picks = order.split(recipe.batch_size)[first:full]
     for index, (images, labels) in enumerate(source.read(picks), start=first):
         x = augment.apply(changes, prepare(images), make_generator(device, experiment.seed, 2, epoch, index))
-        x = augment.resize(x, size).contiguous(memory_format=prepare.runtime.memory_format)
-        yield x, labels.to(device)
+        yield prepare.scale(x, recipe.scale_at(epoch)), labels.to(device)
 
 
-def _size_at(experiment: Experiment, prepare: Preparer, epoch: int) -> int:
-    return max(1, round(experiment.recipe.scale_at(epoch) * prepare.task.image_size))
-
-
-def test_batches(
-    experiment: Experiment, source: data.Source, prepare: Preparer, epoch: int
-) -> Iterator[tuple[Images, Targets]]:
+def test_batches(experiment: Experiment, source: data.Source, prepare: Preparer, epoch: int) -> Batches:
     """All batches of a source in its own order, not augmented, at the size that the epoch trains at."""
-    size = _size_at(experiment, prepare, epoch)
+    scale = experiment.recipe.scale_at(epoch)
     for images, labels in data.batches(source, EVAL_BATCH):
-        x = augment.resize(prepare(images), size).contiguous(memory_format=prepare.runtime.memory_format)
-        yield x, labels.to(prepare.runtime.device)
+        yield prepare.scale(prepare(images), scale), labels.to(prepare.runtime.device)
 
 
 def training_flops(experiment: Experiment, splits: data.Splits) -> float:

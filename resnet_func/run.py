@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from resnet_func import checkpoint, data, optim, recipes, run_folder, tree
+from resnet_func import checkpoint, data, optim, recipes, run_folder
 from resnet_func.experiment import (
     Experiment,
     Preparer,
@@ -33,6 +32,7 @@ from resnet_func.train import (
     Evaluation,
     Progress,
     Step,
+    arrange,
     autocast,
     evaluate,
     init_train_state,
@@ -155,12 +155,8 @@ def _make_steps(
 
 def _init(model: Model, experiment: Experiment, optimizer: optim.Optimizer, runtime: Runtime) -> TrainState:
     params, state = model.init(make_generator("cpu", experiment.seed, 0), device=runtime.device)
-    params = tree.map(lambda leaf: _as_format(leaf, runtime.memory_format), params)
+    params = arrange(params, runtime.memory_format)
     return init_train_state(params, state, optimizer, ema=experiment.recipe.ema > 0)
-
-
-def _as_format(leaf: Tensor, memory_format: torch.memory_format) -> Tensor:
-    return leaf.contiguous(memory_format=memory_format) if leaf.ndim == 4 else leaf
 
 
 def _check_finite(progress: Progress, recipe: Recipe) -> None:

@@ -66,10 +66,19 @@ def average_flips(model: Model) -> Model:
 # --------------------------------------------------------------------------- steps
 
 
+def arrange(params: Params, memory_format: torch.memory_format) -> Params:
+    """The tree with its four-dimensional leaves, convolution weights, in a memory format."""
+
+    def place(leaf: Tensor) -> Tensor:
+        return leaf.contiguous(memory_format=memory_format) if leaf.ndim == 4 else leaf
+
+    return tree.map(place, params)
+
+
 def init_train_state(params: Params, state: State, optimizer: Optimizer, *, ema: bool = False) -> TrainState:
     """What the first step takes; with `ema` the moving averages start at the parameters and the state."""
     # Copies: were they the parameters themselves, a compiled step would be traced anew once they differ.
-    averages = (tree.map(torch.clone, params), tree.map(torch.clone, state)) if ema else (None, None)
+    averages = tree.map(torch.clone, (params, state)) if ema else (None, None)
     return TrainState(params, state, optimizer.init(params), *averages)
 
 

@@ -9,15 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import resnet_func as rf
+from parity.reference import generator
 from resnet_func import tree
 from resnet_func.layers import Conv
 from resnet_func.types import Model, Params, State
 
 CLASSES = 3
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @st.composite

@@ -10,7 +10,7 @@ import torch
 from image_folder import CLASSES, make_image_folder
 from torch import Tensor
 
-from resnet_func import data, run_folder, runtime
+from resnet_func import data, run_folder, runtime, tree
 from resnet_func.experiment import (
     Experiment,
     Preparer,
@@ -131,25 +131,13 @@ def test_decay_reaches_weights_of_convolutions_and_the_head_alone(prepare: Prepa
     model = make_network(replace(RECIPE, model="resnet18"), prepare.task)
     params, _ = model.init(make_generator("cpu", 0))
     optimizer = make_optimizer(replace(RECIPE, schedule="constant", momentum=0.0, weight_decay=0.5), 10)
-    zeros = {name: _zeros(branch) for name, branch in params.items()}
+    zeros = tree.map(torch.zeros_like, params)
     moved = set()
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-    for path, delta in _walk(updates.delta):
+    for path, delta in tree.flatten(updates.delta).items():
         if delta.any():
             moved.add(path)
-    assert moved == {path for path, leaf in _walk(params) if leaf.ndim > 1}
-
-
-def _zeros(branch):
-    return {k: _zeros(v) for k, v in branch.items()} if isinstance(branch, dict) else torch.zeros_like(branch)
-
-
-def _walk(branch, prefix: str = ""):
-    for key, value in branch.items():
-        if isinstance(value, dict):
-            yield from _walk(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    assert moved == {path for path, leaf in tree.flatten(params).items() if leaf.ndim > 1}
 
 
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "step", "constant"])

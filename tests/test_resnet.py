@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from per_sample_cases import CLASSES
+from per_sample_cases import small as small_config
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -20,20 +22,11 @@ from resnet_func.losses import cross_entropy
 from resnet_func.types import Model, Params
 
 FP64 = torch.float64
-SIZE, CLASSES = 8, 3
+SIZE = 8
 
 
 def small(**changes: Any) -> Model:
-    fields: dict[str, Any] = {
-        "block": "basic",
-        "depths": (1, 1),
-        "widths": (4, 8),
-        "stem": "cifar",
-        "norm": "group",
-        "norm_groups": 2,
-        "num_classes": CLASSES,
-    }
-    return rf.build(rf.ResNetConfig(**{**fields, **changes}))
+    return rf.build(small_config(**changes))
 
 
 def batch(n: int = 4, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_image_folder(tmp_path_factory.mktemp("images"), train=6, test=2)
 
 
+def machine() -> runtime.Runtime:
+    return runtime.configure(device="cpu", threads=1, precision="fp32", compile="off")
+
+
 def train(
     images: Path,
     folder: Path,
@@ -62,9 +66,10 @@ def train(
     recipe: Recipe = RECIPE,
 ) -> list[dict[str, float]]:
     experiment = Experiment("folder", str(images), 3, recipe)
-    machine = runtime.configure(device="cpu", threads=1, precision="fp32", compile="off")
     folder.mkdir(exist_ok=True)
-    return run.train(experiment, load_data(experiment), folder, machine, reporter or Silent(), resume=resume)
+    return run.train(
+        experiment, load_data(experiment), folder, machine(), reporter or Silent(), resume=resume
+    )
 
 
 def weights(folder: Path) -> bytes:
@@ -132,8 +137,7 @@ def test_another_seed_is_another_run(
     images: Path, tmp_path: Path, whole: tuple[list[dict[str, float]], bytes]
 ) -> None:
     experiment = Experiment("folder", str(images), 4, RECIPE)
-    machine = runtime.configure(device="cpu", threads=1, precision="fp32", compile="off")
-    records = run.train(experiment, load_data(experiment), tmp_path, machine, Silent())
+    records = run.train(experiment, load_data(experiment), tmp_path, machine(), Silent())
     assert timeless(records) != whole[0]
 
 
@@ -149,18 +153,13 @@ def test_divergence_is_named_and_the_checkpoint_before_it_kept(images: Path, tmp
     kept = weights(tmp_path)
     splits = load_data(Experiment("folder", str(images), 3, RECIPE))
     assert isinstance(splits, data.Splits)
-    machine = runtime.configure(device="cpu", threads=1, precision="fp32", compile="off")
     wild = Experiment("folder", str(images), 3, replace(RECIPE, learning_rate=1e30, clip_norm=0.0))
     with pytest.raises(run.TrainingError, match=r"training diverged. Lower --learning-rate \(it is 1e\+30\)"):
-        run.train(wild, splits, tmp_path, machine, Silent(), resume=True)
+        run.train(wild, splits, tmp_path, machine(), Silent(), resume=True)
     assert weights(tmp_path) == kept
 
 
-def test_the_moving_average_is_what_gets_tested(images: Path, tmp_path: Path) -> None:
-    experiment = Experiment("folder", str(images), 3, RECIPE)
-    machine = runtime.configure(device="cpu", threads=1, precision="fp32", compile="off")
-    tmp_path.mkdir(exist_ok=True)
-    run.train(experiment, load_data(experiment), tmp_path, machine, Silent())
+def test_the_moving_average_is_what_gets_tested() -> None:
     params, state = torch.zeros(1), torch.ones(1)
     averaged = run.TrainState({"w": params}, {}, None, {"w": state}, {})
     assert run.tested(averaged)[0]["w"] is state

@@ -92,7 +92,7 @@ def _pointwise_grads(factors: ConvFactors) -> Tensor:
     """A 1x1 convolution is a matrix product over pixels."""
     spec, g = factors.spec, factors.cotangents
     n = g.shape[0]
-    a = factors.inputs[:, :, :: spec.stride, :: spec.stride]
+    _, a = ghost.seen(spec, factors.inputs)
     a = a.reshape(n * spec.groups, spec.c_in // spec.groups, -1).to(g.dtype)
     g = g.reshape(n * spec.groups, spec.c_out // spec.groups, -1)
     return torch.bmm(g, a.transpose(1, 2)).reshape(n, *spec.weight_shape)

@@ -168,7 +168,7 @@ def _evaluate_part(
         if sum(way != "ghost" for _, way in wanted) > 1:
             factors = Direct(contract.grads(factors))  # formed once for all
         for i, way in wanted:
-            answers[i][path] = quantities[i].leaf(path, factors, "materialize" if way is None else way)
+            answers[i][path] = quantities[i].leaf(path, factors, way)
         del factors
     return [quantity.finish(answers[i], captured) for i, quantity in enumerate(quantities)]
 

@@ -29,7 +29,7 @@ def conv_squared_norms(spec: Conv, inputs: Tensor, cotangents: Tensor, views: in
         views: Views of each sample, whose gradients are summed.
     """
     n = cotangents.shape[0] // views
-    spec, inputs = _seen(spec, inputs)
+    spec, inputs = seen(spec, inputs)
     a, g = (_by_sample_and_group(t, views, spec.groups) for t in (inputs, cotangents))
     pixels = torch.bmm(a.transpose(1, 2), a)
     outputs = torch.bmm(g.transpose(1, 2), g)
@@ -42,7 +42,7 @@ def conv_squared_norms(spec: Conv, inputs: Tensor, cotangents: Tensor, views: in
 def conv_inner_products(spec: Conv, a: Pair, b: Pair, views: int = 1) -> Float[Tensor, "na nb"]:
     """Inner products of the weight gradients of two batches, each an `(inputs, cotangents)` pair."""
     na, nb = (cotangents.shape[0] // views for _, cotangents in (a, b))
-    (spec, inputs_a), (_, inputs_b) = _seen(spec, a[0]), _seen(spec, b[0])
+    (spec, inputs_a), (_, inputs_b) = seen(spec, a[0]), seen(spec, b[0])
     patches = _patch_products(spec, _cross_pixel_pairs(inputs_a, inputs_b, views, spec.groups))
     products = patches * _cross_pixel_pairs(a[1], b[1], views, spec.groups)
     # dimensions: groups, na, views, nb, views, then the two pixels
@@ -68,7 +68,7 @@ def linear_inner_products(
     return products.reshape(views, na, views, nb).sum((0, 2))
 
 
-def _seen(spec: Conv, inputs: Tensor) -> tuple[Conv, Tensor]:
+def seen(spec: Conv, inputs: Tensor) -> tuple[Conv, Tensor]:
     """A strided 1x1 convolution without padding sees only every `stride`-th pixel."""
     if spec.kernel > 1 or spec.padding or spec.stride == 1:
         return spec, inputs

@@ -16,8 +16,9 @@ from resnet_func.types import Model
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")
 
-# Costs in nanoseconds, fitted to `python -m benchmarks.per_sample --layers` on one Zen 3 core; what carries
-# over to other machines is how they compare. A ghost norm reads its pixel products once per kernel offset.
+# Costs in nanoseconds, fitted on one Zen 3 core (`python -m benchmarks.per_sample --layers` shows how well);
+# what carries over to other machines is how they compare. A ghost norm reads its pixel products once per
+# kernel offset.
 NS_PER_CONV_FLOP = 0.017
 NS_PER_MATMUL_FLOP = 0.0125
 NS_PER_GRADIENT_BYTE = 0.4
@@ -212,9 +213,8 @@ def _ghost_bytes(layer: _Layer, quantity: str) -> int:
 def _ghost_cost(layer: _Layer, quantity: str) -> float:
     kernel = layer.spec.kernel if isinstance(layer.spec, Conv) else 1
     groups = layer.spec.groups if isinstance(layer.spec, Conv) else 1
-    width = max(layer.element_size, 4)
-    products = _ghost_pairs(layer, quantity) * groups * layer.positions**2 * width * kernel**2
-    products += _ghost_pairs(layer, quantity) * groups * layer.pixels**2 * width
+    products = layer.pixels**2 + layer.positions**2 * kernel**2
+    products *= _ghost_pairs(layer, quantity) * groups * max(layer.element_size, 4)
     traffic = products * NS_PER_PIXEL_PRODUCT_BYTE + layer.capture_bytes * NS_PER_CAPTURED_BYTE
     return _ghost_flops(layer, quantity) * NS_PER_MATMUL_FLOP + traffic
 
