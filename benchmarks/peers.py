@@ -1,0 +1,121 @@
+"""Clipped sums as other libraries compute them, of the same network with the same parameters.
+
+Needs the extra `bench`. Every peer gets the model as a plain module with `GroupNorm`. BackPACK is not
+here: it has no GroupNorm and stops with an error at the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchvision.models import resnet
+
+from parity.reference import CifarResNet, loaded
+from resnet_func import tree
+from resnet_func.config import ResNetConfig
+from resnet_func.types import Params
+
+Step = Callable[[], tuple[Params, Tensor]]
+PEERS = ("Opacus, hooks", "Opacus, expanded weights", "Opacus, ghost")
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's, with nothing in place: backward hooks refuse outputs that change afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(out)) + identity)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """The same for the block of three convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = torch.relu(self.bn1(self.conv1(x)))
+        out = torch.relu(self.bn2(self.conv2(out)))
+        return torch.relu(self.bn3(self.conv3(out)) + identity)
+
+
+def make_module(config: ResNetConfig, params: Params) -> nn.Module:
+    """The network of a config with GroupNorm as a module that shares `params`."""
+
+    def norm(channels: int) -> nn.Module:
+        return nn.GroupNorm(config.norm_groups, channels)
+
+    def construct() -> nn.Module:
+        if config.shortcut == "pad":
+            return CifarResNet(config.depths[0], "A", norm, config.num_classes)
+        block = BasicBlock if config.block == "basic" else Bottleneck
+        module = resnet.ResNet(block, list(config.depths), config.num_classes, norm_layer=norm)
+        if config.stem == "cifar":
+            module.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+            module.maxpool = nn.Identity()  # type: ignore[assignment]
+        module.relu = nn.ReLU()
+        return module
+
+    return loaded(construct, params, {})
+
+
+def make_peer(name: str, config: ResNetConfig, params: Params, x: Tensor, y: Tensor, max_norm: float) -> Step:
+    """The clipped sum and the norms of a batch by the peer of that name.
+
+    Raises:
+        ModuleNotFoundError: the extra `bench` is not installed.
+    """
+    opacus = import_module("opacus.grad_sample")
+    params = tree.map(lambda leaf: leaf.detach().clone(), params)
+    module = make_module(config, params)
+    if name == "Opacus, ghost":
+        return _two_passes(module, x, y, max_norm)
+    stored = name == "Opacus, hooks"
+    wrap = opacus.GradSampleModule if stored else opacus.GradSampleModuleExpandedWeights
+    return _stored(wrap(module, loss_reduction="sum"), x, y, max_norm)
+
+
+def _stored(wrapped: Any, x: Tensor, y: Tensor, max_norm: float) -> Step:
+    """All per-sample gradients at once, then clipped and summed, as `DPOptimizer` does."""
+
+    def step() -> tuple[Params, Tensor]:
+        wrapped.zero_grad()
+        cross_entropy(wrapped(x), y, reduction="sum").backward()
+        each = {_plain(name): parameter.grad_sample for name, parameter in wrapped.named_parameters()}
+        norms = torch.stack([leaf.flatten(1).norm(dim=1) for leaf in each.values()]).norm(dim=0)
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1)
+        return tree.unflatten(
+            {k: torch.einsum("n,n...->...", factors, leaf) for k, leaf in each.items()}
+        ), norms
+
+    return step
+
+
+def _two_passes(module: nn.Module, x: Tensor, y: Tensor, max_norm: float) -> Step:
+    """Norms in a first backward pass, the weighted sum in a second, as `DPLossFastGradientClipping` does."""
+    opacus = import_module("opacus.grad_sample")
+    wrapped = opacus.GradSampleModuleFastGradientClipping(
+        module, loss_reduction="sum", max_grad_norm=max_norm
+    )
+
+    def step() -> tuple[Params, Tensor]:
+        wrapped.zero_grad()
+        losses = cross_entropy(wrapped(x), y, reduction="none")
+        losses.sum().backward(retain_graph=True)
+        factors, norms = wrapped.get_clipping_coef(), wrapped.get_norm_sample()
+        wrapped.zero_grad()
+        wrapped.disable_hooks()
+        (factors * losses).sum().backward()
+        wrapped.enable_hooks()
+        grads = {_plain(name): parameter.grad for name, parameter in wrapped.named_parameters()}
+        return tree.unflatten(grads), norms
+
+    return step
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("_module.")
