@@ -364,28 +364,31 @@ PAGE_FAULTS = """
 import resource, torch
 from resnet_func.runtime import tune_allocator
 
-def faults(count):
+def new_pages(count):
+    # Of the memory of so many tensors, the share that the kernel handed out anew: 1 under stock glibc.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(count):
-        torch.ones(2**24)  # 64 MiB: 16384 pages, all of them new each time under stock glibc
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        torch.ones(2**24)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return faults * resource.getpagesize() / (count * 2**26)
 
 assert tune_allocator() == "tuned"
-faults(8)  # the heap settles within its first 256 MiB
-print(faults(4))
+new_pages(8)
+print(new_pages(16))
 try:
     torch.empty(2**60)
 except RuntimeError:
-    print(faults(4))
+    print(new_pages(16))
 """
 
 
 @pytest.mark.skipif(not runtime._is_glibc(), reason="glibc only")
 def test_tuned_memory_is_reused_without_page_faults_even_after_a_failed_allocation() -> None:
     environment = {key: value for key, value in os.environ.items() if key != runtime.ALLOCATOR_VARIABLE}
-    counts = subprocess.check_output([sys.executable, "-c", PAGE_FAULTS], text=True, env=environment).split()
-    assert len(counts) == 2
-    assert all(int(count) < 1000 for count in counts)
+    shares = subprocess.check_output([sys.executable, "-c", PAGE_FAULTS], text=True, env=environment).split()
+    assert len(shares) == 2
+    # Now and then a small object lands in the freed block and the heap grows once more: one tensor of 16.
+    assert all(float(share) < 0.25 for share in shares)
 
 
 # --- the CPU ---
