@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet
 
-from parity.reference import CifarResNet, loaded
+from parity.compare import loaded
+from parity.reference import CifarResNet
 from resnet_func import tree
 from resnet_func.config import ResNetConfig
 from resnet_func.types import Params

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import resnet_func as rf
-from parity.reference import generator
+from parity.compare import generator
 from resnet_func import tree
 from resnet_func.layers import Conv
 from resnet_func.types import Model, Params, State

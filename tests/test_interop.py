@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 import resnet_func as rf
-from parity.reference import assert_close, function_step, generator, module_step, perturbed, randn
+from parity.compare import assert_close, function_step, generator, module_step, perturbed, randn
 from resnet_func import tree
 
 

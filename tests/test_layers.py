@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parity.reference import generator, randn
+from parity.compare import generator, randn
 from resnet_func import layers
 from resnet_func.layers import BatchNorm, Conv, GroupNorm, Linear, Pad
 

@@ -11,17 +11,8 @@ from torch import nn
 from torchvision.models import get_model_weights
 
 import resnet_func as rf
-from parity.reference import (
-    CifarResNet,
-    WideResNet,
-    assert_bitwise,
-    function_step,
-    generator,
-    loaded,
-    module_step,
-    perturbed,
-    randn,
-)
+from parity.compare import assert_bitwise, function_step, generator, loaded, module_step, perturbed, randn
+from parity.reference import CifarResNet, WideResNet
 from resnet_func import interop, tree, zoo
 from resnet_func.types import Model, Params, State
 

@@ -1,0 +1,65 @@
+"""A cell: one claim of the suite, the check behind it, and what came of it."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+
+class Skip(Exception):
+    """Raised by a check that cannot run here; the message is the reason that the table prints."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One claim.
+
+    Args:
+        section: The part of the suite, "bitwise" for instance.
+        name: Unique within the section: "resnet18-fp64-train-nchw".
+        check: Returns the figure that the table prints ("0 ULP, 124 leaves"); raises AssertionError with
+            the worst leaf where the claim is false, and `Skip` where it cannot be checked.
+        quick: Whether `--quick` includes it.
+    """
+
+    section: str
+    name: str
+    check: Callable[[], str]
+    quick: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"{self.section}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a cell; `said` is its figure, its failure or its reason to be skipped."""
+
+    section: str
+    name: str
+    outcome: Literal["passed", "failed", "skipped"]
+    said: str
+    seconds: float
+
+    @property
+    def command(self) -> str:
+        return f"python -m parity --only {self.section}/{self.name}"
+
+
+def run(cell: Cell) -> Result:
+    """Check a cell. An error of any kind is a failure, told in one line."""
+    start = time.perf_counter()
+    outcome: Literal["passed", "failed", "skipped"]
+    try:
+        outcome, said = "passed", cell.check()
+    except Skip as reason:
+        outcome, said = "skipped", str(reason)
+    except AssertionError as failure:
+        outcome, said = "failed", str(failure)
+    except Exception as error:
+        outcome, said = "failed", traceback.format_exception_only(error)[-1].strip()
+    return Result(cell.section, cell.name, outcome, said, time.perf_counter() - start)

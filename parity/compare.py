@@ -1,0 +1,103 @@
+"""One step of the function, the same step of the module, and the comparison of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from resnet_func import tree
+from resnet_func.types import Model, Params, State
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def perturbed(params: Params, state: State, seed: int) -> tuple[Params, State]:
+    """Affine parameters and running statistics away from 0 and 1, where mistakes could hide."""
+    draw = generator(seed)
+
+    def shift(path: str, leaf: Tensor) -> Tensor:
+        if leaf.ndim != 1:
+            return leaf + 3 if path.endswith("num_batches_tracked") else leaf
+        noise = torch.rand(leaf.shape, generator=draw).to(leaf.dtype)
+        return leaf + 0.3 * noise
+
+    return tree.map_with_path(shift, params), tree.map_with_path(shift, state)
+
+
+def loaded(construct: Callable[[], nn.Module], params: Params, state: State) -> nn.Module:
+    """The module with these parameters (shared) and this state (copied)."""
+    with torch.device("meta"):
+        module = construct()
+    leaves = {**tree.flatten(params), **{name: leaf.clone() for name, leaf in tree.flatten(state).items()}}
+    module.load_state_dict(leaves, strict=True, assign=True)
+    return module.requires_grad_()
+
+
+def module_step(module: nn.Module, x: Tensor, cotangent: Tensor, *, train: bool) -> dict[str, Tensor]:
+    """Logits, all gradients of `<logits, cotangent>`, and the buffers afterwards, by plain autograd.
+
+    The module's buffers are put back.
+    """
+    buffers = {name: leaf.clone() for name, leaf in module.named_buffers()}
+    module.train(train)
+    x = x.clone().requires_grad_()
+    logits = module(x)
+    params = dict(module.named_parameters())
+    grads = torch.autograd.grad((logits * cotangent).sum(), [x, *params.values()])
+    after = {f"buffer {name}": leaf.clone() for name, leaf in module.named_buffers()}
+    module.load_state_dict(buffers, strict=False)
+    named = {f"gradient {name}": grad for name, grad in zip(["x", *params], grads, strict=True)}
+    return {"logits": logits.detach(), **named, **after}
+
+
+def function_step(
+    model: Model, params: Params, state: State, x: Tensor, cotangent: Tensor, *, train: bool
+) -> dict[str, Tensor]:
+    """The same by `torch.func.grad` of `apply`."""
+
+    def loss(x: Tensor, params: Params) -> tuple[Tensor, tuple[Tensor, State]]:
+        logits, after = model.apply(params, state, x, train=train)
+        return (logits * cotangent).sum(), (logits, after)
+
+    grads, (logits, after) = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(x, params)
+    named = {f"gradient {name}": grad for name, grad in {"x": grads[0], **tree.flatten(grads[1])}.items()}
+    return {
+        "logits": logits,
+        **named,
+        **{f"buffer {name}": leaf for name, leaf in tree.flatten(after).items()},
+    }
+
+
+def assert_bitwise(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    """The same names, dtypes and bits, all finite; names the worst leaf."""
+    assert set(got) == set(want)
+    wrong = {}
+    for name, leaf in want.items():
+        assert leaf.isfinite().all(), f"{name} of the reference is not finite: nothing is proven"
+        assert got[name].dtype == leaf.dtype, name
+        if not torch.equal(got[name], leaf):
+            wrong[name] = (
+                (got[name] - leaf).abs().max().item() if got[name].shape == leaf.shape else float("inf")
+            )
+    worst = max(wrong, key=lambda name: wrong[name], default=None)
+    assert worst is None, f"{len(wrong)} of {len(want)} differ, worst {worst} by {wrong[worst]:.3g}"
+
+
+def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor], *, rtol: float = 1e-10) -> None:
+    """Every leaf to `rtol` of its largest entry; names the worst leaf."""
+    assert set(got) == set(want)
+    errors = {}
+    for name, leaf in want.items():
+        assert got[name].shape == leaf.shape, name
+        scale = leaf.abs().max().item() or 1.0
+        errors[name] = (got[name] - leaf).abs().max().item() / scale
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= rtol, f"worst {worst}: relative error {errors[worst]:.3g}, allowed {rtol:.3g}"
