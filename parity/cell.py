@@ -7,10 +7,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
-
-
-class Skip(Exception):
-    """Raised by a check that cannot run here; the message is the reason that the table prints."""
+from unittest import SkipTest
 
 
 @dataclass(frozen=True)
@@ -21,7 +18,8 @@ class Cell:
         section: The part of the suite, "bitwise" for instance.
         name: Unique within the section: "resnet18-fp64-train-nchw".
         check: Returns the figure that the table prints ("0 ULP, 124 leaves"); raises AssertionError with
-            the worst leaf where the claim is false, and `Skip` where it cannot be checked.
+            the worst leaf where the claim is false, and `unittest.SkipTest` with
+            the reason where it cannot be checked.
         quick: Whether `--quick` includes it.
     """
 
@@ -56,7 +54,7 @@ def run(cell: Cell) -> Result:
     outcome: Literal["passed", "failed", "skipped"]
     try:
         outcome, said = "passed", cell.check()
-    except Skip as reason:
+    except SkipTest as reason:
         outcome, said = "skipped", str(reason)
     except AssertionError as failure:
         outcome, said = "failed", str(failure)
