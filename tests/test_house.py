@@ -38,6 +38,8 @@ ORDER = [
     "per_sample.transforms",
     "per_sample.reduction",
     "per_sample",
+    "assertions",
+    "testing",
     "train",
     "augment",
     "streaming",
