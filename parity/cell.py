@@ -16,17 +16,15 @@ class Cell:
 
     Args:
         section: The part of the suite, "bitwise" for instance.
-        name: Unique within the section: "resnet18-fp64-train-nchw".
+        name: Unique within the section: "resnet18/fp64-train-nchw", a row of the report and a column.
         check: Returns the figure that the table prints ("0 ULP, 124 leaves"); raises AssertionError with
-            the worst leaf where the claim is false, and `unittest.SkipTest` with
-            the reason where it cannot be checked.
-        quick: Whether `--quick` includes it.
+            the worst leaf where the claim is false, and `unittest.SkipTest` with the reason where it cannot
+            be checked.
     """
 
     section: str
     name: str
     check: Callable[[], str]
-    quick: bool = False
 
     @property
     def path(self) -> str:
@@ -42,6 +40,14 @@ class Result:
     outcome: Literal["passed", "failed", "skipped"]
     said: str
     seconds: float
+
+    @property
+    def row(self) -> str:
+        return self.name.rpartition("/")[0] or self.name
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome == "failed"
 
     @property
     def command(self) -> str:

@@ -1,4 +1,4 @@
-"""The networks again as plain modules.
+"""The networks again as plain modules: `module(name)`.
 
 torchvision has no CIFAR nets: these follow the articles, written independently of `resnet_func`. Their
 attribute names are the parameters' names, so that a state_dict goes either way.
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torchvision
 from torch import Tensor, nn
+
+from resnet_func import zoo
 
 Norm = Callable[[int], nn.Module]
 
@@ -107,3 +110,13 @@ class WideResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         x = torch.relu(self.bn1(x))
         return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def module(name: str, option: str = "A") -> nn.Module:
+    """The module of a network of the zoo, without arguments but the CIFAR networks' shortcut option."""
+    if name in zoo.IMAGENET:
+        return getattr(torchvision.models, name)()
+    if name in zoo.WIDE:
+        depth, widen = map(int, name.removeprefix("wrn_").split("_"))
+        return WideResNet((depth - 4) // 6, widen)
+    return CifarResNet((int(name.removeprefix("resnet")) - 2) // 6, option)

@@ -29,7 +29,4 @@ def cells(quick: bool) -> list[Cell]:
     """A cell for each property: a few examples if quick, else a hundred."""
     ci = settings.get_profile("ci")
     profile = ci if quick else settings(ci, max_examples=100)
-    return [
-        Cell("properties", name, partial(entry.check, profile), quick=True)
-        for name, entry in PROPERTIES.items()
-    ]
+    return [Cell("properties", name, partial(entry.check, profile)) for name, entry in PROPERTIES.items()]

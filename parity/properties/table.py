@@ -21,6 +21,7 @@ _COMMON: dict[str, Any] = {
     "database": None,
     "phases": (Phase.generate, Phase.shrink),
     "report_multiple_bugs": False,
+    "print_blob": False,  # Hypothesis turns it on where it sees CI; the example says it all
     "suppress_health_check": (HealthCheck.too_slow,),
 }
 # The same examples at every run, so that nobody's change fails for somebody else's reason.

@@ -1,0 +1,61 @@
+"""`python -m parity`: check the cells, print the table, exit 1 when any fails."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import environment
+from parity import suite
+from parity.cell import run
+
+
+@dataclass(frozen=True)
+class Options:
+    """Proofs that the functions are the networks."""
+
+    quick: bool = False
+    """The part that takes under five minutes on two cores."""
+
+    only: str = ""
+    """Cells whose path starts so: "bitwise", "bitwise/resnet18", "bitwise/resnet18/fp64-train-nchw"."""
+
+    json: Path | None = None
+    """Where to write every cell's outcome."""
+
+    markdown: Path | None = None
+    """Where to write the report."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 when no cell failed, 1 when one did, 2 for options that cannot be."""
+    options = tyro.cli(Options, args=arguments, prog="python -m parity")
+    complaints = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        cells = suite.cells(quick=options.quick, only=options.only)
+        for path in (options.json, options.markdown):
+            if path and not path.parent.is_dir():
+                raise ValueError(f"no folder {path.parent} to write {path.name} into")
+    except ValueError as error:
+        complaints.print(f"Error: {error}", markup=False)
+        return 2
+    machine = environment.capture()
+    results = [run(cell) for cell in track(cells, "checking", console=complaints, transient=True)]
+    console = Console()
+    console.print(suite.as_table(results))
+    for line in [*suite.exceptions(results), suite.summary(results)]:
+        console.print(line, markup=False, soft_wrap=True)
+    if options.json:
+        suite.write_json(options.json, results, machine)
+    if options.markdown:
+        suite.write_markdown(options.markdown, results, machine)
+    return int(any(result.failed for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
