@@ -1,4 +1,7 @@
-"""`python -m parity`: check the cells, print the table, exit 1 when any fails."""
+"""`python -m parity`: check the cells, print the table, exit 1 when any fails.
+
+`python -m parity museum`: show the bugs that the suite kills, exit 1 when any survives.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,21 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import track
 
 from benchmarks import environment
-from parity import suite
+from parity import museum, suite
 from parity.cell import run
+
+WIDE = 180  # where no terminal says how wide it is
 
 
 @dataclass(frozen=True)
 class Options:
-    """Proofs that the functions are the networks."""
+    """Proofs that the functions are the networks. `python -m parity museum` shows the bugs they kill."""
 
     quick: bool = False
     """The part that takes under five minutes on two cores."""
@@ -32,10 +38,38 @@ class Options:
     """Where to write the report."""
 
 
+@dataclass(frozen=True)
+class Tour:
+    """The bug museum: what broke other implementations, and what kills it in this one."""
+
+    only: str = ""
+    """Exhibits whose name starts so."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when no cell failed, 1 when one did, 2 for options that cannot be."""
-    options = tyro.cli(Options, args=arguments, prog="python -m parity")
+    arguments = sys.argv[1:] if arguments is None else arguments
     complaints = Console(stderr=True, soft_wrap=True, highlight=False)
+    if arguments[:1] == ["museum"]:
+        return tour(tyro.cli(Tour, args=arguments[1:], prog="python -m parity museum"), complaints)
+    return check(tyro.cli(Options, args=arguments, prog="python -m parity"), complaints)
+
+
+def tour(options: Tour, complaints: Console) -> int:
+    try:
+        exhibits = museum.chosen(options.only)
+    except ValueError as error:
+        complaints.print(f"Error: {error}", markup=False)
+        return 2
+    torch.set_num_threads(1)  # many small tensors: threads would wait for each other
+    proofs = [museum.prove(one) for one in track(exhibits, "proving", console=complaints, transient=True)]
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console.print(museum.as_table(proofs))
+    console.print(museum.summary(proofs), markup=False)
+    return int(not all(proof.killed for proof in proofs))
+
+
+def check(options: Options, complaints: Console) -> int:
     try:
         cells = suite.cells(quick=options.quick, only=options.only)
         for path in (options.json, options.markdown):

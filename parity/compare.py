@@ -98,5 +98,5 @@ def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor], *, rtol:
         assert got[name].shape == leaf.shape, name
         scale = leaf.abs().max().item() or 1.0
         errors[name] = (got[name] - leaf).abs().max().item() / scale
-    worst = max(errors, key=lambda name: errors[name])
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN is the worst
     assert errors[worst] <= rtol, f"worst {worst}: relative error {errors[worst]:.3g}, allowed {rtol:.3g}"

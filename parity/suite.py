@@ -10,10 +10,15 @@ from typing import Any
 
 from rich.table import Table
 
-from parity import bitwise, properties, trajectory
+from parity import bitwise, museum, properties, trajectory
 from parity.cell import Cell, Result
 
-SECTIONS = {"bitwise": bitwise, "trajectory": trajectory, "properties": properties}
+SECTIONS = {
+    "bitwise": bitwise,
+    "trajectory": trajectory,
+    "properties": properties,
+    "museum": museum,
+}
 
 
 def cells(*, quick: bool, only: str = "") -> list[Cell]:

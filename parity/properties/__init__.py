@@ -13,12 +13,17 @@ from hypothesis import settings
 from parity.cell import Cell
 from parity.properties import (  # noqa: F401  (each enters its properties)
     calculus,
+    comparisons,
+    contractions,
+    modules,
     normalisation,
     per_sample,
     purity,
     structure,
     sums,
     symmetries,
+    training,
+    variants,
 )
 from parity.properties.table import PROPERTIES, Property
 

@@ -186,5 +186,5 @@ def near(got: Any, want: Any, rtol: float) -> None:
         assert a[name].shape == leaf.shape, f"{name}: {list(a[name].shape)}, not {list(leaf.shape)}"
         scale = max(leaf.abs().max().item(), floor) or 1.0
         errors[name] = (a[name] - leaf).abs().max().item() / scale
-    worst = max(errors, key=lambda name: errors[name])
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN is the worst
     assert errors[worst] <= rtol, f"worst {worst}: relative error {errors[worst]:.3g}, allowed {rtol:.3g}"

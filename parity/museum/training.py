@@ -1,0 +1,158 @@
+"""Bugs of losses, optimizers and training steps."""
+
+from __future__ import annotations
+
+from parity.museum.exhibit import Exhibit, edit
+from resnet_func import losses, optim, train
+
+OPTIMIZERS = "properties/optimizers-are-torchs"
+
+EXHIBITS = [
+    Exhibit(
+        "smoothing-for-the-others-alone",
+        "label smoothing gives its share to the other classes, not to all",
+        "reimplementations of label smoothing",
+        "properties/smoothing-is-a-mixture-of-targets",
+        edit(
+            losses.smoothed_cross_entropy,
+            (
+                "label_smoothing=smoothing",
+                "label_smoothing=min(smoothing * logits.shape[1] / (logits.shape[1] - 1), 1.0)",
+            ),
+        ),
+    ),
+    Exhibit(
+        "dampened-momentum",
+        "the momentum buffer averages gradients instead of adding them up",
+        "reimplementations of momentum as a moving average",
+        OPTIMIZERS,
+        edit(optim.sgd, ("b * momentum + g,", "b * momentum + (1 - momentum) * g,")),
+    ),
+    Exhibit(
+        "learning-rate-in-the-buffer",
+        "the momentum buffer holds steps, so that a drop of the learning rate comes late",
+        "Sutskever et al. 2013 and others, says torch.optim.SGD's documentation",
+        OPTIMIZERS,
+        edit(
+            optim.sgd,
+            (
+                "        if momentum:\n            # From",
+                "        now = schedule(opt_state.step.to(torch.float64))\n"
+                "        before = schedule((opt_state.step - 1).clamp(min=0).to(torch.float64))\n"
+                "        if momentum:\n            # From",
+            ),
+            ("b * momentum + g,", "b * (momentum * (before / now).to(b.dtype)) + g,"),
+        ),
+    ),
+    Exhibit(
+        "nesterov-looks-back",
+        "Nesterov's step adds the old buffer, not the new one",
+        "reimplementations of Nesterov momentum",
+        OPTIMIZERS,
+        edit(
+            optim.sgd,
+            (
+                "g.add(b, alpha=momentum), direction, buffer)",
+                "g.add(b, alpha=momentum), direction, opt_state.momentum_buffer)",
+            ),
+        ),
+    ),
+    Exhibit(
+        "schedule-one-step-early",
+        "the first update sees the learning rate of step 1",
+        "a scheduler stepped before the optimizer, which torch warns of",
+        OPTIMIZERS,
+        edit(
+            optim.sgd,
+            (
+                "schedule(opt_state.step.to(torch.float64))",
+                "schedule((opt_state.step + 1).to(torch.float64))",
+            ),
+        ),
+    ),
+    Exhibit(
+        "adamw-with-l2",
+        "AdamW adds the decay to the gradient",
+        "Adam before Loshchilov and Hutter 2019",
+        OPTIMIZERS,
+        edit(optim.adamw, ("decoupled=True", "decoupled=False")),
+    ),
+    Exhibit(
+        "adam-with-decoupled-decay",
+        "Adam's decay is decoupled",
+        "AdamW under the name of Adam",
+        OPTIMIZERS,
+        edit(optim.adam, ("decoupled=False", "decoupled=True")),
+    ),
+    Exhibit(
+        "epsilon-hat",
+        "Adam adds epsilon before the bias correction of the second moment",
+        'TensorFlow and Keras: "epsilon hat" of Kingma and Ba, before section 2.1',
+        OPTIMIZERS,
+        edit(
+            optim._move,
+            ("(v.sqrt() / root2.to(v.dtype) + eps)", "((v.sqrt() + eps) / root2.to(v.dtype))"),
+        ),
+    ),
+    Exhibit(
+        "epsilon-under-the-root",
+        "Adam adds epsilon to the second moment, not to its root",
+        "reimplementations; optax has it as eps_root",
+        OPTIMIZERS,
+        edit(
+            optim._move,
+            ("(v.sqrt() / root2.to(v.dtype) + eps)", "((v + eps).sqrt() / root2.to(v.dtype))"),
+        ),
+    ),
+    Exhibit(
+        "adam-without-bias-correction",
+        "Adam's moments are not corrected for their start at zero",
+        "BERT's optimizer, and BertAdam of pytorch-pretrained-bert",
+        OPTIMIZERS,
+        edit(optim._move, ("1 - beta1**count", "1"), ("1 - beta2**count", "torch.ones_like(lr)")),
+    ),
+    Exhibit(
+        "accumulated-gradients-alias",
+        "the first micro-batch's gradient is in the second's too, and counts twice",
+        "loops that keep p.grad, into which the next backward pass adds",
+        "properties/microbatches-change-no-training-step",
+        edit(train.make_train_step, ("torch.add, total, part", "lambda t, p: t + (t + p), total, part")),
+    ),
+    Exhibit(
+        "mean-of-unequal-means",
+        "micro-batches of unequal size have equal weight",
+        "transformers' Trainer until its pull request 34191",
+        "properties/uneven-pieces-change-no-training-step",
+        edit(
+            train.make_train_step,
+            ("loss_fn(logits, y).sum() / batch_size", "loss_fn(logits, y).mean() / microbatches"),
+        ),
+    ),
+    Exhibit(
+        "statistics-of-the-last-piece",
+        "each micro-batch starts from the running statistics before the step",
+        "functional training loops that thread parameters and forget the state",
+        "properties/every-piece-moves-the-running-statistics",
+        edit(
+            train.make_train_step,
+            ("gradient(params, state, x_part", "gradient(params, train_state.state, x_part"),
+        ),
+    ),
+    Exhibit(
+        "averages-without-statistics",
+        "the moving average keeps the running statistics it started with",
+        "torch's AveragedModel, unless asked with use_buffers=True, averages parameters alone",
+        "properties/averages-follow-parameters-and-statistics",
+        edit(train.make_train_step, (", ema(ema_state, state, decay)", ", ema_state")),
+    ),
+    Exhibit(
+        "average-without-warm-up",
+        "the moving average has its full decay from the first step on",
+        "reimplementations of moving averages",
+        "properties/averages-follow-parameters-and-statistics",
+        edit(
+            train.make_train_step,
+            ("torch.clamp((1 + steps) / (10 + steps), max=ema_decay)", "torch.full_like(steps, ema_decay)"),
+        ),
+    ),
+]
