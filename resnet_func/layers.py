@@ -114,7 +114,9 @@ def linear(params: Params, x: Tensor) -> tuple[Tensor, State]:
 
 
 def _tapped(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, State]:
-    return (y + params["tap"], {"input": x}) if "tap" in params else (y, {})
+    if "tap" not in params:
+        return y, {}
+    return y + params["tap"].to(y.dtype), {"input": x}  # a wider tap would widen the network
 
 
 def standardize(weight: Tensor) -> Tensor:

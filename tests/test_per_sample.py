@@ -389,6 +389,30 @@ def test_gradients_flow_through_norms_where_asked() -> None:
     torch.testing.assert_close((slope * direction).sum(), expected, rtol=1e-6, atol=1e-8)
 
 
+# --------------------------------------------------------------------------- mixed precision
+
+
+@pytest.mark.parametrize("method", ["contract", "vmap", "loop"])
+def test_autocast_narrows_the_network_and_not_the_sums(method: Any) -> None:
+    model = rf.resnet20(norm="group")
+    params, state = model.init(torch.Generator().manual_seed(0))
+    x, y = (leaf.float() if leaf.is_floating_point() else leaf for leaf in batch(4, 1, size=16))
+    exact = global_norms(ps.grads(model, losses.cross_entropy)(params, state, x, y))
+    narrow = rf.train.autocast(model, "cpu", torch.bfloat16)
+    results = [ps.clipped_sum(narrow, losses.cross_entropy, max_norm=1.0, method=method)(params, state, x, y)]
+    with torch.autocast("cpu", torch.bfloat16):
+        clipped = ps.clipped_sum(model, losses.cross_entropy, max_norm=1.0, method=method)
+        results.append(clipped(params, state, x, y))
+        gram = ps.gram(model, losses.cross_entropy, method=method)(params, state, (x, y))
+    for total, norms in results:
+        assert {leaf.dtype for leaf in [norms, *tree.leaves(total)]} == {torch.float32}
+        assert 0 < (norms / exact - 1).abs().max() < 0.02
+        # the same network, whichever way it was narrowed
+        assert tree.norm(tree.map(torch.sub, total, results[0][0])) < 0.01 * tree.norm(total)
+    assert gram.dtype == torch.float32
+    torch.testing.assert_close(gram.diagonal().sqrt(), results[1][1], rtol=1e-3, atol=0)
+
+
 # --------------------------------------------------------------------------- refusals
 
 

@@ -158,6 +158,13 @@ def _evaluate_part(
     problem: Problem, quantities: Sequence[Quantity], params: Params, state: State, x: Tensor, y: Tensor
 ) -> list[Any]:
     captured = capture_batch(problem, params, state, x, y)
+    # autocast is for the network: what is summed here keeps the parameters' dtype
+    with torch.autocast(x.device.type, enabled=False):
+        return _contract(problem, quantities, captured, x)
+
+
+def _contract(problem: Problem, quantities: Sequence[Quantity], captured: Captured, x: Tensor) -> list[Any]:
+    """Every quantity of a captured batch, leaf by leaf."""
     ways = [plan_ways(problem, quantity.name, x) if quantity.name else {} for quantity in quantities]
     answers: list[dict[str, Any]] = [{} for _ in quantities]
     for path in list(captured.factors):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from resnet_func.losses import logit
 from resnet_func.per_sample import contract
+from resnet_func.per_sample.contract import Direct, Factors, Way
 from resnet_func.per_sample.engine import Options, Problem, as_views, capture_batch, plan_ways, pose
 from resnet_func.per_sample.quantity import by_layer
 from resnet_func.types import LossFn, Model, Params, State
@@ -88,20 +89,26 @@ def _block(problem: Problem, params: Params, state: State, a: Batch, b: Batch | 
     ways = plan_ways(problem, "gram", a[0])
     left = capture_batch(problem, params, state, *a).factors
     right = left if b is None else capture_batch(problem, params, state, *b).factors
-    empty = a[0].shape[0] == 0 or (b is not None and b[0].shape[0] == 0)
-    products = {}
-    for path in list(left):
-        factors_a = left.pop(path)
-        factors_b = factors_a if b is None else right.pop(path)
-        if empty:
-            n = (contract.num_samples(f) for f in (factors_a, factors_b))
-            products[path] = a[0].new_zeros(tuple(n))
-        else:
-            products[path] = contract.inner_products(factors_a, factors_b, ways.get(path, "materialize"))
+    # autocast is for the network: what is summed here keeps the parameters' dtype
+    with torch.autocast(a[0].device.type, enabled=False):
+        products = {}
+        for path in list(left):
+            factors_a = left.pop(path)
+            factors_b = factors_a if b is None else right.pop(path)
+            products[path] = _products(factors_a, factors_b, ways.get(path, "materialize"))
     return {
         layer: torch.stack([products[path] for path in paths]).sum(0)
         for layer, paths in by_layer(products).items()
     }
+
+
+def _products(a: Factors, b: Factors, way: Way) -> Tensor:
+    """Inner products of one leaf, `[N_a, N_b]`; either may be 0."""
+    na, nb = contract.num_samples(a), contract.num_samples(b)
+    if na and nb:
+        return contract.inner_products(a, b, way)
+    leaf = a.grads if isinstance(a, Direct) else a.weight
+    return leaf.new_zeros((na, nb))
 
 
 def ntk(model: Model, num_classes: int | None = None, **options: Unpack[Options]) -> Callable[..., Tensor]:
