@@ -18,22 +18,13 @@ import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.muon import muon, partition  # noqa: F401
 from resnet_func.schedules import Schedule, constant, cosine, one_cycle, require, require_finite, step  # noqa: F401
 from resnet_func.types import Params
+from resnet_func.updates import Optimizer, Updates, apply_updates, check_fit, updates_to, zero_step  # noqa: F401
 
 DecayMask: TypeAlias = Callable[[str], bool] | None
 Betas: TypeAlias = tuple[float, float]
-
-
-class Updates(NamedTuple):
-    """How far parameters move: `delta + residue`, two trees like params.
-
-    `delta` is the move in the parameters' precision: the one to look at. `residue` is what rounding
-    `params + delta` loses, or `{}` where that is nothing. To scale or mask an update, map over both.
-    """
-
-    delta: Params
-    residue: Params
 
 
 class SGDState(NamedTuple):
@@ -49,25 +40,6 @@ class AdamState(NamedTuple):
     step: Tensor
     exp_avg: Params
     exp_avg_sq: Params
-
-
-class Optimizer(NamedTuple):
-    """An optimizer as two pure functions.
-
-    `init(params) -> opt_state`, `update(grads, opt_state, params) -> (updates, opt_state)`.
-    """
-
-    init: Callable[[Params], Any]
-    update: Callable[[Params, Any, Params], tuple[Updates, Any]]
-
-
-def apply_updates(params: Params, updates: Updates) -> Params:
-    """`(params + delta) + residue`, as new tensors; `params` must be the tree that `update` was given.
-
-    What overflows becomes NaN, where torch.optim may have inf.
-    """
-    moved = tree.map(torch.add, params, updates.delta)
-    return tree.map(torch.add, moved, updates.residue) if tree.leaves(updates.residue) else moved
 
 
 def sgd(
@@ -97,10 +69,10 @@ def sgd(
     require("momentum", momentum, not nesterov or momentum > 0, "> 0 with nesterov=True", "momentum=0.9")
 
     def init(params: Params) -> SGDState:
-        return SGDState(_zero_step(params), tree.map(torch.zeros_like, params) if momentum else {})
+        return SGDState(zero_step(params), tree.map(torch.zeros_like, params) if momentum else {})
 
     def update(grads: Params, opt_state: SGDState, params: Params) -> tuple[Updates, SGDState]:
-        _check_fit(grads, params)
+        check_fit(grads, params)
         direction = _add_decay(grads, params, weight_decay, decay_mask) if weight_decay else grads
         buffer = {}
         if momentum:
@@ -112,7 +84,7 @@ def sgd(
                 direction = buffer
         minus_lr = -schedule(opt_state.step.to(torch.float64))
         target = tree.map(lambda p, d: torch.addcmul(p, d, minus_lr.to(p.dtype)), params, direction)
-        return _updates_to(target, params), SGDState(opt_state.step + 1, buffer)
+        return updates_to(target, params), SGDState(opt_state.step + 1, buffer)
 
     return Optimizer(init, update)
 
@@ -225,10 +197,10 @@ def _adam(
 
     def init(params: Params) -> AdamState:
         first, second = (tree.map(torch.zeros_like, params) for _ in range(2))
-        return AdamState(_zero_step(params), first, second)
+        return AdamState(zero_step(params), first, second)
 
     def update(grads: Params, opt_state: AdamState, params: Params) -> tuple[Updates, AdamState]:
-        _check_fit(grads, params)
+        check_fit(grads, params)
         if weight_decay and not decoupled:
             grads = _add_decay(grads, params, weight_decay, mask)
         lr_now = schedule(opt_state.step.to(torch.float64))
@@ -237,7 +209,7 @@ def _adam(
             return Updates(delta, {}), opt_state  # params + delta is what torch.optim computes
         keep = 1 - lr_now * weight_decay
         shrunk = tree.map(lambda p, on: p * keep.to(p.dtype) if on else p, params, _decays(params, mask))
-        return _updates_to(tree.map(torch.add, shrunk, delta), params), opt_state
+        return updates_to(tree.map(torch.add, shrunk, delta), params), opt_state
 
     return Optimizer(init, update)
 
@@ -259,19 +231,6 @@ def _move(grads: Params, state: AdamState, lr: Tensor, betas: Betas, eps: float)
     return tree.map(move, m, v), AdamState(state.step + 1, m, v)
 
 
-def _zero_step(params: Params) -> Tensor:
-    """The counter, on the device of the parameters, so that a compiled step stays on one device."""
-    leaves = tree.leaves(params)
-    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
-
-
-def _updates_to(target: Params, params: Params) -> Updates:
-    """The `Updates` that take params to `target` to the bit: the residue, being small, is exact."""
-    delta = tree.map(torch.sub, target, params)
-    residue = tree.map(lambda t, p, d: t - (p + d), target, params, delta)
-    return Updates(delta, residue)
-
-
 def _add_decay(grads: Params, params: Params, weight_decay: float, mask: DecayMask) -> Params:
     """`grads + weight_decay * params` where the mask says so."""
     decays = _decays(params, mask)
@@ -283,15 +242,3 @@ def _decays(node: Any, mask: DecayMask, path: str = "") -> Any:
     if isinstance(node, Mapping):
         return {key: _decays(child, mask, f"{path}.{key}" if path else key) for key, child in node.items()}
     return None if node is None else mask is None or bool(mask(path))
-
-
-def _check_fit(grads: Params, params: Params) -> None:
-    """Refuse gradients of another tree, or of other shapes: those would broadcast."""
-    given, wanted = tree.flatten(grads), tree.flatten(params)
-    for path in {**wanted, **given}:
-        got, need = (getattr(leaves.get(path), "shape", None) for leaves in (given, wanted))
-        if got != need:
-            raise ValueError(
-                f"grads must have the leaves and shapes of params: {path!r} must be {need}; got {got}. "
-                "Try torch.func.grad with respect to these params"
-            )

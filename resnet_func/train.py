@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.autodiff import value_and_grad
 from resnet_func.losses import check_targets
 from resnet_func.optim import Optimizer, apply_updates, ema
 from resnet_func.types import (
@@ -125,12 +127,11 @@ def make_train_step(
         accuracy = (logits.argmax(1) == y).sum() / batch_size
         return loss, (state, {"loss": loss.detach(), "accuracy": accuracy})
 
-    gradient = torch.func.grad(objective, has_aux=True)
-
     def step(train_state: TrainState, x: Images, y: Targets) -> tuple[TrainState, Metrics]:
         params, state, total = train_state.params, train_state.state, None
         for x_part, y_part in zip(x.chunk(microbatches), y.chunk(microbatches), strict=True):
-            grads, (state, metrics) = gradient(params, state, x_part, y_part, len(x))
+            part_of = partial(objective, state=state, x=x_part, y=y_part, batch_size=len(x))
+            _, grads, (state, metrics) = value_and_grad(part_of, params)
             part = (grads, metrics)
             total = part if total is None else tree.map(torch.add, total, part)
         if total is None:

@@ -17,6 +17,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "types",
     "tree",
+    "autodiff",
     "config",
     "layers",
     "resnet",
@@ -24,6 +25,8 @@ ORDER = [
     "interop",
     "losses",
     "schedules",
+    "updates",
+    "muon",
     "optim",
     "per_sample.ghost",
     "per_sample.contract",
@@ -120,8 +123,8 @@ def test_every_source_file_has_its_test_file() -> None:
     def tests_of(name: str) -> str:
         return f"test_{name.strip('_').replace('.', '_')}.py"
 
-    # types are only names, schedules are optim's; the parts of per_sample are tested together, by promise
-    elsewhere = {"types", "schedules", "__main__"}
+    # types are only names, schedules and updates are optim's; per_sample is tested as a whole, by promise
+    elsewhere = {"types", "schedules", "updates", "__main__"}
     names = [name for name in ORDER if name not in elsewhere and not name.startswith("per_sample.")]
     missing = [tests_of(name) for name in names if not (ROOT / "tests" / tests_of(name)).is_file()]
     assert not missing

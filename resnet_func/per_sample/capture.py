@@ -8,12 +8,13 @@ C]`, whose gradients are the per-sample gradients. No weight gradient is compute
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.autodiff import value_and_grad
 from resnet_func.config import ResNetConfig
 from resnet_func.layers import BatchNorm, Conv, GroupNorm, LayerSpec, Linear
 from resnet_func.per_sample.contract import ConvFactors, Direct, Factors, LinearFactors
@@ -49,8 +50,8 @@ def capture(
 ) -> Captured:
     """The factors of every trainable leaf, for `x [N, views, C, H, W]` and `y [N, ...]`.
 
-    Running statistics are used, never updated. Gradients flow through the result only where an argument
-    requires them; otherwise the backward pass keeps no graph.
+    Running statistics are used, never updated. The result can be differentiated where the losses are being
+    differentiated; otherwise the backward pass keeps no graph.
     """
     if model.config is None:
         raise ValueError("capture needs a model whose layers it knows; for a module use method='vmap'")
@@ -68,16 +69,7 @@ def capture(
         check_losses(losses, x.shape[0])
         return losses.reshape(views, n).mean(0), (logits, inputs)
 
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *flat.values()))
-    with torch.set_grad_enabled(differentiable):
-        losses, pullback, (logits, inputs) = cast(
-            tuple[Tensor, Callable[..., Any], tuple[Tensor, dict[str, Tensor]]],
-            torch.func.vjp(run, taps, has_aux=True),
-        )
-        (gradients,) = pullback(
-            torch.ones_like(losses), retain_graph=differentiable, create_graph=differentiable
-        )
-    del pullback
+    losses, gradients, (logits, inputs) = value_and_grad(run, taps)
     factors = _collect(specs, flat, inputs, gradients, views)
     return Captured(losses, logits, y, {path: factors[path] for path in flat if path in factors}, views)
 

@@ -1,0 +1,67 @@
+"""An optimizer as two pure functions, and what its updates are: the base of `resnet_func.optim`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_func import tree
+from resnet_func.types import Params
+
+
+class Updates(NamedTuple):
+    """How far parameters move: `delta + residue`, two trees like params.
+
+    `delta` is the move in the parameters' precision: the one to look at. `residue` is what rounding
+    `params + delta` loses, or `{}` where that is nothing. To scale or mask an update, map over both.
+    """
+
+    delta: Params
+    residue: Params
+
+
+class Optimizer(NamedTuple):
+    """An optimizer as two pure functions.
+
+    `init(params) -> opt_state`, `update(grads, opt_state, params) -> (updates, opt_state)`.
+    """
+
+    init: Callable[[Params], Any]
+    update: Callable[[Params, Any, Params], tuple[Updates, Any]]
+
+
+def apply_updates(params: Params, updates: Updates) -> Params:
+    """`(params + delta) + residue`, as new tensors; `params` must be the tree that `update` was given.
+
+    What overflows becomes NaN, where torch.optim may have inf.
+    """
+    moved = tree.map(torch.add, params, updates.delta)
+    return tree.map(torch.add, moved, updates.residue) if tree.leaves(updates.residue) else moved
+
+
+def zero_step(params: Params) -> Tensor:
+    """The counter, on the device of the parameters, so that a compiled step stays on one device."""
+    leaves = tree.leaves(params)
+    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
+
+
+def updates_to(target: Params, params: Params) -> Updates:
+    """The `Updates` that take params to `target` to the bit: the residue, being small, is exact."""
+    delta = tree.map(torch.sub, target, params)
+    residue = tree.map(lambda t, p, d: t - (p + d), target, params, delta)
+    return Updates(delta, residue)
+
+
+def check_fit(grads: Params, params: Params) -> None:
+    """Refuse gradients of another tree, or of other shapes: those would broadcast."""
+    given, wanted = tree.flatten(grads), tree.flatten(params)
+    for path in {**wanted, **given}:
+        got, need = (getattr(leaves.get(path), "shape", None) for leaves in (given, wanted))
+        if got != need:
+            raise ValueError(
+                f"grads must have the leaves and shapes of params: {path!r} must be {need}; got {got}. "
+                "Try torch.func.grad with respect to these params"
+            )

@@ -1,0 +1,102 @@
+"""Gradients that can be differentiated exactly where somebody does, and hold no graph elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev, jvp, vmap
+from torch.profiler import ProfilerActivity, profile
+
+from resnet_func.autodiff import value_and_grad
+
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(2, 4, 3)
+AT = torch.tensor([0.3, -0.7, 1.1, 0.2], dtype=torch.float64)
+RATE = torch.tensor(0.1, dtype=torch.float64)
+
+
+def normalised(weight: Tensor) -> tuple[Tensor, tuple[()]]:
+    """Through GroupNorm, whose backward kernel has no forward mode."""
+    return (torch.group_norm(weight[:, None] * X, 2, eps=1e-5) * X.sin()).pow(3).sum(), ()
+
+
+def steps(rate: Tensor, weight: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """The loss after two steps of gradient descent on the scaled loss."""
+
+    def loss(weight: Tensor) -> tuple[Tensor, tuple[()]]:
+        return scale * normalised(weight)[0], ()
+
+    for _ in range(2):
+        weight = weight - rate * value_and_grad(loss, weight).grad
+    return normalised(weight)[0]
+
+
+def slope(fn: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """A central difference."""
+    step = 1e-6
+    return (fn(at + step) - fn(at - step)) / (2 * step)
+
+
+def test_value_gradient_and_what_came_along() -> None:
+    def fn(tree: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return (tree["a"] ** 2 + tree["b"]), tree["a"] + 1
+
+    a = torch.tensor([1.0, 2.0])
+    value, gradient, aux = value_and_grad(fn, {"a": a, "b": torch.tensor([3.0, 4.0])})
+    assert value.tolist() == [4.0, 8.0]
+    assert {name: leaf.tolist() for name, leaf in gradient.items()} == {"a": [2.0, 4.0], "b": [1.0, 1.0]}
+    assert aux.tolist() == [2.0, 3.0]
+
+
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "grad": grad(lambda rate: steps(rate, AT)),
+    "jacrev": jacrev(lambda rate: steps(rate, AT)),
+    "jvp": lambda rate: jvp(lambda r: steps(r, AT), (rate,), (torch.ones_like(rate),))[1],
+    "grad-of-vmap": grad(lambda rate: vmap(lambda w: steps(rate, w))(AT[None])[0]),
+    "jvp-of-vmap": lambda rate: jvp(
+        lambda r: vmap(lambda w: steps(r, w))(AT[None])[0], (rate,), (torch.ones_like(rate),)
+    )[1],
+    "vmap-of-grad": lambda rate: vmap(grad(lambda r: steps(r, AT)))(rate[None])[0],
+    "vmap-of-jvp": lambda rate: vmap(lambda r: jvp(lambda q: steps(q, AT), (r,), (torch.ones_like(r),))[1])(
+        rate[None]
+    )[0],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_outer_transform_differentiates_through_it(way: str) -> None:
+    expected = slope(lambda rate: steps(rate, AT), RATE)
+    assert expected.abs() > 0.1
+    torch.testing.assert_close(WAYS[way](RATE), expected, rtol=1e-5, atol=0)
+
+
+def test_what_the_function_closes_over_is_differentiated_too() -> None:
+    scale = torch.tensor(1.3, dtype=torch.float64)
+    expected = slope(lambda s: steps(RATE, AT, s), scale)
+    torch.testing.assert_close(grad(lambda s: steps(RATE, AT, s))(scale), expected, rtol=1e-5, atol=0)
+    scale.requires_grad_()
+    (got,) = torch.autograd.grad(steps(RATE, AT, scale), scale)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def test_second_derivatives_are_torchs() -> None:
+    want = jacrev(grad(lambda w: normalised(w)[0]))(AT)
+    got = jacrev(lambda w: value_and_grad(normalised, w).grad)(AT)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_graph_is_kept_only_where_one_is_needed(required: bool) -> None:
+    with profile(activities=[ProfilerActivity.CPU]) as watched:
+        result = value_and_grad(normalised, AT.clone().requires_grad_(required))
+    assert result.grad.requires_grad == required
+    # autograd's own formula is a dozen operations; the kernel is what plain autograd takes
+    kernel = "aten::native_group_norm_backward"
+    assert (kernel in {event.key for event in watched.key_averages()}) != required
+
+
+def test_no_grad_is_respected() -> None:
+    with torch.no_grad():
+        assert not value_and_grad(normalised, AT.clone().requires_grad_()).grad.requires_grad
