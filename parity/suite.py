@@ -10,12 +10,16 @@ from typing import Any
 
 from rich.table import Table
 
-from parity import bitwise, museum, properties, trajectory
+from parity import bitwise, graphs, museum, oracles, properties, second_order, shadow, trajectory
 from parity.cell import Cell, Result
 
 SECTIONS = {
     "bitwise": bitwise,
     "trajectory": trajectory,
+    "graphs": graphs,
+    "oracles": oracles,
+    "second-order": second_order,
+    "fp64-shadow": shadow,
     "properties": properties,
     "museum": museum,
 }
