@@ -1,7 +1,8 @@
 """Clipped sums as other libraries compute them, of the same network with the same parameters.
 
-Needs the extra `bench`. Every peer gets the model as a plain module with `GroupNorm`. BackPACK is not
-here: it passes over GroupNorm's parameters without a word, so that its norms lack them.
+Needs the extra `bench`. Opacus gets the model as a plain module with `GroupNorm`, JAX its parameters as
+arrays. BackPACK is not here: it passes over GroupNorm's parameters without a word, so that its norms lack
+them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -22,7 +24,7 @@ from resnet_func.config import ResNetConfig
 from resnet_func.types import Params
 
 Step = Callable[[], tuple[Params, Tensor]]
-PEERS = ("Opacus, hooks", "Opacus, expanded weights", "Opacus, ghost")
+PEERS = ("Opacus, hooks", "Opacus, expanded weights", "Opacus, ghost", "JAX, vmap")
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -70,6 +72,8 @@ def make_peer(name: str, config: ResNetConfig, params: Params, x: Tensor, y: Ten
     Raises:
         ModuleNotFoundError: the extra `bench` is not installed.
     """
+    if name == "JAX, vmap":
+        return _jax(config, params, x, y, max_norm)
     opacus = import_module("opacus.grad_sample")
     params = tree.map(lambda leaf: leaf.detach().clone(), params)
     module = make_module(config, params)
@@ -78,6 +82,11 @@ def make_peer(name: str, config: ResNetConfig, params: Params, x: Tensor, y: Ten
     stored = name == "Opacus, hooks"
     wrap = opacus.GradSampleModule if stored else opacus.GradSampleModuleExpandedWeights
     return _stored(wrap(module, loss_reduction="sum"), x, y, max_norm)
+
+
+def make_jax_plain(config: ResNetConfig, params: Params, x: Tensor, y: Tensor) -> Callable[[], Params]:
+    """The ordinary step in JAX, `jit(grad)` of the mean loss: what its `vmap` is to be held against."""
+    return _jax(config, params, x, y, None)
 
 
 def _stored(wrapped: Any, x: Tensor, y: Tensor, max_norm: float) -> Step:
@@ -120,3 +129,36 @@ def _two_passes(module: nn.Module, x: Tensor, y: Tensor, max_norm: float) -> Ste
 
 def _plain(name: str) -> str:
     return name.removeprefix("_module.")
+
+
+def _jax(
+    config: ResNetConfig, params: Params, x: Tensor, y: Tensor, max_norm: float | None
+) -> Callable[[], Any]:
+    """`jit` of the clipped sum of `vmap(grad)`; without a bound, of the mean loss's gradient alone."""
+    jax, jnp = import_module("jax"), import_module("jax.numpy")
+    oracle_jax = import_module("parity.oracle_jax")
+    wide = jax.enable_x64(x.dtype == torch.float64)
+    with wide:
+        inputs = tree.map(lambda leaf: jnp.asarray(leaf.numpy()), (params, x, y))
+
+    def mean_loss(params: Any, images: Any, labels: Any) -> Any:
+        logits, _ = oracle_jax.apply(config, params, {}, images, train=False)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
+
+    def clipped(params: Any, images: Any, labels: Any) -> tuple[Any, Any]:
+        one_by_one = jax.vmap(jax.grad(mean_loss), (None, 0, 0))
+        each = one_by_one(params, images[:, None], labels[:, None])
+        norms = jnp.sqrt(
+            sum(jnp.square(leaf).reshape(len(leaf), -1).sum(1) for leaf in jax.tree.leaves(each))
+        )
+        factors = jnp.minimum(1.0, max_norm / norms)
+        return jax.tree.map(lambda leaf: jnp.tensordot(factors, leaf, 1), each), norms
+
+    compiled = jax.jit(jax.grad(mean_loss) if max_norm is None else clipped)
+
+    def step() -> Any:
+        with wide:
+            results = jax.block_until_ready(compiled(*inputs))
+        return tree.map(lambda leaf: torch.from_numpy(np.array(leaf)), results)
+
+    return step

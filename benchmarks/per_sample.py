@@ -1,9 +1,9 @@
 """What gradients one sample at a time cost, as a ratio to the ordinary step of the same network.
 
-    uv run python -m benchmarks.per_sample --model resnet20 --batch 64
+    uv run --extra bench python -m benchmarks per-sample --model resnet20 --batch 64 --peers
 
-"plain" is forward and backward of the mean loss by plain autograd, eager, NCHW, float32: kernel for kernel
-what the `nn.Module` does. All variants run in one process under one allocator, in an order that reverses
+"plain" is forward and backward of the mean loss by plain autograd, eager, NCHW: kernel for kernel what the
+`nn.Module` does. All variants run in one process under one allocator and take turns in an order that reverses
 every round. Before anything is timed, every result is checked against the loop over samples. Peak memory is
 measured apart, each variant in a fresh process. With `--layers` it times the two ways of every layer's norm
 instead, which is what plans choose between.
@@ -11,45 +11,35 @@ instead, which is what plans choose between.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 import resnet_func as rf
-from benchmarks import environment
-from benchmarks.peers import PEERS, make_peer
-from benchmarks.statistics import interleave, ratio
-from resnet_func import runtime, tree
-from resnet_func.layers import Conv, LayerSpec
+from benchmarks import conditions, contractions, environment, measure, memory, networks, pictures, report
+from benchmarks.networks import Case
+from benchmarks.peers import PEERS, make_jax_plain, make_peer
+from benchmarks.report import RESULTS, Row
+from benchmarks.statistics import Rule
+from resnet_func import tree
 from resnet_func.losses import cross_entropy
-from resnet_func.per_sample import contract, plan
-from resnet_func.resnet import layer_specs
 
-RESULTS = Path(__file__).parent / "results"
 MAX_NORM = 1.0
-BASELINE = "plain"
-VARIANTS = (
-    BASELINE,
-    "plain again",
-    "norms",
-    "clipped_sum",
-    "grads",
-    "clipped_sum, vmap",
-    "clipped_sum, loop",
-    *PEERS,
-)
+BASELINE, AGAIN, JAX_PLAIN = "plain", "plain again", "plain, JAX"
+OURS = ("norms", "clipped_sum", "grads", "clipped_sum, vmap", "clipped_sum, loop")
+OTHERS = (*PEERS, JAX_PLAIN)
+VARIANTS = (BASELINE, AGAIN, *OURS, *OTHERS)
+COLOURS = {
+    "ours": pictures.BLUE,
+    "the references": pictures.SKY,
+    "Opacus": pictures.ORANGE,
+    "JAX": pictures.GREEN,
+}
 
 
 @dataclass(frozen=True)
@@ -61,281 +51,226 @@ class Options:
     batch: int = 64
     """Images a step."""
     size: int = 32
-    """Side of the images in pixels."""
-    rounds: int = 12
-    """Turns of every variant."""
+    """Side of the images in pixels; up to 64 torchvision's networks get the CIFAR stem."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16 puts autocast around every variant, the plain step too."""
     compile: bool = False
     """Compile every variant, the plain step too."""
-    tuned: bool = True
-    """Tune the allocator, for all variants alike."""
-    without: tuple[str, ...] = ()
-    """Variants to leave out, such as the loop."""
+    allocator: Literal["tuned", "stock"] = "tuned"
+    """Of all variants alike; stock is the C library's own."""
     peers: bool = False
-    """Measure other libraries' clipped sums too, eager; needs the extra `bench`."""
+    """Measure other libraries' clipped sums too; needs the extra `bench`."""
     layers: bool = False
     """Time every convolution's ghost norm and materialised norm, and the plan's choice between them."""
+    threads: int | None = None
+    """Inside one operation, on the CPU; as many as torch takes if left out."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    without: tuple[str, ...] = ()
+    """Leave out the variants whose names contain one of these words, such as loop."""
+    memory: bool = True
+    """Whether to look at peak memory, each variant in a fresh process."""
+    seconds: float = 300.0
+    """Time after which timing stops, if the interquartile ranges are not under 10 % before."""
+    quick: bool = False
+    """A toy: resnet8, 4 images of 8 pixels. No measurement."""
     write: bool = True
-    """Whether to write a file below results/."""
+    """Whether to write the result file and the picture."""
+    results: Path = RESULTS
+    """The folder for both."""
 
 
-class Problem(NamedTuple):
-    """One network with its parameters, and one batch."""
+def run(options: Options) -> None:
+    """Measure, print the table, write the result file and the picture.
 
-    model: rf.Model
-    params: Any
-    state: Any
-    x: Tensor
-    y: Tensor
-
-
-def main() -> None:
-    """Measure, print the table, write the result file."""
-    options = tyro.cli(Options)
-    unknown = set(options.without) - set(VARIANTS[1:])
-    if unknown:
-        sys.exit(f"no variant is called {', '.join(unknown)}; there are {', '.join(VARIANTS[1:])}")
-    machine = environment.capture() | {"allocator": set_up(options)}
-    problem = make_problem(options)
-    name = f"{options.model}-n{options.batch}-{options.size}px{'-compiled' * options.compile}"
+    Raises:
+        ValueError: options that cannot be.
+        Disagreement: a variant computes something else.
+    """
+    options = replace(options, model=networks.TOY, batch=4, size=8) if options.quick else options
+    names = select(options)
+    machine = set_up(options)
+    case = make_case(options, machine.device)
+    where = environment.capture(str(machine.device)) | {"allocator": machine.allocator}
     if options.layers:
-        rows = measure_layers(options, problem)
-        Console().print(layers_table(options, rows))
-        result = {"options": vars(options), "environment": machine, "layers": rows}
-        name = f"layers-{name}"
-    else:
-        seconds = measure(options, problem)
-        memory = {variant: peak_memory(options, variant) for variant in seconds}
-        Console().print(as_table(options, seconds, memory))
-        ratios = {variant: ratio(times, seconds[BASELINE])._asdict() for variant, times in seconds.items()}
-        result = {
-            "options": vars(options),
-            "environment": machine,
-            "seconds": seconds,
-            "ratios": ratios,
-            "peak_bytes": memory,
-        }
-    if options.write:
-        (RESULTS / f"per-sample-{name}{'' if options.tuned else '-stock'}.json").write_text(
-            json.dumps(result, indent=1) + "\n", encoding="utf-8"
-        )
+        contractions.run(case, where, options.results if options.write else None, quick=options.quick)
+        return
+    steps = {name: make_step(name, options, case) for name in names}
+    check(steps, case, allowed=5e-3 if options.dtype == "fp32" else 0.1)
+    rule = conditions.QUICK if options.quick else Rule(seconds=options.seconds)
+    turn = 1e-3 if options.quick else 0.1
+    seconds = measure.time_steps(steps, BASELINE, rule, threads=machine.threads, turn_seconds=turn)
+    # JAX compiles where the others allocate: what its process takes at most says nothing of the step
+    looked_at = [name for name in names if "JAX" not in name] if options.memory else []
+    peaks = {name: memory.peak_bytes(alone, options, name, device=machine.device.type) for name in looked_at}
+    rows = report.rows(seconds, BASELINE, images=options.batch, peak_bytes=peaks)
+    publish(options, where, rows, seconds)
 
 
-def set_up(options: Options) -> str:
-    """Threads and allocator of this process."""
-    torch.set_num_threads(runtime.available_cores())
-    return runtime.tune_allocator() if options.tuned else "stock"
+def select(options: Options) -> list[str]:
+    """The variants of these options.
+
+    Raises:
+        ValueError: a word of `without` is in no name, or peers where they cannot be compared.
+    """
+    lost = [word for word in options.without if not any(word in name for name in VARIANTS[2:])]
+    if lost:
+        raise ValueError(f"no variant has {', '.join(lost)} in its name; there are {', '.join(VARIANTS[2:])}")
+    if options.peers and (options.compile or options.dtype != "fp32"):
+        raise ValueError("other libraries are measured as they come, eager and in fp32; leave out --peers")
+    names = [name for name in VARIANTS if options.peers or name not in OTHERS]
+    return names[:2] + [name for name in names[2:] if not any(word in name for word in options.without)]
 
 
-def make_problem(options: Options) -> Problem:
-    changes = {"stem": "cifar", "num_classes": 10} if options.size <= 64 else {}
-    model = rf.zoo.by_name(options.model, norm="group", **changes)
-    generator = torch.Generator().manual_seed(0)
-    params, state = model.init(generator)
-    x = torch.randn(options.batch, 3, options.size, options.size, generator=generator)
-    return Problem(model, params, state, x, torch.randint(10, (options.batch,), generator=generator))
+def set_up(options: Options) -> Any:
+    """Device, threads and allocator of this process."""
+    tuned = options.allocator == "tuned"
+    return (conditions.set_up if tuned else conditions.set_up_alone)(options.device, options.threads)
+
+
+def make_case(options: Options, device: torch.device) -> Case:
+    return networks.make_case(options.model, options.batch, options.size, device, norm="group")
 
 
 # --------------------------------------------------------------------------- the variants
 
 
-def make_variant(name: str, options: Options, problem: Problem) -> Callable[[], Any]:
-    """The step of a variant; what it returns is `(summed gradient or None, norms or None)`."""
-    model, params, state, x, y = problem
-    per_sample = rf.per_sample
+def make_step(name: str, options: Options, case: Case) -> Callable[[], Any]:
+    """The step of a variant; what it returns is `(gradients or None, norms or None)`."""
+    params, x, y = case.params, case.x, case.y
+    assert case.model.config is not None
     if name in PEERS:
-        assert model.config is not None
-        return make_peer(name, model.config, params, x, y, MAX_NORM)
-    if name in (BASELINE, "plain again"):
-        run: Callable[..., Any] = plain_step(problem)
-    elif name == "norms":
-        norms = per_sample.norms(model, cross_entropy)
-        run = lambda p, x, y: (None, norms(p, state, x, y))  # noqa: E731
-    elif name == "grads":
-        grads = per_sample.grads(model, cross_entropy)
-        run = lambda p, x, y: (grads(p, state, x, y), None)  # noqa: E731
-    else:
-        method = name.partition(", ")[2] or "auto"
-        clipped = per_sample.clipped_sum(model, cross_entropy, max_norm=MAX_NORM, method=method)  # type: ignore[arg-type]
-        run = lambda p, x, y: clipped(p, state, x, y)  # noqa: E731
-    run = torch.compile(run, fullgraph=True, dynamic=False) if options.compile and "loop" not in name else run
-    return lambda: run(params, x, y)
+        return make_peer(name, case.model.config, params, x, y, MAX_NORM)
+    if name == JAX_PLAIN:
+        step = make_jax_plain(case.model.config, params, x, y)
+        return lambda: (step(), None)
+    function = make_function(name, case)
+    if options.dtype == "bf16":
+        function = narrowed(function)
+    if options.compile and "loop" not in name:
+        function = torch.compile(function, fullgraph=True, dynamic=False)
+    return lambda: function(params, x, y)
 
 
-def plain_step(problem: Problem) -> Callable[..., Any]:
+def make_function(name: str, case: Case) -> Callable[..., Any]:
+    """A variant as a function of parameters, images and targets."""
+    model, state, ps = case.model, case.state, rf.per_sample
+    if name in (BASELINE, AGAIN):
+        return plain(case)
+    if name == "norms":
+        norms = ps.norms(model, cross_entropy)
+        return lambda params, x, y: (None, norms(params, state, x, y))
+    if name == "grads":
+        grads = ps.grads(model, cross_entropy)
+        return lambda params, x, y: (grads(params, state, x, y), None)
+    method: Any = name.partition(", ")[2] or "auto"
+    clipped = ps.clipped_sum(model, cross_entropy, max_norm=MAX_NORM, method=method)
+    return lambda params, x, y: clipped(params, state, x, y)
+
+
+def plain(case: Case) -> Callable[..., Any]:
     """Forward and backward of the mean loss by plain autograd, as a training loop does it."""
-    model, state = problem.model, problem.state
 
-    def run(params: Any, x: Tensor, y: Tensor) -> Any:
+    def function(params: Any, x: Tensor, y: Tensor) -> Any:
         leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
-        loss = cross_entropy(model.apply(leaves, state, x, train=True)[0], y).mean()
-        grads = torch.autograd.grad(loss, tree.leaves(leaves))
-        return grads, None
+        loss = cross_entropy(case.model.apply(leaves, case.state, x, train=True)[0], y).mean()
+        return torch.autograd.grad(loss, tree.leaves(leaves)), None
 
-    return run
+    return function
 
 
-def check(variants: dict[str, Callable[[], Any]], problem: Problem) -> None:
-    """All variants against the loop over samples: nothing is timed that is not right."""
-    each = rf.per_sample.grads(problem.model, cross_entropy, method="loop")(
-        problem.params, problem.state, problem.x, problem.y
-    )
-    norms = (
-        torch.stack([leaf.double().flatten(1).square().sum(1) for leaf in tree.leaves(each)]).sum(0).sqrt()
-    )
+def narrowed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same under bf16 autocast."""
+
+    def step(params: Any, x: Tensor, y: Tensor) -> Any:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return function(params, x, y)
+
+    return step
+
+
+def alone(options: Options, name: str) -> Callable[[], Any]:
+    """The variant's step in a process of its own."""
+    machine = conditions.set_up_alone(options.device, options.threads)
+    return make_step(name, options, make_case(options, machine.device))
+
+
+# --------------------------------------------------------------------------- what is wrong is not timed
+
+
+def check(steps: dict[str, Callable[[], Any]], case: Case, allowed: float) -> None:
+    """All variants against the loop over samples in fp32.
+
+    Raises:
+        Disagreement: a relative error is larger than `allowed`. A ReLU whose input rounds across zero moves
+            one sample's gradient by a thousandth of its norm.
+    """
+    by_loop = rf.per_sample.grads(case.model, cross_entropy, method="loop")
+    each = [leaf.double() for leaf in tree.leaves(by_loop(case.params, case.state, case.x, case.y))]
+    norms = torch.stack([leaf.flatten(1).square().sum(1) for leaf in each]).sum(0).sqrt()
     factors = (MAX_NORM / norms).clamp(max=1)
-    for name, step in variants.items():
+    for name, step in steps.items():
         got, got_norms = step()
         # what a sum is held against is the sum of its terms' norms: the sum itself may have cancelled
         if name.startswith("plain"):
-            got, want = list(got), [leaf.double().mean(0) for leaf in tree.leaves(each)]
-            scale = norms.mean()
+            want, scale = [leaf.mean(0) for leaf in each], norms.mean()
         elif name.startswith("clipped_sum") or name in PEERS:
-            want = [torch.einsum("n,n...->...", factors, leaf.double()) for leaf in tree.leaves(each)]
+            want = [torch.einsum("n,n...->...", factors, leaf) for leaf in each]
             scale = (factors * norms).sum()
         else:
-            want = [leaf.double() for leaf in tree.leaves(each)] if got is not None else []
-            scale = norms.norm()
-        leaves = tree.leaves(got) if got is not None else []
-        errors = {"gradients": distance(leaves, want) / scale}
+            want, scale = each, norms.norm()
+        errors = {} if got is None else {"gradients": distance(tree.leaves(got), want) / scale}
         if got_norms is not None:
             errors["norms"] = distance([got_norms], [norms]) / norms.norm()
         for what, error in errors.items():
-            # a ReLU whose input rounds across zero moves one sample's gradient by 1e-3 of its norm
-            if not error < 5e-3:
-                sys.exit(f"{name} is wrong: relative error of its {what} {error:.2g}; nothing is timed")
+            if not error <= allowed:  # NaN is not
+                raise measure.Disagreement(
+                    f"{name} is wrong: relative error of its {what} {error:.2g}; nothing is timed"
+                )
 
 
 def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> Tensor:
     """Euclidean distance of two lists of leaves, in float64."""
-    pairs = zip(got, want, strict=True)
-    return torch.stack([torch.zeros(()), *((a.double() - b).square().sum() for a, b in pairs)]).sum().sqrt()
+    squares = [(a.double().to(b.device) - b).square().sum() for a, b in zip(got, want, strict=True)]
+    return torch.stack(squares).sum().sqrt()
 
 
-def measure(options: Options, problem: Problem) -> dict[str, list[float]]:
-    """Seconds of every variant in every round."""
-    names = [
-        name for name in VARIANTS if name not in options.without and (options.peers or name not in PEERS)
-    ]
-    variants = {name: make_variant(name, options, problem) for name in names}
-    check(variants, problem)
-    timers = {
-        name: Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-        for name, step in variants.items()
-    }
-    return interleave(names, options.rounds, lambda name: timers[name].timeit(1).mean)
+# --------------------------------------------------------------------------- results
 
 
-# --------------------------------------------------------------------------- memory
+def publish(
+    options: Options, where: dict[str, Any], rows: list[Row], seconds: dict[str, list[float]]
+) -> None:
+    kind = f"{options.dtype}, {'compiled' if options.compile else 'eager'}"
+    title = (
+        f"{options.model} with GroupNorm, batch {options.batch}, {options.size} px, {kind}, "
+        f"{options.allocator} allocator{', toy run' if options.quick else ''}"
+    )
+    Console().print(report.as_table(title, rows, BASELINE))
+    if not options.write:
+        return
+    words = [options.model, f"n{options.batch}", f"{options.size}px"]
+    words += ["bf16"] * (options.dtype == "bf16") + ["compiled"] * options.compile
+    words += ["stock"] * (options.allocator == "stock")
+    path = options.results / f"per-sample-{'-'.join(words)}-{environment.machine(where['device'])}.json"
+    noise = next(row.ratio for row in rows if row.name == AGAIN)
+    shown = [row for row in rows if row.name not in (BASELINE, AGAIN)]
+    pictures.bars(
+        path.with_suffix(".png"),
+        [pictures.Bar(row.name, row.ratio, f"{row.ratio.median:.2f}", group(row.name)) for row in shown],
+        title=title,
+        subtitle=conditions.describe(where),
+        xlabel="time / plain step: forward and backward of the mean loss (bars: 95 % intervals)",
+        colours=COLOURS,
+        noise=noise,
+    )
+    figures = report.as_json(rows)
+    report.write(
+        path, {"options": vars(options), "environment": where, "figures": figures, "seconds": seconds}
+    )
 
 
-def peak_memory(options: Options, name: str) -> int:
-    """Bytes that three steps of a variant take at most, beyond parameters and batch, in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_peak_memory, args=(options, name, sender))
-    process.start()
-    sender.close()
-    peak = receiver.recv()
-    process.join()
-    return peak
-
-
-def _peak_memory(options: Options, name: str, pipe: Connection) -> None:
-    # the C library's own allocator: a tuned one takes memory in pieces larger than what is measured
-    torch.set_num_threads(runtime.available_cores())
-    problem = make_problem(options)
-    # a step of two samples first: code, threads and kernels are not what is measured
-    make_variant(name, options, problem._replace(x=problem.x[:2], y=problem.y[:2]))()
-    step = make_variant(name, options, problem)
-    before = _status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts here
-    for _ in range(3):
-        step()
-    pipe.send(_status_bytes("VmHWM") - before)
-
-
-def _status_bytes(field: str) -> int:
-    """A figure of Linux's /proc/self/status; ru_maxrss would be the parent's too."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-# --------------------------------------------------------------------------- layers
-
-
-def measure_layers(options: Options, problem: Problem) -> list[dict[str, Any]]:
-    """Milliseconds of both ways of every distinct convolution's norm, and what the plan chose."""
-    assert problem.model.config is not None
-    specs: dict[str, LayerSpec] = tree.flatten(layer_specs(problem.model.config))
-    entries = {entry.path: entry for entry in plan(problem.model, problem.x.shape, "norms").entries}
-    seen, rows = set(), []
-    for path, spec in specs.items():
-        entry = entries.get(f"{path}.weight")
-        if not isinstance(spec, Conv) or entry is None or (spec, entry.positions) in seen:
-            continue
-        seen.add((spec, entry.positions))
-        side = round(entry.positions**0.5)
-        factors = _random_factors(spec, options.batch, side)
-        row: dict[str, Any] = {"layer": path, "T": entry.positions, "D": entry.weights, "plan": entry.way}
-        for way in ("ghost", "materialize"):
-            cost = entry.costs.get(way, 0.0)
-            if way == "ghost" and cost > 20 * entry.costs["materialize"]:
-                row[way] = None  # hopeless, and more memory than there is
-                continue
-            timer = Timer(
-                "f(x, w)",
-                globals={"f": contract.squared_norms, "x": factors, "w": way},
-                num_threads=torch.get_num_threads(),
-            )
-            row[way] = timer.blocked_autorange(min_run_time=0.3).median * 1e3
-        rows.append(row)
-    return rows
-
-
-def _random_factors(spec: Conv, n: int, side: int) -> contract.ConvFactors:
-    generator = torch.Generator().manual_seed(0)
-    size = side * spec.stride
-    weight = torch.randn(spec.weight_shape, generator=generator)
-    inputs = torch.randn(n, spec.c_in, size, size, generator=generator)
-    cotangents = torch.randn(n, spec.c_out, side, side, generator=generator)
-    return contract.ConvFactors(spec, weight, inputs, cotangents, 1)
-
-
-def layers_table(options: Options, rows: list[dict[str, Any]]) -> Table:
-    table = Table("layer", title=f"norms of {options.model}, batch {options.batch}, milliseconds")
-    for header in ("T", "D", "ghost", "materialize", "plan", "plan / best"):
-        table.add_column(header, justify="right")
-    for row in rows:
-        best = min(row[way] for way in ("ghost", "materialize") if row[way] is not None)
-        ghost = "-" if row["ghost"] is None else f"{row['ghost']:.2f}"
-        regret = f"{row[row['plan']] / best:.2f}"
-        table.add_row(
-            row["layer"],
-            f"{row['T']:,}",
-            f"{row['D']:,}",
-            ghost,
-            f"{row['materialize']:.2f}",
-            row["plan"],
-            regret,
-        )
-    return table
-
-
-def as_table(options: Options, seconds: dict[str, list[float]], memory: dict[str, int]) -> Table:
-    """Ratios to the plain step, in time and in peak memory."""
-    kind = "compiled" if options.compile else "eager"
-    allocator = "tuned" if options.tuned else "stock"
-    title = f"{options.model}-GN, N={options.batch}, {options.size} px, {kind}, {allocator} allocator"
-    table = Table("variant", title=title)
-    for column in ("time / plain", "95 % interval", "ms", "peak memory / plain"):
-        table.add_column(column, justify="right")
-    for name, times in seconds.items():
-        r = ratio(times, seconds[BASELINE])
-        median = sorted(times)[len(times) // 2] * 1e3
-        share = memory[name] / memory[BASELINE]
-        table.add_row(name, f"{r.median:.2f}", f"{r.low:.2f}-{r.high:.2f}", f"{median:,.0f}", f"{share:.2f}")
-    return table
-
-
-if __name__ == "__main__":
-    main()
+def group(name: str) -> str:
+    if name in OTHERS:
+        return "JAX" if "JAX" in name else "Opacus"
+    return "the references" if "," in name else "ours"

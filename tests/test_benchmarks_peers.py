@@ -1,4 +1,4 @@
-"""Opacus, which shares no code with us, finds the same clipped sums; needs the extra `bench`."""
+"""Opacus and JAX, which share no code with us, find the same clipped sums."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from resnet_func.losses import cross_entropy
 @pytest.mark.parametrize("peer", peers.PEERS)
 @pytest.mark.parametrize("name", ["resnet18", "resnet20"])
 @pytest.mark.filterwarnings("ignore")
-def test_opacus_agrees_in_float64(name: str, peer: str) -> None:
-    pytest.importorskip("opacus", reason="needs the extra `bench`: uv sync --extra bench")
+def test_peers_agree_in_float64(name: str, peer: str) -> None:
+    library = peer.partition(",")[0].lower()
+    pytest.importorskip(library, reason="needs the extra `bench`: uv sync --extra bench")
     model = rf.zoo.by_name(name, norm="group", stem="cifar", num_classes=10)
     assert model.config is not None
     params, state = model.init(generator(0), dtype=torch.float64)

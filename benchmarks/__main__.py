@@ -1,0 +1,57 @@
+"""`python -m benchmarks`: measure, print the table, write the result file, draw the picture."""
+
+from __future__ import annotations
+
+import sys
+from functools import reduce
+from importlib import import_module
+from operator import or_
+from typing import Annotated, Any
+
+import tyro
+
+from benchmarks import report
+from benchmarks.measure import Disagreement
+
+COMMANDS = {
+    "throughput": "benchmarks.throughput",
+    "per-sample": "benchmarks.per_sample",
+    "allocator": "benchmarks.allocator",
+    "roofline": "benchmarks.roofline",
+    "ensembles": "benchmarks.ensembles",
+    "scaling": "benchmarks.scaling",
+    "all": "benchmarks.everything",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 measured, 1 when something cannot be compared, 2 for options that cannot be."""
+    module, options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        module.run(options)
+    except ValueError as error:
+        return report.usage(error)
+    except Disagreement as error:
+        report.usage(error)
+        return 1
+    except KeyboardInterrupt:
+        report.usage("interrupted")
+        return 130
+    return 0
+
+
+def parse(arguments: list[str]) -> tuple[Any, Any]:
+    """The module of the command that is asked for, and its options."""
+    if arguments and arguments[0] in COMMANDS:  # it alone: the others' imports take seconds
+        name, *words = arguments
+        module = import_module(COMMANDS[name])
+        return module, tyro.cli(module.Options, args=words, prog=f"python -m benchmarks {name}")
+    modules = {name: import_module(path) for name, path in COMMANDS.items()}
+    choices = [Annotated[module.Options, tyro.conf.subcommand(name)] for name, module in modules.items()]
+    either: Any = reduce(or_, choices)
+    options = tyro.cli(either, args=arguments, prog="python -m benchmarks", description=__doc__)
+    return modules[arguments[0]], options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
