@@ -106,12 +106,16 @@ def make_network(recipe: Recipe, task: Task) -> Model:
 
 def make_optimizer(recipe: Recipe, total_steps: int) -> optim.Optimizer:
     """The recipe's optimizer and schedule for a run of `total_steps`."""
-    schedule = _schedule(recipe, total_steps)
+    schedule = _schedule(recipe, recipe.learning_rate, total_steps)
     decay = {"weight_decay": recipe.weight_decay, "decay_mask": _is_matrix}
+    momentum = {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
     match recipe.optimizer:
         case "sgd":
-            nesterov = recipe.momentum > 0
-            optimizer = optim.sgd(schedule, momentum=recipe.momentum, nesterov=nesterov, **decay)
+            optimizer = optim.sgd(schedule, **momentum, **decay)
+        case "muon":
+            rest = optim.sgd(_schedule(recipe, recipe.rest_learning_rate, total_steps), **momentum)
+            chosen = optim.muon(schedule, weight_decay=recipe.weight_decay, **momentum)
+            optimizer = optim.partition(_is_convolution, chosen, rest)
         case "adam":
             optimizer = optim.adam(schedule, **decay)
         case "adamw":
@@ -121,12 +125,15 @@ def make_optimizer(recipe: Recipe, total_steps: int) -> optim.Optimizer:
 
 def _is_matrix(path: str) -> bool:
     """Whether weight decay applies: to weights of convolutions and linear layers, not to norms and biases."""
+    return path == "fc.weight" or _is_convolution(path)
+
+
+def _is_convolution(path: str) -> bool:
     *_, layer, name = path.split(".")
-    return name == "weight" and (layer == "fc" or "conv" in layer or path.endswith("downsample.0.weight"))
+    return name == "weight" and ("conv" in layer or path.endswith("downsample.0.weight"))
 
 
-def _schedule(recipe: Recipe, total_steps: int) -> optim.Schedule:
-    peak = recipe.learning_rate
+def _schedule(recipe: Recipe, peak: float, total_steps: int) -> optim.Schedule:
     match recipe.schedule:
         case "one-cycle":
             return optim.one_cycle(peak, total_steps, warmup_fraction=recipe.warmup)

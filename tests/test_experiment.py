@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -127,17 +128,23 @@ def test_the_network_fits_the_task(prepare: Preparer) -> None:
     assert (config.num_classes, config.in_channels, config.stem) == (3, 3, "cifar")
 
 
-def test_decay_reaches_weights_of_convolutions_and_the_head_alone(prepare: Preparer) -> None:
+@pytest.mark.parametrize(
+    ("name", "head"), [("sgd", {"fc.weight"}), ("adamw", {"fc.weight"}), ("muon", set())]
+)
+def test_decay_reaches_convolutions_and_the_head_that_muon_leaves_to_sgd(
+    prepare: Preparer, name: Any, head: set[str]
+) -> None:
     model = make_network(replace(RECIPE, model="resnet18"), prepare.task)
     params, _ = model.init(make_generator("cpu", 0))
-    optimizer = make_optimizer(replace(RECIPE, schedule="constant", momentum=0.0, weight_decay=0.5), 10)
+    changes: dict[str, Any] = {"schedule": "constant", "momentum": 0.0, "weight_decay": 0.5}
+    optimizer = make_optimizer(replace(RECIPE, optimizer=name, **changes), 10)
     zeros = tree.map(torch.zeros_like, params)
     moved = set()
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     for path, delta in tree.flatten(updates.delta).items():
         if delta.any():
             moved.add(path)
-    assert moved == {path for path, leaf in tree.flatten(params).items() if leaf.ndim > 1}
+    assert moved == {path for path, leaf in tree.flatten(params).items() if leaf.ndim == 4} | head
 
 
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "step", "constant"])
