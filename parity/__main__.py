@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import environment
-from parity import museum, suite
-from parity.cell import run
+from parity import museum, runner, suite
 
 WIDE = 180  # where no terminal says how wide it is
 
@@ -36,6 +36,9 @@ class Options:
 
     markdown: Path | None = None
     """Where to write the report."""
+
+    jobs: int = 1
+    """Processes to share the cells, each computing with one thread; 1 stays in this one."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,15 @@ def check(options: Options, complaints: Console) -> int:
         for path in (options.json, options.markdown):
             if path and not path.parent.is_dir():
                 raise ValueError(f"no folder {path.parent} to write {path.name} into")
+        if options.jobs < 1:
+            raise ValueError(f"--jobs must be 1 or more; got {options.jobs}")
     except ValueError as error:
         complaints.print(f"Error: {error}", markup=False)
         return 2
     machine = environment.capture()
-    results = [run(cell) for cell in track(cells, "checking", console=complaints, transient=True)]
-    console = Console()
+    bar = partial(track, description="checking", console=complaints, transient=True)
+    results = runner.run_all(cells, bar, quick=options.quick, jobs=options.jobs)
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(suite.as_table(results))
     for line in [*suite.exceptions(results), suite.summary(results)]:
         console.print(line, markup=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from unittest import SkipTest
@@ -42,8 +42,12 @@ class Result:
     seconds: float
 
     @property
+    def path(self) -> str:
+        return f"{self.section}/{self.name}"
+
+    @property
     def row(self) -> str:
-        return self.name.rpartition("/")[0] or self.name
+        return row_of(self.name)
 
     @property
     def failed(self) -> bool:
@@ -51,7 +55,12 @@ class Result:
 
     @property
     def command(self) -> str:
-        return f"python -m parity --only {self.section}/{self.name}"
+        return f"python -m parity --only {self.path}"
+
+
+def row_of(name: str) -> str:
+    """The row of the report that a cell of this name is in."""
+    return name.rpartition("/")[0] or name
 
 
 def run(cell: Cell) -> Result:
@@ -67,3 +76,9 @@ def run(cell: Cell) -> Result:
     except Exception as error:
         outcome, said = "failed", traceback.format_exception_only(error)[-1].strip()
     return Result(cell.section, cell.name, outcome, said, time.perf_counter() - start)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    cells = [[str(value).replace("|", "\\|").replace("\n", " ") for value in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells]]

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from parity import bitwise, graphs, museum, oracles, properties, second_order, shadow, trajectory
-from parity.cell import Cell, Result
+from parity.cell import Cell, Result, markdown_table
 
 SECTIONS = {
     "bitwise": bitwise,
@@ -92,11 +92,24 @@ def write_json(path: Path, results: list[Result], machine: dict[str, Any]) -> No
 
 
 def write_markdown(path: Path, results: list[Result], machine: dict[str, Any]) -> None:
-    lines = ["# Parity", "", summary(results), "", "| section | row | passed | failed | skipped | figures |"]
-    lines.append("|---|---|---:|---:|---:|---|")
-    for row in rows(results):
-        cut = [row[key] for key in ("section", "row", "passed", "failed", "skipped", "figures")]
-        lines.append("| " + " | ".join(str(value).replace("|", "\\|") for value in cut) + " |")
-    lines += ["", *(f"- {line}" for line in exceptions(results)), ""]
-    lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in machine.items()]
+    """The report: the outcome, then each section with what it establishes and its rows, then the machine."""
+    lines = ["# Parity", "", summary(results), "", *(f"- {line}" for line in exceptions(results))]
+    for section in dict.fromkeys(result.section for result in results):
+        lines += ["", f"## {section}", "", *_explained(SECTIONS[section]), ""]
+        table = rows(result for result in results if result.section == section)
+        head = ("row", "passed", "failed", "skipped", "figures")
+        lines += markdown_table(head, [[row[key] for key in head] for row in table])
+    lines += [
+        "",
+        "## machine",
+        "",
+        *(f"- {name.replace('_', ' ')}: {value}" for name, value in machine.items()),
+    ]
     path.write_text("\n".join(lines) + "\n")
+
+
+def _explained(section: Any) -> list[str]:
+    """A section's docstring, and the table of what it holds if it has one."""
+    lines = str(section.__doc__).strip().splitlines()
+    describe = getattr(section, "describe", None)
+    return [*lines, "", *markdown_table(*describe())] if describe else lines

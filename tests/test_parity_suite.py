@@ -65,8 +65,9 @@ def test_the_files_tell_every_cell(tmp_path: Path) -> None:
     assert list(outcomes.values()) == ["passed", "passed", "failed", "skipped", "failed"]
     assert {"torch", "cpu", "commit"} <= report["machine"].keys()
     text = page.read_text()
-    assert "| made-up | good | 2 | 0 | 0 | 0 ULP |\n" in text
-    assert "| made-up | bad | 0 | 1 | 1 |  |\n" in text
+    assert "## made-up\n" in text
+    assert "| good | 2 | 0 | 0 | 0 ULP |\n" in text
+    assert "| bad | 0 | 1 | 1 |  |\n" in text
 
 
 @pytest.mark.usefixtures("made_up")
@@ -80,6 +81,7 @@ def test_good_cells_exit_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--only", "nope"], "no cell starts with 'nope'; sections are bitwise"),
         (["--quick", "--only", "bitwise/resnet34/bf16"], "no quick cell starts with"),
+        (["--only", "properties/no-", "--jobs", "0"], "--jobs must be 1 or more"),
         (
             ["--only", "properties/eul", "--json", "/no/such/x.json"],
             "no folder /no/such to write x.json into",
@@ -93,6 +95,20 @@ def test_what_cannot_be_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_processes_share_the_cells_and_the_report_explains_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "parity.md"
+    words = ["--quick", "--jobs", "2", "--only", "properties/no-", "--markdown", str(page)]
+    assert main(words) == 0
+    out, text = capsys.readouterr().out, page.read_text()
+    names = ["no-bit-is-overlooked", "no-nan-is-overlooked"]
+    assert all(name in out for name in names)
+    assert "2 cells: 2 passed" in out
+    assert "A NaN in any entry of any leaf is refused" in text
+    assert text.index("| no-nan-is-overlooked | 1 |") < text.index("| no-bit-is-overlooked | 1 |")
 
 
 def test_paths_are_unique() -> None:

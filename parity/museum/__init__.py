@@ -15,7 +15,7 @@ from parity.cell import Cell
 from parity.museum import borders, layers, network, per_sample, training
 from parity.museum.exhibit import Exhibit, Proof, prove
 
-__all__ = ["EXHIBITS", "Exhibit", "Proof", "as_table", "cells", "chosen", "prove", "summary"]
+__all__ = ["EXHIBITS", "Exhibit", "Proof", "as_table", "cells", "chosen", "describe", "prove", "summary"]
 
 EXHIBITS: dict[str, Exhibit] = {
     exhibit.name: exhibit
@@ -63,3 +63,8 @@ def as_table(proofs: list[Proof]) -> Table:
 def summary(proofs: list[Proof]) -> str:
     killed = sum(proof.killed for proof in proofs)
     return f"{len(proofs)} exhibits: {killed} killed, {len(proofs) - killed} survived"
+
+
+def describe() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table of exhibits."""
+    return ("exhibit", "the bug", "where it was seen"), [(e.name, e.bug, e.seen) for e in EXHIBITS.values()]

@@ -25,7 +25,7 @@ EXHIBITS = [
         "per-sample gradients are those of the mean loss, N times too small",
         "BackPACK's individual gradients where the loss is a mean",
         "properties/per-sample-gradients-sum-to-the-gradient",
-        edit(capture.capture, ("torch.ones_like(losses)", "torch.ones_like(losses) / n")),
+        edit(capture.capture, ("losses.reshape(views, n).mean(0)", "losses.reshape(views, n).mean(0) / n")),
     ),
     Exhibit(
         "groups-ignored",

@@ -135,7 +135,7 @@ EXHIBITS = [
         "properties/every-piece-moves-the-running-statistics",
         edit(
             train.make_train_step,
-            ("gradient(params, state, x_part", "gradient(params, train_state.state, x_part"),
+            ("(objective, state=state,", "(objective, state=train_state.state,"),
         ),
     ),
     Exhibit(

@@ -27,7 +27,7 @@ from parity.properties import (  # noqa: F401  (each enters its properties)
 )
 from parity.properties.table import PROPERTIES, Property
 
-__all__ = ["PROPERTIES", "Property", "cells"]
+__all__ = ["PROPERTIES", "Property", "cells", "describe"]
 
 
 def cells(quick: bool) -> list[Cell]:
@@ -35,3 +35,9 @@ def cells(quick: bool) -> list[Cell]:
     ci = settings.get_profile("ci")
     profile = ci if quick else settings(ci, max_examples=100)
     return [Cell("properties", name, partial(entry.check, profile)) for name, entry in PROPERTIES.items()]
+
+
+def describe() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table of properties: what each states, how exactly it holds, and why no more can be asked for."""
+    rows = [(name, entry.statement, entry.tolerance, entry.why) for name, entry in PROPERTIES.items()]
+    return ("property", "statement", "tolerance", "why"), rows

@@ -1,0 +1,47 @@
+"""Cells one after another, or in processes that share them row by row."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from typing import Any
+
+import torch
+
+from parity import suite
+from parity.cell import Cell, Result, row_of, run
+
+# Shows that something is under way: `rich.progress.track` with its options.
+Bar = Callable[..., Iterable[Any]]
+
+
+def run_all(cells: list[Cell], bar: Bar, *, quick: bool, jobs: int) -> list[Result]:
+    """What came of every cell, in their order.
+
+    A process takes a row of the report at a time, since its cells share a network, and computes with one
+    thread. With one job the cells are run here, with the threads that there are.
+    """
+    if jobs == 1:
+        return [run(cell) for cell in bar(cells)]
+    rows: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        rows.setdefault((cell.section, row_of(cell.name)), []).append(cell.path)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        tasks = [pool.submit(_run_row, quick, paths) for paths in rows.values()]
+        done = [result for task in bar(as_completed(tasks), total=len(tasks)) for result in task.result()]
+    place = {cell.path: index for index, cell in enumerate(cells)}
+    return sorted(done, key=lambda result: place[result.path])
+
+
+def _run_row(quick: bool, paths: list[str]) -> list[Result]:
+    return [run(_by_path(quick)[path]) for path in paths]
+
+
+@cache
+def _by_path(quick: bool) -> dict[str, Cell]:
+    return {cell.path: cell for cell in suite.cells(quick=quick)}
