@@ -32,7 +32,7 @@ def test_both_ways_of_each_layer(tmp_path: Path) -> None:
 
 
 def test_peak_memory_of_a_variant_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--without", "grads", "clipped_sum", "--no-write"]
+    words = ["--without", "norms", "grads", "clipped_sum", "--no-write"]
     assert main(["per-sample", "--quick", *words]) == 0
     assert "peak MB" in capsys.readouterr().out
 

@@ -71,6 +71,24 @@ def test_conv_contractions_match_autograd(case: tuple[Conv, int, int], n: int, v
         close(contract.inner_products(factors, factors, "ghost"), gram)
 
 
+@pytest.mark.parametrize(
+    ("spec", "side"),
+    [
+        (Conv(2, 8, kernel=3, padding=1), 2),
+        (Conv(3, 8, kernel=3, stride=2, padding=1), 4),
+        (Conv(2, 18, kernel=3, padding=2, dilation=2), 3),
+        (Conv(4, 16, kernel=3, padding=1, groups=2), 2),
+        (Conv(2, 8, kernel=3), 4),
+        (Conv(2, 8, kernel=2, standardize=True), 3),
+        (Conv(4, 2, kernel=1, stride=2, groups=2), 5),
+    ],
+)
+def test_few_pixels_are_contracted_by_a_product(spec: Conv, side: int) -> None:
+    factors = conv_factors(spec, side, side, 3, 1, seed=0)
+    assert contract._fits_product(factors)
+    close(contract.grads(factors), conv_oracle(factors))
+
+
 @settings(max_examples=20, deadline=None)
 @given(case=convolutions(), n=st.integers(1, 3), m=st.integers(1, 3), seed=SEEDS)
 def test_inner_products_of_two_batches(case: tuple[Conv, int, int], n: int, m: int, seed: int) -> None:

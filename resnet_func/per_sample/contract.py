@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -72,13 +73,13 @@ def grads(factors: Factors) -> Float[Tensor, "n ..."]:
 
 
 def _conv_grads(factors: ConvFactors) -> Tensor:
-    """One grouped convolution backward, groups = N * groups, in which every sample is its own group."""
+    """One grouped convolution backward, groups = N * groups; a product a sample where that is faster."""
     if factors.spec.standardize:
         plain = factors._replace(spec=replace(factors.spec, standardize=False))
         return _through_standardize(factors, _conv_grads(plain))
+    if _fits_product(factors):
+        return _grads_by_product(factors)
     spec, views = factors.spec, factors.views
-    if spec.kernel == 1 and spec.padding == 0 and views == 1:
-        return _pointwise_grads(factors)
     a, g = factors.inputs, factors.cotangents
     n = g.shape[0] // views
     g = g.reshape(views, n * spec.c_out, *g.shape[2:])
@@ -88,14 +89,29 @@ def _conv_grads(factors: ConvFactors) -> Tensor:
     return weight.reshape(n, *spec.weight_shape)
 
 
-def _pointwise_grads(factors: ConvFactors) -> Tensor:
-    """A 1x1 convolution is a matrix product over pixels."""
+def _fits_product(factors: ConvFactors) -> bool:
+    """Whether a product of cotangents and patches beats the grouped convolution.
+
+    It does where patches are pixels, and where there are few of them: the patches of a sample are then
+    smaller than its gradient, which a grouped convolution writes twice.
+    """
+    spec, (height, width) = factors.spec, factors.cotangents.shape[2:]
+    pixels = spec.kernel == 1 and spec.padding == 0
+    return factors.views == 1 and (pixels or 2 * height * width <= spec.c_out // spec.groups)
+
+
+def _grads_by_product(factors: ConvFactors) -> Tensor:
+    """One matrix product over output pixels for every sample."""
     spec, g = factors.spec, factors.cotangents
     n = g.shape[0]
-    _, a = ghost.seen(spec, factors.inputs)
-    a = a.reshape(n * spec.groups, spec.c_in // spec.groups, -1).to(g.dtype)
+    if spec.kernel == 1 and spec.padding == 0:
+        _, patches = ghost.seen(spec, factors.inputs)
+    else:
+        patches = F.unfold(factors.inputs, spec.kernel, spec.dilation, spec.padding, spec.stride)
+    _, *rest = spec.weight_shape
+    patches = patches.reshape(n * spec.groups, prod(rest), -1).to(g.dtype)
     g = g.reshape(n * spec.groups, spec.c_out // spec.groups, -1)
-    return torch.bmm(g, a.transpose(1, 2)).reshape(n, *spec.weight_shape)
+    return torch.bmm(g, patches.transpose(1, 2)).reshape(n, *spec.weight_shape)
 
 
 def _weight_backward(spec: Conv, a: Tensor, g: Tensor, shape: Sequence[int], groups: int) -> Tensor:

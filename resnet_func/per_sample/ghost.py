@@ -81,11 +81,8 @@ def _patch_products(spec: Conv, pixels: Float[Tensor, "b h w h2 w2"]) -> Float[T
         pixels = F.pad(pixels, [spec.padding] * 8)
     rows = [_window(spec, i, pixels.shape[1]) for i in range(spec.kernel)]
     columns = [_window(spec, j, pixels.shape[2]) for j in range(spec.kernel)]
-    total = pixels[:, rows[0], columns[0], rows[0], columns[0]]
-    for index in range(1, spec.kernel**2):
-        i, j = divmod(index, spec.kernel)
-        total = total + pixels[:, rows[i], columns[j], rows[i], columns[j]]
-    return total
+    by_row = sum((pixels[:, i, :, i] for i in rows[1:]), pixels[:, rows[0], :, rows[0]])
+    return sum((by_row[:, :, j, :, j] for j in columns[1:]), by_row[:, :, columns[0], :, columns[0]])
 
 
 def _window(spec: Conv, offset: int, padded: int) -> slice:

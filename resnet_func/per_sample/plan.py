@@ -16,9 +16,9 @@ from resnet_func.types import Model
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")
 
-# Costs in nanoseconds, fitted on one Zen 3 core (`python -m benchmarks.per_sample --layers` shows how well);
+# Costs in nanoseconds, fitted on one Zen 3 core (`python -m benchmarks per-sample --layers` shows how well);
 # what carries over to other machines is how they compare. A ghost norm reads its pixel products once per
-# kernel offset.
+# row of the kernel, and once per column.
 NS_PER_CONV_FLOP = 0.017
 NS_PER_MATMUL_FLOP = 0.0125
 NS_PER_GRADIENT_BYTE = 0.4
@@ -213,7 +213,7 @@ def _ghost_bytes(layer: _Layer, quantity: str) -> int:
 def _ghost_cost(layer: _Layer, quantity: str) -> float:
     kernel = layer.spec.kernel if isinstance(layer.spec, Conv) else 1
     groups = layer.spec.groups if isinstance(layer.spec, Conv) else 1
-    products = layer.pixels**2 + layer.positions**2 * kernel**2
+    products = layer.pixels**2 + layer.positions**2 * 2 * kernel
     products *= _ghost_pairs(layer, quantity) * groups * max(layer.element_size, 4)
     traffic = products * NS_PER_PIXEL_PRODUCT_BYTE + layer.capture_bytes * NS_PER_CAPTURED_BYTE
     return _ghost_flops(layer, quantity) * NS_PER_MATMUL_FLOP + traffic
