@@ -98,7 +98,7 @@ def _stored(wrapped: Any, x: Tensor, y: Tensor, max_norm: float) -> Step:
         each = {_plain(name): parameter.grad_sample for name, parameter in wrapped.named_parameters()}
         norms = torch.stack([leaf.flatten(1).norm(dim=1) for leaf in each.values()]).norm(dim=0)
         factors = (max_norm / (norms + 1e-6)).clamp(max=1)
-        wrapped.zero_grad(set_to_none=True)  # nothing stays between steps: peak memory is what a step adds to that
+        wrapped.zero_grad(set_to_none=True)  # peak memory is what a step adds to what stays
         return tree.unflatten(
             {k: torch.einsum("n,n...->...", factors, leaf) for k, leaf in each.items()}
         ), norms
