@@ -206,16 +206,16 @@ def check(steps: dict[str, Callable[[], Any]], case: Case, allowed: float) -> No
             one sample's gradient by a thousandth of its norm.
     """
     by_loop = rf.per_sample.grads(case.model, cross_entropy, method="loop")
-    each = [leaf.double() for leaf in tree.leaves(by_loop(case.params, case.state, case.x, case.y))]
-    norms = torch.stack([leaf.flatten(1).square().sum(1) for leaf in each]).sum(0).sqrt()
+    each = tree.leaves(by_loop(case.params, case.state, case.x, case.y))  # gigabytes: doubled leaf by leaf
+    norms = torch.stack([leaf.flatten(1).double().square().sum(1) for leaf in each]).sum(0).sqrt()
     factors = (MAX_NORM / norms).clamp(max=1)
     for name, step in steps.items():
         got, got_norms = step()
         # what a sum is held against is the sum of its terms' norms: the sum itself may have cancelled
         if name.startswith("plain"):
-            want, scale = [leaf.mean(0) for leaf in each], norms.mean()
+            want, scale = [leaf.mean(0, dtype=torch.float64) for leaf in each], norms.mean()
         elif name.startswith("clipped_sum") or name in PEERS:
-            want = [torch.einsum("n,n...->...", factors, leaf) for leaf in each]
+            want = [torch.einsum("n,n...->...", factors, leaf.double()) for leaf in each]
             scale = (factors * norms).sum()
         else:
             want, scale = each, norms.norm()
@@ -231,7 +231,7 @@ def check(steps: dict[str, Callable[[], Any]], case: Case, allowed: float) -> No
 
 def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> Tensor:
     """Euclidean distance of two lists of leaves, in float64."""
-    squares = [(a.double().to(b.device) - b).square().sum() for a, b in zip(got, want, strict=True)]
+    squares = [(a.double().to(b.device) - b.double()).square().sum() for a, b in zip(got, want, strict=True)]
     return torch.stack(squares).sum().sqrt()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parity import bitwise, trajectory
@@ -50,3 +52,22 @@ def test_one_bit_in_one_buffer_is_caught_and_named() -> None:
     assert "leaves differ; worst buffer " in result.said
     assert "running_var: 1 of " in result.said
     assert "by up to 1 ULP" in result.said
+
+
+def test_the_padding_of_one_convolution_is_caught_and_named() -> None:
+    conv2d, wrong = layers.conv2d, []
+
+    def reflecting(spec: layers.Conv, params: Params, x: Tensor) -> tuple[Tensor, State]:
+        if wrong or (spec.c_in, spec.c_out) != (64, 64):
+            return conv2d(spec, params, x)
+        wrong.append("layer3.0.conv2")  # the first of this width
+        padded = F.pad(x, [spec.padding] * 4, mode="reflect")
+        return conv2d(replace(spec, padding=0), params, padded)
+
+    with mock.patch.object(layers, "conv2d", reflecting):
+        cell = Cell("bitwise", "m", partial(bitwise.check, "resnet20", "fp64", "train", "nchw", "cpu"))
+        result = run(cell)
+    assert wrong
+    assert result.outcome == "failed"
+    assert "leaves differ; worst " in result.said
+    assert result.command == "python -m parity --only bitwise/m"
