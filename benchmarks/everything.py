@@ -25,6 +25,8 @@ FULL = (
     "throughput --model wrn_16_4 --batch 64",
     "per-sample --model resnet20 --batch 64 --peers",
     "per-sample --model resnet18 --batch 32 --peers",
+    "per-sample --model resnet18 --batch 128 --without loop vmap",
+    "per-sample --model resnet50 --batch 8 --size 160 --without loop",
     "allocator --model resnet20 --batch 128",
     "allocator --model resnet18 --batch 32",
     "roofline --model resnet18 --batch 32",

@@ -58,7 +58,7 @@ def test_views_count_as_pixels() -> None:
 
 
 def test_the_measured_shapes_go_the_measured_way() -> None:
-    """EVIDENCE.md, section 2, and the layer table of benchmarks/per_sample.py: ghost where maps are small."""
+    """What `python -m benchmarks per-sample --layers` measures: ghost where maps are small."""
     ways = ps.plan(rf.resnet18(num_classes=10, stem="cifar", norm="group"), (32, 3, 32, 32), "norms").ways
     assert ways["layer4.1.conv2.weight"] == "ghost"
     assert ways["layer3.1.conv2.weight"] == "ghost"

@@ -4,7 +4,7 @@
     ps = rf.per_sample
     ps.norms(model, rf.losses.cross_entropy)(params, state, x, y)    # [N]
 
-Taps go in, captures come out, and layer by layer they are contracted: DESIGN.md section 5.
+Taps go in, captures come out (`capture`), and are contracted layer by layer (`contract`, as `plan` says).
 """
 
 from resnet_func.per_sample.engine import detect_nonfinite
