@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.linalg import vector_norm
 
 import resnet_func as rf
 from benchmarks import conditions, contractions, environment, measure, memory, networks, pictures, report
@@ -206,8 +207,10 @@ def check(steps: dict[str, Callable[[], Any]], case: Case, allowed: float) -> No
             one sample's gradient by a thousandth of its norm.
     """
     by_loop = rf.per_sample.grads(case.model, cross_entropy, method="loop")
-    each = tree.leaves(by_loop(case.params, case.state, case.x, case.y))  # gigabytes: doubled leaf by leaf
-    norms = torch.stack([leaf.flatten(1).double().square().sum(1) for leaf in each]).sum(0).sqrt()
+    each = tree.leaves(by_loop(case.params, case.state, case.x, case.y))  # can be gigabytes: no copies
+    norms = torch.stack([vector_norm(leaf.flatten(1), dim=1, dtype=torch.float64) for leaf in each]).norm(
+        dim=0
+    )
     factors = (MAX_NORM / norms).clamp(max=1)
     for name, step in steps.items():
         got, got_norms = step()
@@ -215,7 +218,7 @@ def check(steps: dict[str, Callable[[], Any]], case: Case, allowed: float) -> No
         if name.startswith("plain"):
             want, scale = [leaf.mean(0, dtype=torch.float64) for leaf in each], norms.mean()
         elif name.startswith("clipped_sum") or name in PEERS:
-            want = [torch.einsum("n,n...->...", factors, leaf.double()) for leaf in each]
+            want = [torch.einsum("n,n...->...", factors.to(leaf.dtype), leaf) for leaf in each]
             scale = (factors * norms).sum()
         else:
             want, scale = each, norms.norm()
@@ -230,9 +233,9 @@ def check(steps: dict[str, Callable[[], Any]], case: Case, allowed: float) -> No
 
 
 def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> Tensor:
-    """Euclidean distance of two lists of leaves, in float64."""
-    squares = [(a.double().to(b.device) - b.double()).square().sum() for a, b in zip(got, want, strict=True)]
-    return torch.stack(squares).sum().sqrt()
+    """Euclidean distance of two lists of leaves, summed in float64."""
+    pairs = zip(got, want, strict=True)
+    return torch.stack([vector_norm(a.to(b.device) - b, dtype=torch.float64) for a, b in pairs]).norm()
 
 
 # --------------------------------------------------------------------------- results
