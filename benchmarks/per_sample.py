@@ -11,7 +11,7 @@ instead, which is what plans choose between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,20 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.linalg import vector_norm
 
 import resnet_func as rf
-from benchmarks import conditions, contractions, environment, measure, memory, networks, pictures, report
+from benchmarks import (
+    conditions,
+    contractions,
+    environment,
+    loop_check,
+    measure,
+    memory,
+    networks,
+    pictures,
+    report,
+)
+from benchmarks.loop_check import MAX_NORM
 from benchmarks.networks import Case
 from benchmarks.peers import PEERS, make_jax_plain, make_peer
 from benchmarks.report import RESULTS, Row
@@ -30,7 +40,6 @@ from benchmarks.statistics import Rule
 from resnet_func import tree
 from resnet_func.losses import cross_entropy
 
-MAX_NORM = 1.0
 BASELINE, AGAIN, JAX_PLAIN = "plain", "plain again", "plain, JAX"
 OURS = ("norms", "clipped_sum", "grads", "clipped_sum, vmap", "clipped_sum, loop")
 OTHERS = (*PEERS, JAX_PLAIN)
@@ -97,7 +106,7 @@ def run(options: Options) -> None:
         contractions.run(case, where, options.results if options.write else None, quick=options.quick)
         return
     steps = {name: make_step(name, options, case) for name in names}
-    check(steps, case, allowed=5e-3 if options.dtype == "fp32" else 0.1)
+    loop_check.check(steps, case, allowed=5e-3 if options.dtype == "fp32" else 0.1)
     rule = conditions.QUICK if options.quick else Rule(seconds=options.seconds)
     turn = 1e-3 if options.quick else 0.1
     seconds = measure.time_steps(steps, BASELINE, rule, threads=machine.threads, turn_seconds=turn)
@@ -194,48 +203,6 @@ def alone(options: Options, name: str) -> Callable[[], Any]:
     """The variant's step in a process of its own."""
     machine = conditions.set_up_alone(options.device, options.threads)
     return make_step(name, options, make_case(options, machine.device))
-
-
-# --------------------------------------------------------------------------- what is wrong is not timed
-
-
-def check(steps: dict[str, Callable[[], Any]], case: Case, allowed: float) -> None:
-    """All variants against the loop over samples in fp32.
-
-    Raises:
-        Disagreement: a relative error is larger than `allowed`. A ReLU whose input rounds across zero moves
-            one sample's gradient by a thousandth of its norm.
-    """
-    by_loop = rf.per_sample.grads(case.model, cross_entropy, method="loop")
-    each = tree.leaves(by_loop(case.params, case.state, case.x, case.y))  # can be gigabytes: no copies
-    norms = torch.stack([vector_norm(leaf.flatten(1), dim=1, dtype=torch.float64) for leaf in each]).norm(
-        dim=0
-    )
-    factors = (MAX_NORM / norms).clamp(max=1)
-    for name, step in steps.items():
-        got, got_norms = step()
-        # what a sum is held against is the sum of its terms' norms: the sum itself may have cancelled
-        if name.startswith("plain"):
-            want, scale = [leaf.mean(0, dtype=torch.float64) for leaf in each], norms.mean()
-        elif name.startswith("clipped_sum") or name in PEERS:
-            want = [torch.einsum("n,n...->...", factors.to(leaf.dtype), leaf) for leaf in each]
-            scale = (factors * norms).sum()
-        else:
-            want, scale = each, norms.norm()
-        errors = {} if got is None else {"gradients": distance(tree.leaves(got), want) / scale}
-        if got_norms is not None:
-            errors["norms"] = distance([got_norms], [norms]) / norms.norm()
-        for what, error in errors.items():
-            if not error <= allowed:  # NaN is not
-                raise measure.Disagreement(
-                    f"{name} is wrong: relative error of its {what} {error:.2g}; nothing is timed"
-                )
-
-
-def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> Tensor:
-    """Euclidean distance of two lists of leaves, summed in float64."""
-    pairs = zip(got, want, strict=True)
-    return torch.stack([vector_norm(a.to(b.device) - b, dtype=torch.float64) for a, b in pairs]).norm()
 
 
 # --------------------------------------------------------------------------- results
