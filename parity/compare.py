@@ -12,6 +12,8 @@ from resnet_func import tree
 from resnet_func.assertions import assert_trees_equal
 from resnet_func.types import Model, Params, State
 
+BRANCH = 0.2  # the factor of the last weight of a residual branch
+
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -32,6 +34,20 @@ def perturbed(params: Params, state: State, seed: int) -> tuple[Params, State]:
         return leaf + 0.3 * noise
 
     return tree.map_with_path(shift, params), tree.map_with_path(shift, state)
+
+
+def with_small_branches(params: Params) -> Params:
+    """The last norm's weight of every block times `BRANCH`, the last convolution's before pre-activation.
+
+    As in trained networks: else depth amplifies rounding, and in evaluation the activations themselves.
+    """
+    last = {}
+    for path in tree.flatten(params):
+        block, _, layer = path.removesuffix(".weight").rpartition(".")
+        if block.startswith("layer") and layer[:-1] in ("conv", "bn"):
+            last[block] = path if path.endswith("weight") else last[block]
+    ends = set(last.values())
+    return tree.map_with_path(lambda path, leaf: leaf * BRANCH if path in ends else leaf, params)
 
 
 def loaded(construct: Callable[[], nn.Module], params: Params, state: State) -> nn.Module:

@@ -19,7 +19,7 @@ from torch.autograd import grad as backward
 from torch.func import grad, jvp, vjp
 
 from parity.cell import Cell
-from parity.compare import generator, loaded, perturbed, randn
+from parity.compare import generator, loaded, perturbed, randn, with_small_branches
 from parity.reference import module as reference
 from resnet_func import tree, zoo
 from resnet_func.losses import cross_entropy
@@ -68,6 +68,8 @@ def drawn(name: str, *, train: bool) -> Case:
     model = zoo.by_name(name)
     assert model.config
     params, state = perturbed(*model.init(generator(0), dtype=torch.float64), seed=3)
+    if not train:  # else deep networks saturate the softmax
+        params = with_small_branches(params)
     module = loaded(partial(reference, name), params, state).train(train)
     x = randn(*SIZES[model.config.stem], seed=1, dtype=torch.float64)
     y = torch.randint(model.config.num_classes, (len(x),), generator=generator(2))

@@ -31,7 +31,15 @@ from torch import Tensor, nn
 from torch._inductor.exc import InvalidCxxCompiler
 
 from parity.cell import Cell
-from parity.compare import function_step, generator, loaded, module_step, perturbed, randn
+from parity.compare import (
+    function_step,
+    generator,
+    loaded,
+    module_step,
+    perturbed,
+    randn,
+    with_small_branches,
+)
 from parity.reference import CifarResNet, WideResNet
 from resnet_func import tree, zoo
 from resnet_func.config import ResNetConfig
@@ -43,7 +51,6 @@ Step: TypeAlias = Callable[[Tensor, Tensor], Leaves]
 
 EPS = torch.finfo(torch.float32).eps
 CLASSES = 10
-BRANCH = 0.2  # the factor of the last weight of a residual branch
 SIZES = {"imagenet": (2, 3, 65, 64), "cifar": (4, 3, 15, 13)}
 
 
@@ -101,6 +108,8 @@ def batches_of(name: str, quick: bool) -> int:
 
 
 def check(name: str, claim: str, *, batches: int) -> str:
+    if name in DROWNED and claim == "channels_last-train":
+        raise SkipTest("in nearly every batch some ReLU opens on one side alone, which hides rounding")
     variant, reference, norm, train, limits = CLAIMS[claim]
     case = built(name, norm, train=train)
     return certified(ratios(case, variant(case), reference(case), batches), limits)
@@ -163,17 +172,6 @@ def module(name: str, norm: str) -> nn.Module:
     if name in zoo.WIDE:
         return WideResNet(config.depths[0], config.widths[0] // 16, layer)
     return CifarResNet(config.depths[0], "A", layer)
-
-
-def with_small_branches(params: Params) -> Params:
-    """The last norm's weight of every block times `BRANCH`, the last convolution's before pre-activation."""
-    last = {}
-    for path in tree.flatten(params):
-        block, _, layer = path.removesuffix(".weight").rpartition(".")
-        if block.startswith("layer") and layer[:-1] in ("conv", "bn"):
-            last[block] = path if path.endswith("weight") else last[block]
-    ends = set(last.values())
-    return tree.map_with_path(lambda path, leaf: leaf * BRANCH if path in ends else leaf, params)
 
 
 def drawn(case: Case, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -255,6 +253,9 @@ def compiled(case: Case) -> Step:
 
 
 COMPILED = ("resnet20", "wrn_16_4", "resnet18", "resnet50")
+# Of so many ReLUs some input rounds across zero in nearly every batch, on one side or the other: the errors
+# are those of another branch, a thousandth, not of rounding, a millionth.
+DROWNED = ("resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2", "wrn_28_10")
 CLAIMS = {
     "channels_last-train": Claim(channels_last, module_nchw, "batch", True, OTHER_LAYOUT),
     "channels_last-eval": Claim(channels_last, module_nchw, "batch", False, OTHER_LAYOUT),
