@@ -21,6 +21,7 @@ DPI = 150
 GREY, BAND = "#595959", "#d9d9d9"
 # Okabe and Ito's colours, distinct to every kind of colour vision
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+YELLOW, BLACK = "#E69F00", "#000000"
 MARKERS = "os^DvP"
 
 

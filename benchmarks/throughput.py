@@ -29,6 +29,8 @@ COLOURS = {
     "function": pictures.SKY,
     "function, compiled": pictures.BLUE,
     "module, compiled": pictures.PURPLE,
+    "function, Winograd": pictures.YELLOW,
+    "function, compiled, Winograd": pictures.BLACK,
     "JAX": pictures.GREEN,
 }
 
@@ -207,4 +209,5 @@ def group(row: Row) -> str:
     if row.name.startswith(JAX):
         return "JAX"
     kind = row.name.split()[0].rstrip(",")
-    return f"{kind}, compiled" if "compiled" in row.name else kind
+    kind = f"{kind}, compiled" if "compiled" in row.name else kind
+    return f"{kind}, Winograd" if "Winograd" in row.name else kind

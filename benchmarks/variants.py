@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from benchmarks.conditions import compiled
 from benchmarks.measure import Outcome, Skipped, Variant
 from benchmarks.networks import Case, make_module
-from resnet_func import optim, runtime, tree
+from resnet_func import optim, runtime, tree, winograd
 from resnet_func.losses import cross_entropy
 from resnet_func.train import arrange, autocast, init_train_state, make_train_step
 from resnet_func.types import Params, State, TrainState
@@ -79,7 +79,8 @@ def _precision(spec: Spec, case: Case) -> AbstractContextManager[Any]:
 
 
 def _functional(spec: Spec, case: Case) -> Any:
-    return autocast(case.model, case.x.device.type, torch.bfloat16) if spec.dtype == "bf16" else case.model
+    model = winograd.wrap(case.model) if "Winograd" in spec.form else case.model
+    return autocast(model, case.x.device.type, torch.bfloat16) if spec.dtype == "bf16" else model
 
 
 # --------------------------------------------------------------------------- training, modules
@@ -230,8 +231,10 @@ TRAIN: dict[str, Callable[[Spec, Case, Setting], Variant]] = {
     AGAIN.form: _module_training,
     "module compiled": _module_training,
     "function eager": _whole_step,
+    "function eager, Winograd": _whole_step,
     "function, gradient compiled": _gradient_compiled,
     "function, step compiled": _whole_step,
+    "function, step compiled, Winograd": _whole_step,
     "function, step compiled, CUDA graphs": _whole_step,
 }
 INFERENCE: dict[str, Callable[[Spec, Case, Setting], Variant]] = {
@@ -239,7 +242,9 @@ INFERENCE: dict[str, Callable[[Spec, Case, Setting], Variant]] = {
     AGAIN.form: _module_inference,
     "module compiled": _module_inference,
     "function eager": _functional_inference,
+    "function eager, Winograd": _functional_inference,
     "function compiled": _functional_inference,
+    "function compiled, Winograd": _functional_inference,
     "function compiled, CUDA graphs": _functional_inference,
 }
 
@@ -255,8 +260,10 @@ def specs(
     forms = [form for form in (*(TRAIN if train else INFERENCE), JAX) if form != AGAIN.form]
     if not device.startswith("cuda"):
         forms = [form for form in forms if "CUDA" not in form]
+    else:
+        forms = [form for form in forms if "Winograd" not in form]  # cuDNN has such kernels of its own
     rows = [Spec(form, layout, dtype) for dtype in dtypes for form in forms for layout in layouts]
-    rows = [row for row in rows if row.form != JAX or row.dtype == "fp32"]
+    rows = [row for row in rows if row.dtype == "fp32" or not (row.form == JAX or "Winograd" in row.form)]
     for word in without:
         if not any(word.lower() in row.name.lower() for row in rows):
             raise ValueError(f"--without {word!r} is in no variant's name; there are {_listed(rows)}")

@@ -217,6 +217,7 @@ def _configure(machine: Machine) -> runtime.Runtime:
         threads=machine.threads or None,
         precision=machine.precision,
         memory_format=machine.memory_format,
+        winograd=machine.winograd,
         compile=machine.compile,
     )
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_func import checkpoint, data, run_folder
+from resnet_func import checkpoint, data, run_folder, winograd
 from resnet_func.experiment import (
     Experiment,
     Preparer,
@@ -44,6 +44,8 @@ def load_trained(folder: Path, which: str, runtime: Runtime, *, flips: bool = Fa
     """
     experiment, task = from_description(run_folder.read_config(folder))
     model = make_network(experiment.recipe, task)
+    if runtime.winograd:
+        model = winograd.wrap(model)
     params, state = model.init(torch.Generator(), device=runtime.device)
     checkpoints = run_folder.checkpoints(folder)
     if which == "best":

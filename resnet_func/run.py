@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from resnet_func import checkpoint, data, optim, recipes, run_folder
+from resnet_func import checkpoint, data, optim, recipes, run_folder, winograd
 from resnet_func.experiment import (
     Experiment,
     Preparer,
@@ -140,6 +140,8 @@ def tested(train_state: TrainState) -> tuple[Params, State]:
 def _make_steps(
     model: Model, recipe: Recipe, optimizer: optim.Optimizer, runtime: Runtime
 ) -> tuple[Step, EvalStep]:
+    if runtime.winograd:
+        model = winograd.wrap(model)
     if runtime.precision == "bf16":
         model = autocast(model, runtime.device.type, torch.bfloat16)
     step = make_train_step(

@@ -1,4 +1,4 @@
-"""How a program runs on this machine: device, threads, precision, memory format, compilation, allocator."""
+"""How a program runs on this machine: device, threads, precision, layout, algorithm, compiler, allocator."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ ALLOCATOR_VARIABLE = "RESNET_FUNC_ALLOCATOR"
 Precision = Literal["auto", "fp32", "bf16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 Compile = Literal["auto", "on", "off"]
+Winograd = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Runtime:
         threads: Threads inside one operation, on the CPU.
         precision: Of the forward pass (`train.autocast`); parameters are float32 either way.
         memory_format: For images and convolution weights.
+        winograd: Whether 3x3 convolutions go by minimal filtering where that is cheaper (`winograd.wrap`).
         compile: Whether to put `torch.compile` around the whole step.
         allocator: As `tune_allocator` says it.
     """
@@ -39,6 +41,7 @@ class Runtime:
     threads: int
     precision: Literal["fp32", "bf16"]
     memory_format: torch.memory_format
+    winograd: bool
     compile: bool
     allocator: str
 
@@ -49,6 +52,7 @@ def configure(
     threads: int | None = None,
     precision: Precision = "auto",
     memory_format: MemoryFormat = "auto",
+    winograd: Winograd = "auto",
     compile: Compile = "auto",
 ) -> Runtime:
     """Choose what is fastest here, apply it, and return it; print `describe` of it.
@@ -63,6 +67,8 @@ def configure(
         precision: "auto" is "bf16" where the hardware multiplies it, else "fp32". "bf16" elsewhere is
             emulated: allowed, and `describe` says that it is slow.
         memory_format: "auto" is "channels_last": measured faster, compiled or not.
+        winograd: "auto" is on for the CPU in fp32: there it is measured faster from 128 channels on, and
+            changes nothing below. cuDNN chooses such kernels by itself.
         compile: "auto" is on where `compile_obstacle` finds nothing in the way.
 
     Raises:
@@ -70,6 +76,7 @@ def configure(
     """
     _check_choice("precision", precision, Precision)
     _check_choice("memory_format", memory_format, MemoryFormat)
+    _check_choice("winograd", winograd, Winograd)
     _check_choice("compile", compile, Compile)
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1; got {threads}. Leave it out to use what is there")
@@ -89,6 +96,7 @@ def configure(
         threads=threads,
         precision=precision,
         memory_format=torch.contiguous_format if memory_format == "contiguous" else torch.channels_last,
+        winograd=winograd == "on" or (winograd == "auto" and (where.type, precision) == ("cpu", "fp32")),
         compile=compile != "off" and obstacle is None,
         allocator=tune_allocator(),
     )
@@ -97,8 +105,8 @@ def configure(
 def describe(runtime: Runtime) -> str:
     """One line: what was chosen, and why where that is not plain.
 
-    "runtime: cpu (AMD EPYC, AVX2), 2 threads, fp32 (no AVX512-BF16 or AMX), channels_last, compiled,
-    allocator tuned".
+    "runtime: cpu (AMD EPYC, AVX2), 2 threads, fp32 (no AVX512-BF16 or AMX), channels_last, Winograd,
+    compiled, allocator tuned".
     """
     cores = available_cores()
     threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
@@ -108,6 +116,7 @@ def describe(runtime: Runtime) -> str:
         threads if runtime.threads <= cores else f"{threads} (slow: more than the {cores} cores here)",
         f"{runtime.precision}{_precision_reason(runtime)}",
         "channels_last" if runtime.memory_format == torch.channels_last else "contiguous",
+        *(["Winograd"] if runtime.winograd else []),
         "compiled" if runtime.compile else f"not compiled ({obstacle or 'not asked for'})",
         f"allocator {runtime.allocator}",
     ]

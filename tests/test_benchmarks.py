@@ -15,6 +15,7 @@ from benchmarks import environment, everything, measure, memory, networks, repor
 from benchmarks.__main__ import COMMANDS, main, parse
 from benchmarks.measure import Disagreement, Skipped, Variant
 from benchmarks.statistics import Rule
+from resnet_func import winograd
 
 # --------------------------------------------------------------------------- statistics
 
@@ -273,3 +274,15 @@ def test_usage(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words.split())
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("task", ["training", "inference"])
+def test_the_winograd_forms_take_convolutions(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(winograd, "cheapest_tile", lambda *shape: asked.append(shape))
+    case = networks.make_case(networks.TOY, 2, 8, torch.device("cpu"))
+    setting = variants.Setting(task == "training", ema=False, backend="none")
+    variants.make_variant(variants.Spec("function eager"), case, setting).step()
+    assert not asked
+    variants.make_variant(variants.Spec("function eager, Winograd"), case, setting).step()
+    assert asked

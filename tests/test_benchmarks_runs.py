@@ -42,9 +42,16 @@ def check_figures(figures: dict[str, Any], names: set[str]) -> None:
 def test_throughput_of_training(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     # one graph is traced, JAX compiles one network of three blocks
-    words = "throughput --threads 1 --layout NCHW --no-memory --without gradient 'module compiled'"
+    words = "throughput --threads 1 --layout NCHW --no-memory --without gradient 'module compiled' 'compiled, Winograd'"
     result = toy_run(words, tmp_path)
-    forms = ("module eager", "module eager again", "function eager", "function, step compiled", "JAX jit")
+    forms = (
+        "module eager",
+        "module eager again",
+        "function eager",
+        "function eager, Winograd",
+        "function, step compiled",
+        "JAX jit",
+    )
     check_figures(result["figures"], {f"{form}, NCHW, fp32" for form in forms})
     compiled = [name for name, of in result["figures"].items() if of["compile_seconds"]]
     assert compiled == ["function, step compiled, NCHW, fp32", "JAX jit, NCHW, fp32"]
@@ -60,6 +67,7 @@ def test_throughput_of_inference(tmp_path: Path) -> None:
         for layout in variants.FORMATS
         for dtype in ("fp32", "bf16")
     }
+    specs |= {Spec("function eager, Winograd", layout) for layout in variants.FORMATS}
     check_figures(result["figures"], {spec.name for spec in {*specs, variants.AGAIN}})
 
 

@@ -23,6 +23,7 @@ ORDER = [
     "resnet",
     "zoo",
     "interop",
+    "winograd",
     "losses",
     "schedules",
     "updates",

@@ -57,6 +57,7 @@ def a_runtime(**changes: Any) -> Runtime:
         threads=1,
         precision="fp32",
         memory_format=torch.channels_last,
+        winograd=True,
         compile=True,
         allocator="tuned",
     )
@@ -116,6 +117,14 @@ def test_cores_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 7}, raising=False)
     monkeypatch.setattr(os, "process_cpu_count", lambda: 3, raising=False)
     assert runtime.available_cores() == 3
+
+
+def test_winograd_is_for_the_cpu_in_fp32(cuda: None, zen3: None) -> None:
+    assert configure(device="cpu").winograd
+    assert not configure(device="cpu", precision="bf16").winograd
+    assert not configure(device="cpu", winograd="off").winograd
+    assert not configure(device="cuda").winograd
+    assert configure(device="cuda", winograd="on").winograd
 
 
 @pytest.mark.parametrize(
@@ -249,8 +258,8 @@ def zen3(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_describe_says_what_and_why(zen3: None) -> None:
     assert describe(a_runtime(threads=2)) == (
-        "runtime: cpu (AMD EPYC, AVX2), 2 threads, fp32 (no AVX512-BF16 or AMX), channels_last, compiled, "
-        "allocator tuned"
+        "runtime: cpu (AMD EPYC, AVX2), 2 threads, fp32 (no AVX512-BF16 or AMX), channels_last, Winograd, "
+        "compiled, allocator tuned"
     )
 
 
@@ -261,6 +270,7 @@ def test_describe_says_what_and_why(zen3: None) -> None:
         ({"threads": 8}, ", 8 threads (slow: more than the 2 cores here), "),
         ({"precision": "bf16"}, ", bf16 (slow: no bf16 instructions here), "),
         ({"memory_format": torch.contiguous_format}, ", contiguous, "),
+        ({"winograd": False}, ", channels_last, compiled, "),
         ({"compile": False}, ", not compiled (not asked for), "),
         ({"allocator": "stock (no glibc)"}, ", allocator stock (no glibc)"),
     ],
@@ -275,7 +285,7 @@ def test_describe_names_the_obstacle_and_native_bf16(zen3: None, monkeypatch: py
     monkeypatch.setattr(runtime, "compile_obstacle", lambda device: "no triton")
     monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset({"avx512bf16"}))
     assert ", fp32 (bf16 not asked for), " in describe(a_runtime(compile=False))
-    assert ", bf16, channels_last, not compiled (no triton), " in describe(
+    assert ", bf16, channels_last, Winograd, not compiled (no triton), " in describe(
         a_runtime(precision="bf16", compile=False)
     )
 
