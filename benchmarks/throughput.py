@@ -17,10 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import conditions, environment, measure, memory, networks, pictures, report, variants
 from benchmarks.conditions import check_words
 from benchmarks.report import RESULTS, Row
-from benchmarks.statistics import Rule
+from benchmarks.statistics import Rule, Seconds, ratio
 from benchmarks.variants import AGAIN, BASELINE, JAX, Setting, Spec
 from resnet_func import runtime
 
@@ -176,6 +178,10 @@ def publish(
     report.show(report.as_table(title, rows, "module"))
     for name, reason in raw["skipped"].items():
         report.say(f"left out: {name}: {reason}")
+    bests = against_the_function(raw["seconds"])
+    for best in bests:
+        median, low, high = best["ratio"]
+        report.say(f"{best['function']} / {best['other']}: {median:.2f} ({low:.2f}-{high:.2f})")
     if not options.write:
         return
     stem = f"throughput-{options.model}-n{options.batch}-{options.size}px-{options.task}"
@@ -201,8 +207,31 @@ def publish(
     )
     report.write(
         path,
-        {"options": vars(options), "environment": where, "figures": report.as_json(rows), **raw},
+        {
+            "options": vars(options),
+            "environment": where,
+            "figures": report.as_json(rows),
+            "best": [best | {"ratio": best["ratio"]._asdict()} for best in bests],
+            **raw,
+        },
     )
+
+
+def against_the_function(seconds: Seconds) -> list[dict[str, Any]]:
+    """The fastest function of each precision against the fastest module and the fastest JAX of the same."""
+    found = []
+    for dtype in ("fp32", "bf16"):
+        fastest = {
+            kind: min(names, key=lambda name: float(np.median(seconds[name])))
+            for kind in ("function", "module", JAX)
+            if (names := [n for n in seconds if n.startswith(kind) and n.endswith(dtype) and n != AGAIN.name])
+        }
+        function = fastest.pop("function", None)
+        for other in fastest.values() if function else ():
+            found.append(
+                {"function": function, "other": other, "ratio": ratio(seconds[function], seconds[other])}
+            )
+    return found
 
 
 def group(row: Row) -> str:

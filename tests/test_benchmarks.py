@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import environment, everything, measure, memory, networks, report, statistics, variants
+from benchmarks import (
+    environment,
+    everything,
+    measure,
+    memory,
+    networks,
+    report,
+    statistics,
+    throughput,
+    variants,
+)
 from benchmarks.__main__ import COMMANDS, main, parse
 from benchmarks.measure import Disagreement, Skipped, Variant
 from benchmarks.statistics import Rule
@@ -286,3 +296,19 @@ def test_the_winograd_forms_take_convolutions(task: str, monkeypatch: pytest.Mon
     assert not asked
     variants.make_variant(variants.Spec("function eager, Winograd"), case, setting).step()
     assert asked
+
+
+def test_the_fastest_function_is_held_against_the_fastest_of_the_others() -> None:
+    seconds = {
+        "module eager, NCHW, fp32": [4.0, 4.0],
+        "module eager again, NCHW, fp32": [1.0, 1.0],  # only noise
+        "module compiled, channels_last, fp32": [2.0, 2.0],
+        "function eager, NCHW, fp32": [3.0, 3.0],
+        "function, step compiled, NCHW, fp32": [1.5, 1.0],
+        "JAX jit, NCHW, fp32": [5.0, 5.0],
+        "module eager, NCHW, bf16": [0.1, 0.1],
+    }
+    module, jax = throughput.against_the_function(seconds)
+    assert module["function"] == "function, step compiled, NCHW, fp32"
+    assert (module["other"], module["ratio"].median) == ("module compiled, channels_last, fp32", 0.625)
+    assert (jax["other"], jax["ratio"].median) == ("JAX jit, NCHW, fp32", 0.25)
