@@ -221,16 +221,18 @@ def against_the_function(seconds: Seconds) -> list[dict[str, Any]]:
     """The fastest function of each precision against the fastest module and the fastest JAX of the same."""
     found = []
     for dtype in ("fp32", "bf16"):
-        fastest = {
-            kind: min(names, key=lambda name: float(np.median(seconds[name])))
-            for kind in ("function", "module", JAX)
-            if (names := [n for n in seconds if n.startswith(kind) and n.endswith(dtype) and n != AGAIN.name])
-        }
-        function = fastest.pop("function", None)
-        for other in fastest.values() if function else ():
-            found.append(
-                {"function": function, "other": other, "ratio": ratio(seconds[function], seconds[other])}
-            )
+        fastest = {}
+        for kind in ("function", "module", JAX):
+            rows = [row for row in seconds if row.startswith(kind) and row.endswith(dtype)]
+            timed = [row for row in rows if row != AGAIN.name]
+            if timed:
+                fastest[kind] = min(timed, key=lambda row: float(np.median(seconds[row])))
+        for kind in ("module", JAX):
+            if "function" in fastest and kind in fastest:
+                ours, other = fastest["function"], fastest[kind]
+                found.append(
+                    {"function": ours, "other": other, "ratio": ratio(seconds[ours], seconds[other])}
+                )
     return found
 
 

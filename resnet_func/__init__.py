@@ -1,6 +1,6 @@
 """ResNets as pure functions over parameter pytrees, open to every `torch.func` transform."""
 
-from resnet_func import losses, optim, per_sample, train, tree, zoo
+from resnet_func import losses, optim, per_sample, train, tree, winograd, zoo
 from resnet_func.config import ResNetConfig
 from resnet_func.interop import from_module, from_state_dict, pretrained, to_state_dict
 from resnet_func.resnet import build
@@ -57,6 +57,7 @@ __all__ = [
     "tree",
     "wide_resnet50_2",
     "wide_resnet101_2",
+    "winograd",
     "wrn_16_4",
     "wrn_28_10",
     "wrn_40_4",
