@@ -95,7 +95,7 @@ def draw_roofs(axes: Axes, best: Peaks, dtype: str) -> None:
         axes.plot([rate / best.cache, high], [rate / 1e9] * 2, style, **line)
     conv, gemm = best.conv[dtype] / 1e9, best.gemm[dtype] / 1e9
     peaks_text = f"convolution {conv:,.4g} GFLOP/s (solid), GEMM {gemm:,.4g} GFLOP/s (dashed)"
-    axes.text(high, 1.06 * top, peaks_text, ha="right", va="bottom", **text)
+    axes.text(1.1 * low, 1.06 * top, peaks_text, va="bottom", **text)  # on the left no bubble is as high
     axes.set(xlim=(low, high), ylim=(min(bottom, 0.8 * low * best.memory / 1e9), max(above, 1.6 * top)))
 
 
