@@ -26,7 +26,7 @@ LR, MOMENTUM, WEIGHT_DECAY, EMA_DECAY = 0.01, 0.9, 5e-4, 0.999
 # Relative distances that rounding excuses. A ReLU whose input rounds across zero moves a gradient, so the
 # update of a step is further off than logits are; a wrong factor or sign is at a distance of 1 or 2.
 TOLERANCES = {
-    ("training", "fp32"): 2e-2,
+    ("training", "fp32"): 0.1,  # a ResNet-50 module in its two layouts: 0.04
     ("training", "bf16"): 0.5,
     ("inference", "fp32"): 1e-3,
     ("inference", "bf16"): 5e-2,
