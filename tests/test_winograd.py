@@ -202,9 +202,10 @@ def test_half_precision_stays(everywhere: None) -> None:
         assert torch.equal(got, F.conv2d(x, weight, padding=1))
 
 
-def test_errors_are_those_of_torch(everywhere: None) -> None:
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (4, 2)])
+def test_errors_are_those_of_torch(everywhere: None, channels: int, groups: int) -> None:
     with winograd._Convolutions(), pytest.raises(RuntimeError, match="channels"):
-        F.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(4, 2, 3, 3), padding=1)
+        F.conv2d(torch.zeros(1, channels, 8, 8), torch.zeros(4, 4, 3, 3), padding=1, groups=groups)
 
 
 @pytest.mark.nightly
