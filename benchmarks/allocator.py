@@ -33,9 +33,10 @@ from benchmarks.networks import Case
 from benchmarks.report import RESULTS, Row
 from benchmarks.statistics import Rule, interleave, until_steady
 from benchmarks.variants import LR, MOMENTUM, WEIGHT_DECAY, make_optimizer
-from resnet_func import runtime, winograd
+from resnet_func import runtime
 from resnet_func.losses import cross_entropy
-from resnet_func.train import arrange, autocast, init_train_state, make_train_step
+from resnet_func.run import as_computed
+from resnet_func.train import arrange, init_train_state, make_train_step
 
 BASELINE = "stock loop, stock allocator"
 AGAIN = "stock loop again, stock allocator"
@@ -208,9 +209,7 @@ def make_stock_step(case: Case) -> Callable[[], float]:
 def make_our_step(case: Case, threads: int | None, backend: str | None) -> Callable[[], float]:
     """The step of `resnet-func train`, compiled if there is a back end to do it."""
     machine = runtime.configure(device="cpu", threads=threads, compile="on" if backend else "off")
-    model = winograd.wrap(case.model) if machine.winograd else case.model
-    model = autocast(model, "cpu", torch.bfloat16) if machine.precision == "bf16" else model
-    train_step = make_train_step(model, cross_entropy, make_optimizer())
+    train_step = make_train_step(as_computed(case.model, machine), cross_entropy, make_optimizer())
     if backend:
         train_step = conditions.compiled(train_step, backend)
     train_state = init_train_state(arrange(case.params, machine.memory_format), case.state, make_optimizer())

@@ -258,10 +258,8 @@ def specs(
         ValueError: a word of `without` is in no row's name.
     """
     forms = [form for form in (*(TRAIN if train else INFERENCE), JAX) if form != AGAIN.form]
-    if not device.startswith("cuda"):
-        forms = [form for form in forms if "CUDA" not in form]
-    else:
-        forms = [form for form in forms if "Winograd" not in form]  # cuDNN has such kernels of its own
+    elsewhere = "Winograd" if device.startswith("cuda") else "CUDA"  # cuDNN has such kernels of its own
+    forms = [form for form in forms if elsewhere not in form]
     rows = [Spec(form, layout, dtype) for dtype in dtypes for form in forms for layout in layouts]
     rows = [row for row in rows if row.dtype == "fp32" or not (row.form == JAX or "Winograd" in row.form)]
     for word in without:

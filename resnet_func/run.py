@@ -137,13 +137,17 @@ def tested(train_state: TrainState) -> tuple[Params, State]:
     return train_state.ema_params, train_state.ema_state
 
 
+def as_computed(model: Model, runtime: Runtime) -> Model:
+    """The model by the algorithm and in the precision of the runtime."""
+    if runtime.winograd:
+        model = winograd.wrap(model)
+    return autocast(model, runtime.device.type, torch.bfloat16) if runtime.precision == "bf16" else model
+
+
 def _make_steps(
     model: Model, recipe: Recipe, optimizer: optim.Optimizer, runtime: Runtime
 ) -> tuple[Step, EvalStep]:
-    if runtime.winograd:
-        model = winograd.wrap(model)
-    if runtime.precision == "bf16":
-        model = autocast(model, runtime.device.type, torch.bfloat16)
+    model = as_computed(model, runtime)
     step = make_train_step(
         model,
         recipes.make_loss(recipe),
