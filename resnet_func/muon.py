@@ -16,7 +16,7 @@ from torch import Tensor
 from resnet_func import tree
 from resnet_func.schedules import Schedule, constant, require, require_finite
 from resnet_func.types import Params
-from resnet_func.updates import Optimizer, Updates, check_fit, updates_to, zero_step
+from resnet_func.updates import Optimizer, Updates, check_fit, moving, zero_step
 
 # Jordan et al. 2024: the steepest slope at 0 that keeps singular values within 0.7 and 1.2
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -68,22 +68,21 @@ def muon(
             )
         return MuonState(zero_step(params), tree.map(torch.zeros_like, params))
 
-    def update(grads: Params, opt_state: MuonState, params: Params) -> tuple[Updates, MuonState]:
+    def move(grads: Params, opt_state: MuonState, params: Params) -> tuple[Params, MuonState]:
         check_fit(grads, params)
         buffer = tree.map(lambda b, g: b.lerp(g, 1 - momentum), opt_state.momentum_buffer, grads)
         direction = tree.map(lambda g, b: g.lerp(b, momentum), grads, buffer) if nesterov else buffer
         lr_now = schedule(opt_state.step.to(torch.float64))
         keep = 1 - lr_now * weight_decay
 
-        def move(p: Tensor, d: Tensor) -> Tensor:
+        def leaf(p: Tensor, d: Tensor) -> Tensor:
             step = orthogonalized(d, precision or d.dtype).to(p.dtype)
             size = lr_now * max(1.0, p.shape[0] / p[0].numel()) ** 0.5
             return torch.addcmul(p * keep.to(p.dtype), step, -size.to(p.dtype))
 
-        target = tree.map(move, params, direction)
-        return updates_to(target, params), MuonState(opt_state.step + 1, buffer)
+        return tree.map(leaf, params, direction), MuonState(opt_state.step + 1, buffer)
 
-    return Optimizer(init, update)
+    return moving(init, move)
 
 
 def orthogonalized(update: Tensor, precision: torch.dtype) -> Tensor:
@@ -132,7 +131,14 @@ def partition(where: Callable[[str], bool], chosen: Optimizer, rest: Optimizer) 
         updates = Updates(*(_joined(a, b, params) for a, b in zip(first, second, strict=True)))
         return updates, PartitionState(opt_state.step + 1, our_state, their_state)
 
-    return Optimizer(init, update)
+    def move(grads: Params, opt_state: PartitionState, params: Params) -> tuple[Params, PartitionState]:
+        check_fit(grads, params)
+        (our_grads, their_grads), (ours, theirs) = split(grads), split(params)
+        ours, our_state = chosen.step(our_grads, opt_state.chosen, ours)
+        theirs, their_state = rest.step(their_grads, opt_state.rest, theirs)
+        return _joined(ours, theirs, params), PartitionState(opt_state.step + 1, our_state, their_state)
+
+    return Optimizer(init, update, move)
 
 
 def _joined(a: Params, b: Params, params: Params) -> Params:

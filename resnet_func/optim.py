@@ -21,7 +21,7 @@ from resnet_func import tree
 from resnet_func.muon import muon, partition  # noqa: F401
 from resnet_func.schedules import Schedule, constant, cosine, one_cycle, require, require_finite, step  # noqa: F401
 from resnet_func.types import Params
-from resnet_func.updates import Optimizer, Updates, apply_updates, check_fit, updates_to, zero_step  # noqa: F401
+from resnet_func.updates import Optimizer, Updates, apply_updates, check_fit, moving, zero_step  # noqa: F401
 
 DecayMask: TypeAlias = Callable[[str], bool] | None
 Betas: TypeAlias = tuple[float, float]
@@ -71,22 +71,27 @@ def sgd(
     def init(params: Params) -> SGDState:
         return SGDState(zero_step(params), tree.map(torch.zeros_like, params) if momentum else {})
 
-    def update(grads: Params, opt_state: SGDState, params: Params) -> tuple[Updates, SGDState]:
+    def move(grads: Params, opt_state: SGDState, params: Params) -> tuple[Params, SGDState]:
         check_fit(grads, params)
-        direction = _add_decay(grads, params, weight_decay, decay_mask) if weight_decay else grads
-        buffer = {}
-        if momentum:
-            # From zeros, the first buffer is g to the bit: what torch.optim stores.
-            buffer = tree.map(lambda g, b: b * momentum + g, direction, opt_state.momentum_buffer)
-            if nesterov:
-                direction = tree.map(lambda g, b: g.add(b, alpha=momentum), direction, buffer)
-            else:
-                direction = buffer
-        minus_lr = -schedule(opt_state.step.to(torch.float64))
-        target = tree.map(lambda p, d: torch.addcmul(p, d, minus_lr.to(p.dtype)), params, direction)
-        return updates_to(target, params), SGDState(opt_state.step + 1, buffer)
+        minus_lr = by_dtype(-schedule(opt_state.step.to(torch.float64)))
 
-    return Optimizer(init, update)
+        # All of a leaf at once, while it is in the cache.
+        def leaf(p: Tensor, g: Tensor, decays: bool, *buffer: Tensor) -> tuple[Tensor, ...]:
+            if weight_decay and decays:
+                g = g.add(p, alpha=weight_decay)
+            if not buffer:
+                return (torch.addcmul(p, g, minus_lr(p.dtype)),)
+            # From zeros, the first buffer is g to the bit: what torch.optim stores.
+            b = buffer[0] * momentum + g
+            direction = g.add(b, alpha=momentum) if nesterov else b
+            return torch.addcmul(p, direction, minus_lr(p.dtype)), b
+
+        buffers = [opt_state.momentum_buffer] if momentum else []
+        decays = _decays(params, decay_mask)
+        moved, *buffers = tree.map_unzip(leaf, 1 + len(buffers), params, grads, decays, *buffers)
+        return moved, SGDState(opt_state.step + 1, buffers[0] if momentum else {})
+
+    return moving(init, move)
 
 
 def adam(
@@ -159,7 +164,10 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
     def update(grads: Params, opt_state: Any, params: Params) -> tuple[Updates, Any]:
         return optimizer.update(clip_by_global_norm(grads, max_norm)[0], opt_state, params)
 
-    return Optimizer(optimizer.init, update)
+    def move(grads: Params, opt_state: Any, params: Params) -> tuple[Params, Any]:
+        return optimizer.step(clip_by_global_norm(grads, max_norm)[0], opt_state, params)
+
+    return Optimizer(optimizer.init, update, move)
 
 
 def ema(average: Params, params: Params, decay: float | Tensor) -> Params:
@@ -178,12 +186,12 @@ def ema(average: Params, params: Params, decay: float | Tensor) -> Params:
     Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging".
     """
     require("decay", decay, isinstance(decay, Tensor) or 0 <= decay <= 1, "in [0, 1]", "decay=0.999")
+    share = by_dtype(1 - decay) if isinstance(decay, Tensor) else lambda dtype: 1 - decay
 
     def mix(old: Tensor, new: Tensor) -> Tensor:
         if not old.is_floating_point():
             return new.clone()  # no output is another: a compiled step would be traced anew for the alias
-        share = 1 - decay
-        return torch.lerp(old, new, share.to(old.dtype) if isinstance(share, Tensor) else share)
+        return torch.lerp(old, new, share(old.dtype))
 
     return tree.map(mix, average, params)
 
@@ -199,42 +207,53 @@ def _adam(
         first, second = (tree.map(torch.zeros_like, params) for _ in range(2))
         return AdamState(zero_step(params), first, second)
 
-    def update(grads: Params, opt_state: AdamState, params: Params) -> tuple[Updates, AdamState]:
+    def deltas(grads: Params, opt_state: AdamState, params: Params) -> tuple[Params, AdamState]:
+        """The moves of the gradients alone, and the new moments."""
         check_fit(grads, params)
-        if weight_decay and not decoupled:
-            grads = _add_decay(grads, params, weight_decay, mask)
-        lr_now = schedule(opt_state.step.to(torch.float64))
-        delta, opt_state = _move(grads, opt_state, lr_now, betas, eps)
-        if not (weight_decay and decoupled):
-            return Updates(delta, {}), opt_state  # params + delta is what torch.optim computes
-        keep = 1 - lr_now * weight_decay
-        shrunk = tree.map(lambda p, on: p * keep.to(p.dtype) if on else p, params, _decays(params, mask))
-        return updates_to(tree.map(torch.add, shrunk, delta), params), opt_state
+        (beta1, beta2), count = betas, (opt_state.step + 1).to(torch.float64)
+        minus_size = by_dtype(-(schedule(opt_state.step.to(torch.float64)) / (1 - beta1**count)))
+        bias2 = 1 - beta2**count
+        # torch.optim takes Python's pow(bias2, 0.5), whose last bit is not always that of sqrt.
+        root2 = by_dtype(torch.pow(bias2, torch.full_like(bias2, 0.5)))
 
-    return Optimizer(init, update)
+        def leaf(p: Tensor, g: Tensor, m: Tensor, v: Tensor, decays: bool) -> tuple[Tensor, ...]:
+            if weight_decay and decays and not decoupled:
+                g = g.add(p, alpha=weight_decay)
+            m = torch.lerp(m, g, 1 - beta1)
+            v = torch.addcmul(v * beta2, g, g, value=1 - beta2)
+            return m * minus_size(m.dtype) / (v.sqrt() / root2(v.dtype) + eps), m, v
+
+        moments = opt_state.exp_avg, opt_state.exp_avg_sq
+        decays = _decays(params, mask)
+        delta, first, second = tree.map_unzip(leaf, 3, params, grads, *moments, decays)
+        return delta, AdamState(opt_state.step + 1, first, second)
+
+    def update(grads: Params, opt_state: AdamState, params: Params) -> tuple[Updates, AdamState]:
+        delta, new_state = deltas(grads, opt_state, params)
+        return Updates(delta, {}), new_state  # params + delta is what torch.optim computes
+
+    def move(grads: Params, opt_state: AdamState, params: Params) -> tuple[Params, AdamState]:
+        delta, new_state = deltas(grads, opt_state, params)
+        keep = by_dtype(1 - schedule(opt_state.step.to(torch.float64)) * weight_decay)
+
+        def leaf(p: Tensor, d: Tensor, decays: bool) -> Tensor:
+            return (p * keep(p.dtype) if decays else p) + d
+
+        return tree.map(leaf, params, delta, _decays(params, mask)), new_state
+
+    return moving(init, move) if weight_decay and decoupled else Optimizer(init, update)
 
 
-def _move(grads: Params, state: AdamState, lr: Tensor, betas: Betas, eps: float) -> tuple[Params, AdamState]:
-    """The move without weight decay, and the new moments."""
-    (beta1, beta2), count = betas, (state.step + 1).to(torch.float64)
-    m = tree.map(lambda m, g: torch.lerp(m, g, 1 - beta1), state.exp_avg, grads)
-    v = tree.map(lambda v, g: torch.addcmul(v * beta2, g, g, value=1 - beta2), state.exp_avg_sq, grads)
-    minus_size = -(lr / (1 - beta1**count))
-    bias2 = 1 - beta2**count
-    # torch.optim takes Python's pow(bias2, 0.5), whose last bit is not always that of sqrt.
-    root2 = torch.pow(bias2, torch.full_like(bias2, 0.5))
+def by_dtype(value: Tensor) -> Callable[[torch.dtype], Tensor]:
+    """A 0-d tensor cast to the dtype of a leaf, once for each dtype."""
+    casts: dict[torch.dtype, Tensor] = {}
 
-    def move(m: Tensor, v: Tensor) -> Tensor:
-        # Cast first: a 0-d parameter would become float64, and under vmap every one.
-        return m * minus_size.to(m.dtype) / (v.sqrt() / root2.to(v.dtype) + eps)
+    def cast(dtype: torch.dtype) -> Tensor:
+        if dtype not in casts:
+            casts[dtype] = value.to(dtype)  # a 0-d leaf would become float64, and under vmap every one
+        return casts[dtype]
 
-    return tree.map(move, m, v), AdamState(state.step + 1, m, v)
-
-
-def _add_decay(grads: Params, params: Params, weight_decay: float, mask: DecayMask) -> Params:
-    """`grads + weight_decay * params` where the mask says so."""
-    decays = _decays(params, mask)
-    return tree.map(lambda g, p, on: g.add(p, alpha=weight_decay) if on else g, grads, params, decays)
+    return cast
 
 
 def _decays(node: Any, mask: DecayMask, path: str = "") -> Any:

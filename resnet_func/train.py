@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_func import tree
 from resnet_func.autodiff import value_and_grad
 from resnet_func.losses import check_targets
-from resnet_func.optim import Optimizer, apply_updates, ema
+from resnet_func.optim import Optimizer, ema
 from resnet_func.types import (
     Images,
     Logits,
@@ -137,8 +137,7 @@ def make_train_step(
         if total is None:
             raise ValueError("a training step needs at least one sample; got an empty batch")
         grads, metrics = total
-        updates, opt_state = optimizer.update(grads, train_state.opt_state, params)
-        params = apply_updates(params, updates)
+        params, opt_state = optimizer.step(grads, train_state.opt_state, params)
         ema_params, ema_state = train_state.ema_params, train_state.ema_state
         if ema_decay is not None and ema_params is not None and ema_state is not None:
             steps = opt_state.step.to(torch.float64)

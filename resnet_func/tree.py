@@ -15,6 +15,17 @@ def map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return optree.tree_map(fn, tree, *rest)
 
 
+def map_unzip(fn: Callable[..., tuple[Any, ...]], outputs: int, tree: Any, *rest: Any) -> tuple[Any, ...]:
+    """Like `map`, for an `fn` that returns a tuple of `outputs` leaves: as many trees.
+
+    Raises:
+        ValueError: the trees do not have the same number of leaves.
+    """
+    flat, structure = optree.tree_flatten(tree)
+    results = [fn(*together) for together in zip(flat, *(leaves(other) for other in rest), strict=True)]
+    return tuple(optree.tree_unflatten(structure, [result[i] for result in results]) for i in range(outputs))
+
+
 def leaves(tree: Any) -> list[Any]:
     """All leaves, in the order `map` visits them."""
     return optree.tree_leaves(tree)

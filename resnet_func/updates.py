@@ -26,11 +26,23 @@ class Updates(NamedTuple):
 class Optimizer(NamedTuple):
     """An optimizer as two pure functions.
 
-    `init(params) -> opt_state`, `update(grads, opt_state, params) -> (updates, opt_state)`.
+    `init(params) -> opt_state`, `update(grads, opt_state, params) -> (updates, opt_state)`. An optimizer that
+    knows where parameters go says so by `move(grads, opt_state, params) -> (params, opt_state)`, too.
     """
 
     init: Callable[[Params], Any]
     update: Callable[[Params, Any, Params], tuple[Updates, Any]]
+    move: Callable[[Params, Any, Params], tuple[Params, Any]] | None = None
+
+    def step(self, grads: Params, opt_state: Any, params: Params) -> tuple[Params, Any]:
+        """`update` and `apply_updates` at once, to the bit, and by `move` in half the passes over memory.
+
+        What overflows becomes inf by `move`, as in torch.optim.
+        """
+        if self.move is not None:
+            return self.move(grads, opt_state, params)
+        updates, opt_state = self.update(grads, opt_state, params)
+        return apply_updates(params, updates), opt_state
 
 
 def apply_updates(params: Params, updates: Updates) -> Params:
@@ -48,11 +60,18 @@ def zero_step(params: Params) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 
 
-def updates_to(target: Params, params: Params) -> Updates:
-    """The `Updates` that take params to `target` to the bit: the residue, being small, is exact."""
-    delta = tree.map(torch.sub, target, params)
-    residue = tree.map(lambda t, p, d: t - (p + d), target, params, delta)
-    return Updates(delta, residue)
+def moving(
+    init: Callable[[Params], Any], move: Callable[[Params, Any, Params], tuple[Params, Any]]
+) -> Optimizer:
+    """The optimizer that takes parameters to where `move` says, to the bit."""
+
+    def update(grads: Params, opt_state: Any, params: Params) -> tuple[Updates, Any]:
+        target, opt_state = move(grads, opt_state, params)
+        delta = tree.map(torch.sub, target, params)
+        # the residue, being small, is exact
+        return Updates(delta, tree.map(lambda t, p, d: t - (p + d), target, params, delta)), opt_state
+
+    return Optimizer(init, update, move)
 
 
 def check_fit(grads: Params, params: Params) -> None:

@@ -226,6 +226,44 @@ def test_apply_updates_reaches_every_value(dtype: torch.dtype, seed: int, spread
     assert torch.equal(optim.apply_updates(params, updates)["w"], params["w"].add(grads["w"], alpha=-lr))
 
 
+OPTIMIZERS: dict[str, optim.Optimizer] = {
+    **{case: ours(case, optim.cosine(0.1, 10)) for case in CASES},
+    "masked": optim.sgd(0.1, momentum=0.9, weight_decay=0.1, decay_mask=lambda path: path == "fc.weight"),
+    "clipped": optim.clipped(optim.sgd(0.1, momentum=0.9), 0.5),
+    "partition": optim.partition(lambda path: path == "conv.weight", optim.muon(0.1), optim.adamw(0.1)),
+    "partition-one-plain": optim.partition(lambda path: path == "gain", optim.adam(0.1), optim.sgd(0.1)),
+    "written-by-a-user": optim.Optimizer(optim.sgd(0.1).init, optim.sgd(0.1).update),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_an_update_applied_to_the_bit(name: str, dtype: torch.dtype) -> None:
+    optimizer, params = OPTIMIZERS[name], make_tree(0, dtype)
+    opt_state = optimizer.init(params)
+    for seed in range(1, 5):
+        grads = make_tree(seed, dtype)
+        before = [leaf.clone() for leaf in tree.leaves((params, grads, opt_state))]
+        updates, expected_state = optimizer.update(grads, opt_state, params)
+        expected = optim.apply_updates(params, updates)
+        moved, new_state = optimizer.step(grads, opt_state, params)
+        for a, b in zip(before, tree.leaves((params, grads, opt_state)), strict=True):
+            assert torch.equal(a, b), "an input was mutated"
+        results, wanted = tree.leaves((moved, new_state)), tree.leaves((expected, expected_state))
+        assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+        assert list(tree.flatten(moved)) == list(tree.flatten(params))
+        assert any(
+            not torch.equal(a, b) for a, b in zip(tree.leaves(moved), tree.leaves(params), strict=True)
+        )
+        params, opt_state = moved, new_state
+
+
+def test_a_step_that_overflows_is_infinite_as_in_torch() -> None:
+    params = {"w": torch.tensor([3e38, 1.0])}
+    moved, _ = optim.sgd(1.0).step({"w": torch.tensor([-3e38, 1.0])}, optim.sgd(1.0).init(params), params)
+    assert moved["w"].tolist() == [math.inf, 0.0]
+
+
 def test_one_term_would_not_reach_every_value() -> None:
     """Why `residue` exists; if torch ever makes this pass without it, the second term can go."""
     params, grads = {"w": torch.tensor([-1.0])}, {"w": torch.tensor([-(1 + 2**-23)])}

@@ -57,6 +57,20 @@ def test_map_with_path_gives_the_dotted_path() -> None:
     assert got == {"layer1": {"0": {"weight": ("layer1.0.weight", 1)}}, "fc": {"bias": ("fc.bias", 2)}}
 
 
+@given(nested)
+def test_map_unzip_is_a_map_for_each_output(params: dict) -> None:
+    doubled = tree.map(lambda leaf: 2 * leaf, params)
+    sums, differences = tree.map_unzip(lambda a, b: (a + b, b - a), 2, params, doubled)
+    assert tree.flatten(sums).keys() == tree.flatten(differences).keys() == tree.flatten(params).keys()
+    assert torch.equal(vector(sums), 3 * vector(params))
+    assert torch.equal(vector(differences), vector(params))
+
+
+def test_map_unzip_refuses_a_tree_with_fewer_leaves() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        tree.map_unzip(lambda a, b: (a, b), 2, {"a": 1, "b": 2}, {"a": 1})
+
+
 def test_merge_changes_neither() -> None:
     a, b = {"conv1": {"weight": 1}}, {"conv1": {"tap": 2}, "fc": {"tap": 3}}
     assert tree.merge(a, b) == {"conv1": {"weight": 1, "tap": 2}, "fc": {"tap": 3}}

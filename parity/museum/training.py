@@ -26,7 +26,7 @@ EXHIBITS = [
         "the momentum buffer averages gradients instead of adding them up",
         "reimplementations of momentum as a moving average",
         OPTIMIZERS,
-        edit(optim.sgd, ("b * momentum + g,", "b * momentum + (1 - momentum) * g,")),
+        edit(optim.sgd, ("* momentum + g\n", "* momentum + (1 - momentum) * g\n")),
     ),
     Exhibit(
         "learning-rate-in-the-buffer",
@@ -36,12 +36,12 @@ EXHIBITS = [
         edit(
             optim.sgd,
             (
-                "        if momentum:\n            # From",
+                "        # All of a leaf",
                 "        now = schedule(opt_state.step.to(torch.float64))\n"
                 "        before = schedule((opt_state.step - 1).clamp(min=0).to(torch.float64))\n"
-                "        if momentum:\n            # From",
+                "        # All of a leaf",
             ),
-            ("b * momentum + g,", "b * (momentum * (before / now).to(b.dtype)) + g,"),
+            ("* momentum + g\n", "* (momentum * (before / now).to(g.dtype)) + g\n"),
         ),
     ),
     Exhibit(
@@ -51,10 +51,7 @@ EXHIBITS = [
         OPTIMIZERS,
         edit(
             optim.sgd,
-            (
-                "g.add(b, alpha=momentum), direction, buffer)",
-                "g.add(b, alpha=momentum), direction, opt_state.momentum_buffer)",
-            ),
+            ("g.add(b, alpha=momentum)", "g.add(buffer[0], alpha=momentum)"),
         ),
     ),
     Exhibit(
@@ -90,8 +87,8 @@ EXHIBITS = [
         'TensorFlow and Keras: "epsilon hat" of Kingma and Ba, before section 2.1',
         OPTIMIZERS,
         edit(
-            optim._move,
-            ("(v.sqrt() / root2.to(v.dtype) + eps)", "((v.sqrt() + eps) / root2.to(v.dtype))"),
+            optim._adam,
+            ("(v.sqrt() / root2(v.dtype) + eps)", "((v.sqrt() + eps) / root2(v.dtype))"),
         ),
     ),
     Exhibit(
@@ -100,8 +97,8 @@ EXHIBITS = [
         "reimplementations; optax has it as eps_root",
         OPTIMIZERS,
         edit(
-            optim._move,
-            ("(v.sqrt() / root2.to(v.dtype) + eps)", "((v + eps).sqrt() / root2.to(v.dtype))"),
+            optim._adam,
+            ("(v.sqrt() / root2(v.dtype) + eps)", "((v + eps).sqrt() / root2(v.dtype))"),
         ),
     ),
     Exhibit(
@@ -109,7 +106,7 @@ EXHIBITS = [
         "Adam's moments are not corrected for their start at zero",
         "BERT's optimizer, and BertAdam of pytorch-pretrained-bert",
         OPTIMIZERS,
-        edit(optim._move, ("1 - beta1**count", "1"), ("1 - beta2**count", "torch.ones_like(lr)")),
+        edit(optim._adam, ("1 - beta1**count", "1"), ("1 - beta2**count", "torch.ones_like(count)")),
     ),
     Exhibit(
         "accumulated-gradients-alias",
