@@ -215,7 +215,7 @@ def make_call(op: Operation, dtype: str, machine: runtime.Runtime) -> Callable[[
         state = {name: leaf.to(machine.device) for name, leaf in state.items()}
     run = make_forward(op, params, state, x)
     if op.phase == "forward":
-        return run
+        return (lambda: F.relu_(x.detach())) if op.layer == "relu" else run  # in place, as in the network
     y = run()
     leaves = {"input gradient": [x], "weight gradient": [*params.values()]}.get(
         op.phase, [x, *params.values()]

@@ -179,7 +179,8 @@ def pad_shortcut(spec: Pad, x: Tensor) -> Tensor:
 
 def global_average_pool(x: Tensor) -> Tensor:
     """The mean over pixels: `[N, C, H, W]` to `[N, C]`."""
-    return F.adaptive_avg_pool2d(x, (1, 1)).flatten(1)
+    # what F.adaptive_avg_pool2d computes, without what vmap would make a loop of in channels_last
+    return x.mean((-1, -2), keepdim=True).flatten(1)
 
 
 def init_layer(spec: LayerSpec, generator: torch.Generator, device: torch.device) -> tuple[Params, State]:

@@ -220,24 +220,24 @@ def shortcut(layer: Scope, x: Tensor) -> Tensor:
 
 def basic_block(layer: Scope, x: Tensor) -> Tensor:
     """Two 3x3 convolutions around a shortcut (He et al. 2015, figure 5 left)."""
-    y = F.relu(layer("bn1", layer("conv1", x)))
+    y = F.relu_(layer("bn1", layer("conv1", x)))
     y = layer("bn2", layer("conv2", y))
-    return F.relu(y + shortcut(layer, x))
+    return F.relu_(y + shortcut(layer, x))
 
 
 def bottleneck(layer: Scope, x: Tensor) -> Tensor:
     """1x1, 3x3, 1x1 around a shortcut (He et al. 2015, figure 5 right); the 3x3 strides."""
-    y = F.relu(layer("bn1", layer("conv1", x)))
-    y = F.relu(layer("bn2", layer("conv2", y)))
+    y = F.relu_(layer("bn1", layer("conv1", x)))
+    y = F.relu_(layer("bn2", layer("conv2", y)))
     y = layer("bn3", layer("conv3", y))
-    return F.relu(y + shortcut(layer, x))
+    return F.relu_(y + shortcut(layer, x))
 
 
 def preact_block(layer: Scope, x: Tensor) -> Tensor:
     """Norm and ReLU before each 3x3 convolution (He et al. 2016); a projection sees the activated input."""
     activated = F.relu(layer("bn1", x))
     y = layer("conv1", activated)
-    y = layer("conv2", F.relu(layer("bn2", y)))
+    y = layer("conv2", F.relu_(layer("bn2", y)))
     projects = "downsample" in layer.specs
     return y + shortcut(layer, activated if projects else x)
 
@@ -251,7 +251,7 @@ def _apply(
     layer = Scope(specs, params, state, train=train)
     x = layer("conv1", x)
     if config.block != "preact":
-        x = F.relu(layer("bn1", x))
+        x = F.relu_(layer("bn1", x))
     if config.stem == "imagenet":
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
     block = BLOCKS[config.block]
@@ -260,7 +260,7 @@ def _apply(
         for index in blocks.specs:
             x = block(blocks.enter(index), x)
     if config.block == "preact":
-        x = F.relu(layer("bn1", x))
+        x = F.relu_(layer("bn1", x))
     return layer("fc", global_average_pool(x)), tree.prune(layer.state)
 
 

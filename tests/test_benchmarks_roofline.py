@@ -134,10 +134,11 @@ CALLS = {
     "aten::native_batch_norm": "norm",
     "aten::native_group_norm": "norm",
     "aten::relu": "relu",
+    "aten::relu_": "relu",
     "aten::add": "add",
     "aten::add_": "add",  # two gradients of one input, added up in place
     "aten::max_pool2d_with_indices": "max pool",
-    "aten::adaptive_avg_pool2d": "average pool",
+    "aten::mean": "average pool",
     "aten::convolution_backward": "conv backward",
     "aten::native_batch_norm_backward": "norm backward",
     "aten::native_group_norm_backward": "norm backward",

@@ -45,7 +45,8 @@ EXHIBITS = [
         REIMPLEMENTATIONS,
         EVALUATION,
         edit(
-            resnet.basic_block, ('F.relu(layer("bn1", layer("conv1", x)))', 'layer("bn1", layer("conv1", x))')
+            resnet.basic_block,
+            ('F.relu_(layer("bn1", layer("conv1", x)))', 'layer("bn1", layer("conv1", x))'),
         ),
     ),
     Exhibit(
@@ -53,14 +54,14 @@ EXHIBITS = [
         "no ReLU after a basic block's sum",
         "pre-activation networks, mixed with the others",
         EVALUATION,
-        edit(resnet.basic_block, ("F.relu(y + shortcut(layer, x))", "y + shortcut(layer, x)")),
+        edit(resnet.basic_block, ("F.relu_(y + shortcut(layer, x))", "y + shortcut(layer, x)")),
     ),
     Exhibit(
         "relu-before-the-sum",
         "ReLU before the sum, not after it",
         "He et al. 2016 as a variant that trains worse (figure 4c)",
         EVALUATION,
-        edit(resnet.basic_block, ("F.relu(y + shortcut(layer, x))", "F.relu(y) + shortcut(layer, x)")),
+        edit(resnet.basic_block, ("F.relu_(y + shortcut(layer, x))", "F.relu(y) + shortcut(layer, x)")),
     ),
     Exhibit(
         "norm-after-the-sum",
@@ -70,7 +71,7 @@ EXHIBITS = [
         edit(
             resnet.basic_block,
             ('y = layer("bn2", layer("conv2", y))', 'y = layer("conv2", y)'),
-            ("F.relu(y + shortcut(layer, x))", 'F.relu(layer("bn2", y + shortcut(layer, x)))'),
+            ("F.relu_(y + shortcut(layer, x))", 'F.relu(layer("bn2", y + shortcut(layer, x)))'),
         ),
     ),
     Exhibit(
@@ -80,7 +81,7 @@ EXHIBITS = [
         EVALUATION,
         edit(
             resnet.basic_block,
-            ('F.relu(layer("bn1", layer("conv1", x)))', 'layer("bn1", F.relu(layer("conv1", x)))'),
+            ('F.relu_(layer("bn1", layer("conv1", x)))', 'layer("bn1", F.relu(layer("conv1", x)))'),
         ),
     ),
     Exhibit(
@@ -112,7 +113,7 @@ EXHIBITS = [
         edit(
             resnet._apply,
             (
-                '    if config.block == "preact":\n        x = F.relu(layer("bn1", x))',
+                '    if config.block == "preact":\n        x = F.relu_(layer("bn1", x))',
                 '    if config.block == "preact":\n        x = layer("bn1", x)',
             ),
         ),
