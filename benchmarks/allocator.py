@@ -258,5 +258,5 @@ def publish(options: Options, where: dict[str, Any], rows: list[Row], turns: dic
 
 def as_bar(row: Row, note: str) -> pictures.Bar:
     loop, _, allocator = row.name.rpartition(", ")
-    speed = f"{row.ratio.median:.2f}   {row.images_per_second:,.0f} img/s, {note}"
+    speed = f"{row.ratio.median:.2f}   {report.rate(row.images_per_second)} img/s, {note}"
     return pictures.Bar(loop, row.ratio, speed, allocator)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.conditions import compiled
 from benchmarks.measure import Outcome, Skipped, Variant
 from benchmarks.networks import Case
-from benchmarks.variants import FORMATS, TOLERANCES, changes, make_optimizer
+from benchmarks.variants import FORMATS, changes, make_optimizer, tolerance
 from resnet_func import runtime, tree
 from resnet_func.losses import cross_entropy
 from resnet_func.train import arrange, init_train_state, make_train_step
@@ -98,7 +98,7 @@ def _separate(work: Work) -> Variant:
     return Variant(
         step,
         lambda: _outcome([m["loss"] for m in metrics], [carried[0] for carried in members], work.cases),
-        TOLERANCES["training", "fp32"],
+        tolerance("training", "fp32", work.cases[0]),
     )
 
 
@@ -157,7 +157,7 @@ def _stacked(work: Work) -> Variant:
         params = [tree.map(lambda leaf, k=k: leaf[k], carried[0]) for k in range(len(work.cases))]
         return _outcome(list(losses[0]), params, work.cases)
 
-    return Variant(step, outcome, TOLERANCES["training", "fp32"])
+    return Variant(step, outcome, tolerance("training", "fp32", work.cases[0]))
 
 
 def _grouped(leaf: Tensor, dim: int, layout: str) -> Tensor:

@@ -178,6 +178,6 @@ def publish(
 
 
 def as_bar(row: Row) -> pictures.Bar:
-    note = f"{row.ratio.median:.2f}   {row.images_per_second:,.0f} img/s"
+    note = f"{row.ratio.median:.2f}   {report.rate(row.images_per_second)} img/s"
     group = next(group for group in COLOURS if row.name.startswith(group))
     return pictures.Bar(row.name, row.ratio, note, group)

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.measure import Outcome, Skipped, Variant
 from benchmarks.networks import Case
-from benchmarks.variants import EMA_DECAY, LR, MOMENTUM, TOLERANCES, WEIGHT_DECAY, Setting, Spec, changes
+from benchmarks.variants import EMA_DECAY, LR, MOMENTUM, WEIGHT_DECAY, Setting, Spec, changes, tolerance
 from resnet_func import tree
 
 LAYOUTS = {"NCHW": "NCHW", "channels_last": "NHWC"}
@@ -53,7 +53,7 @@ def make_variant(spec: Spec, case: Case, setting: Setting) -> Variant:
     def step() -> None:
         logits[:] = [run(params, state, x).block_until_ready()]
 
-    return Variant(step, lambda: {"logits": _to_torch(logits[0])}, TOLERANCES["inference", "fp32"])
+    return Variant(step, lambda: {"logits": _to_torch(logits[0])}, tolerance("inference", "fp32", case))
 
 
 def _training(
@@ -76,7 +76,7 @@ def _training(
         start = {name: leaf.cpu() for name, leaf in tree.flatten(case.params).items()}
         return changes(_to_torch(losses[0]), now, start)
 
-    return Variant(step, outcome, TOLERANCES["training", "fp32"])
+    return Variant(step, outcome, tolerance("training", "fp32", case))
 
 
 def _make_step(jax: Any, apply: Callable[..., Any]) -> Callable[..., Any]:

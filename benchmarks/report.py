@@ -94,7 +94,7 @@ def as_table(
         f"time / {baseline}": lambda row: f"{row.ratio.median:.3f}",
         "95 % interval": lambda row: f"{row.ratio.low:.3f}-{row.ratio.high:.3f}",
         "ms": lambda row: f"{row.seconds * 1e3:,.1f}",
-        "images/s": lambda row: f"{row.images_per_second:,.0f}",
+        "images/s": lambda row: rate(row.images_per_second),
         "TFLOP/s": lambda row: None if row.tflops is None else f"{row.tflops:.3g}",
         "compile s": lambda row: None if row.compile_seconds is None else f"{row.compile_seconds:,.0f}",
         "peak MB": lambda row: None if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}",
@@ -107,6 +107,11 @@ def as_table(
     for row in rows:
         table.add_row(row.name, *(cell(row) or "-" for cell in shown.values()))
     return table
+
+
+def rate(images_per_second: float) -> str:
+    """Two digits at least."""
+    return f"{images_per_second:.2g}" if images_per_second < 10 else f"{images_per_second:,.0f}"
 
 
 def as_json(rows: list[Row]) -> dict[str, Any]:

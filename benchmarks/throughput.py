@@ -193,7 +193,7 @@ def publish(
             pictures.Bar(
                 row.name,
                 row.ratio,
-                f"{row.ratio.median:.2f}   {row.images_per_second:,.0f} img/s",
+                f"{row.ratio.median:.2f}   {report.rate(row.images_per_second)} img/s",
                 group(row),
             )
             for row in rows

@@ -26,11 +26,15 @@ LR, MOMENTUM, WEIGHT_DECAY, EMA_DECAY = 0.01, 0.9, 5e-4, 0.999
 # Relative distances that rounding excuses. A ReLU whose input rounds across zero moves a gradient, so the
 # update of a step is further off than logits are; a wrong factor or sign is at a distance of 1 or 2.
 TOLERANCES = {
-    ("training", "fp32"): 0.1,  # a ResNet-50 module in its two layouts: 0.04
+    ("training", "fp32"): 0.02,  # a ResNet-18 module in its two layouts: 0.005
     ("training", "bf16"): 0.5,
     ("inference", "fp32"): 1e-3,
     ("inference", "bf16"): 5e-2,
 }
+DEEP, DEEP_TOLERANCE = (
+    40,
+    0.1,
+)  # more layers have more such ReLUs: a ResNet-50 module in its two layouts: 0.04
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -52,6 +56,13 @@ class Setting(NamedTuple):
     train: bool
     ema: bool
     backend: str
+
+
+def tolerance(task: str, dtype: str, case: Case) -> float:
+    """The distance to the baseline's outcome that is put down to rounding."""
+    convolutions = sum(leaf.ndim == 4 for leaf in tree.leaves(case.params))
+    allowed = TOLERANCES[task, dtype]
+    return max(allowed, DEEP_TOLERANCE) if task == "training" and convolutions > DEEP else allowed
 
 
 def make_variant(spec: Spec, case: Case, setting: Setting) -> Variant:
@@ -110,7 +121,7 @@ def _module_training(spec: Spec, case: Case, setting: Setting) -> Variant:
     return Variant(
         step,
         lambda: changes(losses[0], dict(module.named_parameters()), start),
-        TOLERANCES["training", spec.dtype],
+        tolerance("training", spec.dtype, case),
     )
 
 
@@ -155,8 +166,7 @@ def _gradient_compiled(spec: Spec, case: Case, setting: Setting) -> Variant:
 
     def train_step(train_state: TrainState, x: Tensor, y: Tensor) -> tuple[TrainState, Any]:
         grads, (loss, state) = gradient(train_state.params, train_state.state, x, y)
-        updates, opt_state = optimizer.update(grads, train_state.opt_state, train_state.params)
-        params = optim.apply_updates(train_state.params, updates)
+        params, opt_state = optimizer.step(grads, train_state.opt_state, train_state.params)
         averages = (train_state.ema_params, train_state.ema_state)
         if train_state.ema_params is not None and train_state.ema_state is not None:
             averages = (
@@ -182,7 +192,7 @@ def _functional_training(train_step: Callable[..., Any], spec: Spec, case: Case,
     def outcome() -> Outcome:
         return changes(losses[0], tree.flatten(train_state.params), tree.flatten(case.params))
 
-    return Variant(step, outcome, TOLERANCES["training", spec.dtype])
+    return Variant(step, outcome, tolerance("training", spec.dtype, case))
 
 
 # --------------------------------------------------------------------------- inference
@@ -196,7 +206,7 @@ def _module_inference(spec: Spec, case: Case, setting: Setting) -> Variant:
         with _precision(spec, case):
             return forward(case.x).float()
 
-    return _inference(run, spec)
+    return _inference(run, spec, case)
 
 
 def _functional_inference(spec: Spec, case: Case, setting: Setting) -> Variant:
@@ -208,17 +218,17 @@ def _functional_inference(spec: Spec, case: Case, setting: Setting) -> Variant:
     if "compiled" in spec.form:
         mode = "reduce-overhead" if "CUDA graphs" in spec.form else None
         forward = compiled(forward, setting.backend, mode)
-    return _inference(lambda: forward(case.params, case.state, case.x), spec)
+    return _inference(lambda: forward(case.params, case.state, case.x), spec, case)
 
 
-def _inference(run: Callable[[], Tensor], spec: Spec) -> Variant:
+def _inference(run: Callable[[], Tensor], spec: Spec, case: Case) -> Variant:
     logits: list[Tensor] = []
 
     def step() -> None:
         with torch.inference_mode():
             logits[:] = [run()]
 
-    return Variant(step, lambda: {"logits": logits[0]}, TOLERANCES["inference", spec.dtype])
+    return Variant(step, lambda: {"logits": logits[0]}, tolerance("inference", spec.dtype, case))
 
 
 # --------------------------------------------------------------------------- names

@@ -25,7 +25,7 @@ class Machine:
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Layout of images and weights."""
     winograd: Literal["auto", "on", "off"] = "auto"
-    """3x3 convolutions by minimal filtering where that is cheaper; auto is on for the CPU in fp32."""
+    """Convolutions by minimal filtering where that is cheaper; auto is on for the CPU in fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the training step; auto where a compiler is found and the run is long enough to pay."""
 

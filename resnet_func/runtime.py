@@ -32,7 +32,7 @@ class Runtime:
         threads: Threads inside one operation, on the CPU.
         precision: Of the forward pass (`train.autocast`); parameters are float32 either way.
         memory_format: For images and convolution weights.
-        winograd: Whether 3x3 convolutions go by minimal filtering where that is cheaper (`winograd.wrap`).
+        winograd: Whether convolutions go by minimal filtering where that is cheaper (`winograd.wrap`).
         compile: Whether to put `torch.compile` around the whole step.
         allocator: As `tune_allocator` says it.
     """
@@ -68,7 +68,7 @@ def configure(
             emulated: allowed, and `describe` says that it is slow.
         memory_format: "auto" is "channels_last": measured faster, compiled or not.
         winograd: "auto" is on for the CPU in fp32: there it is measured faster from 128 channels on, and
-            changes nothing below. cuDNN chooses such kernels by itself.
+            below it changes little or nothing. cuDNN chooses such kernels by itself.
         compile: "auto" is on where `compile_obstacle` finds nothing in the way.
 
     Raises:

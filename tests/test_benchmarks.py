@@ -286,6 +286,27 @@ def test_usage(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("speed", "text"), [(0.0421, "0.042"), (4.24, "4.2"), (9.96, "10"), (10.4, "10"), (1234.5, "1,234")]
+)
+def test_a_slow_rate_keeps_its_digits(speed: float, text: str) -> None:
+    assert report.rate(speed) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "dtype", "allowed"),
+    [
+        ("resnet18", "training", "fp32", 0.02),
+        ("resnet50", "training", "fp32", 0.1),
+        ("resnet50", "training", "bf16", 0.5),
+        ("resnet50", "inference", "fp32", 1e-3),
+    ],
+)
+def test_deep_networks_may_round_more(name: str, task: str, dtype: str, allowed: float) -> None:
+    case = networks.make_case(name, 1, 32, torch.device("cpu"))
+    assert variants.tolerance(task, dtype, case) == allowed
+
+
 @pytest.mark.parametrize("task", ["training", "inference"])
 def test_the_winograd_forms_take_convolutions(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, ...]] = []

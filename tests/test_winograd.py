@@ -37,6 +37,7 @@ def direct(x: Tensor, weight: Tensor) -> Tensor:
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if it paid for every convolution that it can do."""
     monkeypatch.setattr(winograd, "cheapest_tile", lambda *_: 4)
+    monkeypatch.setattr(winograd, "product_pays", lambda *_: True)
 
 
 # --- one convolution ---
@@ -126,6 +127,52 @@ def test_choice_follows_the_measurements() -> None:
     assert winograd.cheapest_tile(1, 512, 512, 4, 4) is None
 
 
+def test_choice_of_products_follows_the_measurements() -> None:
+    assert winograd.product_pays(1024, 256, 14, 14)
+    assert winograd.product_pays(2048, 512, 7, 7)
+    assert winograd.product_pays(128, 256, 8, 8)
+    assert not winograd.product_pays(512, 128, 28, 28)
+    assert not winograd.product_pays(128, 512, 28, 28)
+    assert not winograd.product_pays(64, 256, 56, 56)
+    assert not winograd.product_pays(64, 128, 16, 16)
+    assert not winograd.product_pays(32, 64, 8, 8)  # so a ResNet-20 with projections keeps its bits
+
+
+@given(SHAPES, st.integers(1, 5), st.sampled_from([1, 2, 3, (1, 2), [2, 1]]))
+def test_a_product_is_the_1x1_convolution(shape: tuple[int, ...], c_out: int, stride: Any) -> None:
+    x, weight = randn(*shape, seed=0, dtype=FP64), randn(c_out, shape[1], 1, 1, seed=1, dtype=FP64)
+    asked: list[tuple[int, ...]] = []
+
+    def record(*given: int) -> bool:
+        asked.append(given)
+        return True
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        with winograd._Convolutions(products=True):
+            return F.conv2d(x, weight, stride=stride)
+
+    def convolution(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, stride=stride)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "product_pays", record)
+        got = both(product, x, weight)
+    want = both(convolution, x, weight)
+    assert asked == [(shape[1], c_out, *want["y"].shape[2:])]
+    assert_close(got, want, rtol=1e-12)
+
+
+def test_products_are_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(winograd, "product_pays", lambda *given: bool(asked.append(given)))
+    model = winograd.wrap(rf.resnet20(norm="group", shortcut="projection"))
+    params, state = model.init(torch.Generator().manual_seed(0))
+    model.apply(params, state, randn(2, 3, 32, 32, seed=0), train=False)
+    assert not asked
+    model.apply(params, state, randn(2, 3, 32, 32, seed=0), train=True)
+    assert asked == [(16, 32, 16, 16), (32, 64, 8, 8)]
+
+
 # --- networks ---
 
 
@@ -134,6 +181,7 @@ def test_choice_follows_the_measurements() -> None:
 def test_wrapped_networks_are_the_same(network: Any, batch: Any, train: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "cheapest_tile", lambda *_: 4)
+        patch.setattr(winograd, "product_pays", lambda *_: True)
         model, params, state = network
         cotangent = randn(len(batch.x), 3, seed=0, dtype=FP64)
         want = function_step(model, params, state, batch.x, cotangent, train=train)
@@ -171,11 +219,15 @@ def test_per_sample_gradients_of_a_wrapped_network(everywhere: None) -> None:
         ((4, 2, 3, 3), {"padding": 1, "groups": 2}),
         ((4, 4, 5, 5), {"padding": 1}),
         ((4, 4, 3, 1), {"padding": 1}),
+        ((4, 4, 1, 1), {"padding": 1}),
+        ((4, 4, 1, 1), {"padding": "same"}),
+        ((4, 2, 1, 1), {"groups": 2}),
+        ((4, 4, 1, 3), {}),
     ],
 )
 def test_other_convolutions_stay(everywhere: None, shape: tuple[int, ...], settings: dict[str, Any]) -> None:
     x, weight = randn(2, 4, 8, 8, seed=0), randn(*shape, seed=1)
-    with winograd._Convolutions():
+    with winograd._Convolutions(products=True):
         got = F.conv2d(x, weight, **settings)
     assert torch.equal(got, F.conv2d(x, weight, **settings))
 
@@ -183,7 +235,7 @@ def test_other_convolutions_stay(everywhere: None, shape: tuple[int, ...], setti
 @pytest.mark.parametrize("padding", [1, (1, 1), [1, 1]])
 def test_a_convolution_is_taken_however_it_is_called(everywhere: None, padding: Any) -> None:
     x, weight, bias = (randn(*shape, seed=0, dtype=FP64) for shape in ((2, 4, 7, 8), (5, 4, 3, 3), (5,)))
-    with winograd._Convolutions():
+    with winograd._Convolutions(products=True):
         got = F.conv2d(x, weight, bias, padding=padding)
     want = F.conv2d(x, weight, bias, padding=padding)
     assert not torch.equal(got, want)
@@ -193,10 +245,10 @@ def test_a_convolution_is_taken_however_it_is_called(everywhere: None, padding: 
 def test_half_precision_stays(everywhere: None) -> None:
     x, weight = randn(2, 4, 8, 8, seed=0), randn(4, 4, 3, 3, seed=1)
     for dtype in (torch.bfloat16, torch.float16):
-        with winograd._Convolutions():
+        with winograd._Convolutions(products=True):
             got = F.conv2d(x.to(dtype), weight.to(dtype), padding=1)
         assert torch.equal(got, F.conv2d(x.to(dtype), weight.to(dtype), padding=1))
-    with torch.autocast("cpu", torch.bfloat16), winograd._Convolutions():
+    with torch.autocast("cpu", torch.bfloat16), winograd._Convolutions(products=True):
         got = F.conv2d(x, weight, padding=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(got, F.conv2d(x, weight, padding=1))
@@ -204,7 +256,7 @@ def test_half_precision_stays(everywhere: None) -> None:
 
 @pytest.mark.parametrize(("channels", "groups"), [(3, 1), (4, 2)])
 def test_errors_are_those_of_torch(everywhere: None, channels: int, groups: int) -> None:
-    with winograd._Convolutions(), pytest.raises(RuntimeError, match="channels"):
+    with winograd._Convolutions(products=True), pytest.raises(RuntimeError, match="channels"):
         F.conv2d(torch.zeros(1, channels, 8, 8), torch.zeros(4, 4, 3, 3), padding=1, groups=groups)
 
 
