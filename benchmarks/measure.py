@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -110,17 +109,19 @@ def time_steps(
         baseline: The variant whose ratios the rule looks at.
         rule: When to stop.
         threads: Inside one operation, on the CPU.
-        turn_seconds: A turn is as many steps as fill this time.
+        turn_seconds: A turn is a step to warm up and as many as fill this time.
     """
     timers = {
         name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()
     }
-    counts = {}
-    for name, timer in timers.items():  # two steps to warm up, and one to see how long it takes
-        counts[name] = max(1, math.ceil(turn_seconds / timer.timeit(1).mean))
+    for step in steps.values():  # a second call still finds caches and heuristics cold
+        step()
     gc.collect()
-    enough = until_steady(rule, baseline)
-    seconds = interleave(list(steps), rule.most, lambda name: timers[name].timeit(counts[name]).mean, enough)
+
+    def turn(name: str) -> float:
+        return timers[name].blocked_autorange(min_run_time=turn_seconds).mean
+
+    seconds = interleave(list(steps), rule.most, turn, until_steady(rule, baseline))
     progress.print(f"timed {len(seconds[baseline])} rounds of {len(steps)} variants")
     return seconds
 
