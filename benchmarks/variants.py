@@ -31,10 +31,8 @@ TOLERANCES = {
     ("inference", "fp32"): 1e-3,
     ("inference", "bf16"): 5e-2,
 }
-DEEP, DEEP_TOLERANCE = (
-    40,
-    0.1,
-)  # more layers have more such ReLUs: a ResNet-50 module in its two layouts: 0.04
+DEEP = 40  # convolutions: more layers have more such ReLUs
+DEEP_TOLERANCE = 0.1  # a ResNet-50 module in its two layouts: 0.04
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

@@ -8,7 +8,7 @@ another optimizer: `partition` gives each leaf its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -99,6 +99,9 @@ def orthogonalized(update: Tensor, precision: torch.dtype) -> Tensor:
     return (x.T if tall else x).reshape(update.shape)
 
 
+Half: TypeAlias = Callable[[Params, Any, Params], tuple[Any, Any]]
+
+
 class PartitionState(NamedTuple):
     """`step`: updates done, 0-d int64. `chosen`, `rest`: the states of the two optimizers."""
 
@@ -123,20 +126,23 @@ def partition(where: Callable[[str], bool], chosen: Optimizer, rest: Optimizer) 
         ours, theirs = split(params)
         return PartitionState(zero_step(params), chosen.init(ours), rest.init(theirs))
 
-    def update(grads: Params, opt_state: PartitionState, params: Params) -> tuple[Updates, PartitionState]:
+    def each(
+        ours: Half, theirs: Half, grads: Params, opt_state: PartitionState, params: Params
+    ) -> tuple[Any, Any, PartitionState]:
+        """What the two halves make of their leaves, and the new state."""
         check_fit(grads, params)
-        (our_grads, their_grads), (ours, theirs) = split(grads), split(params)
-        first, our_state = chosen.update(our_grads, opt_state.chosen, ours)
-        second, their_state = rest.update(their_grads, opt_state.rest, theirs)
-        updates = Updates(*(_joined(a, b, params) for a, b in zip(first, second, strict=True)))
-        return updates, PartitionState(opt_state.step + 1, our_state, their_state)
+        (our_grads, their_grads), (our_params, their_params) = split(grads), split(params)
+        first, our_state = ours(our_grads, opt_state.chosen, our_params)
+        second, their_state = theirs(their_grads, opt_state.rest, their_params)
+        return first, second, PartitionState(opt_state.step + 1, our_state, their_state)
+
+    def update(grads: Params, opt_state: PartitionState, params: Params) -> tuple[Updates, PartitionState]:
+        first, second, new_state = each(chosen.update, rest.update, grads, opt_state, params)
+        return Updates(*(_joined(a, b, params) for a, b in zip(first, second, strict=True))), new_state
 
     def move(grads: Params, opt_state: PartitionState, params: Params) -> tuple[Params, PartitionState]:
-        check_fit(grads, params)
-        (our_grads, their_grads), (ours, theirs) = split(grads), split(params)
-        ours, our_state = chosen.step(our_grads, opt_state.chosen, ours)
-        theirs, their_state = rest.step(their_grads, opt_state.rest, theirs)
-        return _joined(ours, theirs, params), PartitionState(opt_state.step + 1, our_state, their_state)
+        first, second, new_state = each(chosen.step, rest.step, grads, opt_state, params)
+        return _joined(first, second, params), new_state
 
     return Optimizer(init, update, move)
 

@@ -207,11 +207,13 @@ def _adam(
         first, second = (tree.map(torch.zeros_like, params) for _ in range(2))
         return AdamState(zero_step(params), first, second)
 
-    def deltas(grads: Params, opt_state: AdamState, params: Params) -> tuple[Params, AdamState]:
+    def deltas(
+        grads: Params, opt_state: AdamState, params: Params, lr_now: Tensor, decays: Params
+    ) -> tuple[Params, AdamState]:
         """The moves of the gradients alone, and the new moments."""
         check_fit(grads, params)
         (beta1, beta2), count = betas, (opt_state.step + 1).to(torch.float64)
-        minus_size = by_dtype(-(schedule(opt_state.step.to(torch.float64)) / (1 - beta1**count)))
+        minus_size = by_dtype(-(lr_now / (1 - beta1**count)))
         bias2 = 1 - beta2**count
         # torch.optim takes Python's pow(bias2, 0.5), whose last bit is not always that of sqrt.
         root2 = by_dtype(torch.pow(bias2, torch.full_like(bias2, 0.5)))
@@ -224,22 +226,23 @@ def _adam(
             return m * minus_size(m.dtype) / (v.sqrt() / root2(v.dtype) + eps), m, v
 
         moments = opt_state.exp_avg, opt_state.exp_avg_sq
-        decays = _decays(params, mask)
         delta, first, second = tree.map_unzip(leaf, 3, params, grads, *moments, decays)
         return delta, AdamState(opt_state.step + 1, first, second)
 
     def update(grads: Params, opt_state: AdamState, params: Params) -> tuple[Updates, AdamState]:
-        delta, new_state = deltas(grads, opt_state, params)
+        lr_now = schedule(opt_state.step.to(torch.float64))
+        delta, new_state = deltas(grads, opt_state, params, lr_now, _decays(params, mask))
         return Updates(delta, {}), new_state  # params + delta is what torch.optim computes
 
     def move(grads: Params, opt_state: AdamState, params: Params) -> tuple[Params, AdamState]:
-        delta, new_state = deltas(grads, opt_state, params)
-        keep = by_dtype(1 - schedule(opt_state.step.to(torch.float64)) * weight_decay)
+        lr_now, decays = schedule(opt_state.step.to(torch.float64)), _decays(params, mask)
+        delta, new_state = deltas(grads, opt_state, params, lr_now, decays)
+        keep = by_dtype(1 - lr_now * weight_decay)
 
         def leaf(p: Tensor, d: Tensor, decays: bool) -> Tensor:
             return (p * keep(p.dtype) if decays else p) + d
 
-        return tree.map(leaf, params, delta, _decays(params, mask)), new_state
+        return tree.map(leaf, params, delta, decays), new_state
 
     return moving(init, move) if weight_decay and decoupled else Optimizer(init, update)
 

@@ -235,7 +235,7 @@ def bottleneck(layer: Scope, x: Tensor) -> Tensor:
 
 def preact_block(layer: Scope, x: Tensor) -> Tensor:
     """Norm and ReLU before each 3x3 convolution (He et al. 2016); a projection sees the activated input."""
-    activated = F.relu(layer("bn1", x))
+    activated = F.relu(layer("bn1", x))  # not in place: without a norm this is x, which the shortcut needs
     y = layer("conv1", activated)
     y = layer("conv2", F.relu_(layer("bn2", y)))
     projects = "downsample" in layer.specs
