@@ -10,17 +10,17 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks import report
-from benchmarks.measure import Disagreement
+from benchmarks.harness import report
+from benchmarks.harness.measure import Disagreement
 
 COMMANDS = {
-    "throughput": "benchmarks.throughput",
-    "per-sample": "benchmarks.per_sample",
-    "allocator": "benchmarks.allocator",
-    "roofline": "benchmarks.roofline",
-    "ensembles": "benchmarks.ensembles",
-    "scaling": "benchmarks.scaling",
-    "all": "benchmarks.everything",
+    "throughput": "benchmarks.commands.throughput",
+    "per-sample": "benchmarks.commands.per_sample",
+    "allocator": "benchmarks.commands.allocator",
+    "roofline": "benchmarks.commands.roofline",
+    "ensembles": "benchmarks.commands.ensembles",
+    "scaling": "benchmarks.commands.scaling",
+    "all": "benchmarks.commands.everything",
 }
 
 

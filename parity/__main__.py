@@ -15,8 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import environment
-from parity import museum, runner, suite
+from parity import environment, museum, runner, suite
 
 WIDE = 180  # where no terminal says how wide it is
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_func import tree
-from resnet_func.assertions import assert_trees_equal
+from resnet_func.testing.assertions import assert_trees_equal
 from resnet_func.types import Model, Params, State
 
 BRANCH = 0.2  # the factor of the last weight of a residual branch

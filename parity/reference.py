@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from resnet_func import zoo
+from resnet_func.models import zoo
 
 Norm = Callable[[int], nn.Module]
 

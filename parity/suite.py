@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
-from parity import bitwise, graphs, museum, oracles, properties, second_order, shadow, trajectory
+from parity import museum, properties
 from parity.cell import Cell, Result, markdown_table
+from parity.sections import bitwise, graphs, oracles, second_order, shadow, trajectory
 
 SECTIONS = {
     "bitwise": bitwise,

@@ -1,11 +1,11 @@
 """ResNets as pure functions over parameter pytrees, open to every `torch.func` transform."""
 
-from resnet_func import losses, optim, per_sample, train, tree, winograd, zoo
-from resnet_func.config import ResNetConfig
-from resnet_func.interop import from_module, from_state_dict, pretrained, to_state_dict
-from resnet_func.resnet import build
-from resnet_func.types import Model, TrainState
-from resnet_func.zoo import (
+from resnet_func import losses, optim, per_sample, train, tree
+from resnet_func.models import winograd, zoo
+from resnet_func.models.config import ResNetConfig
+from resnet_func.models.interop import from_module, from_state_dict, pretrained, to_state_dict
+from resnet_func.models.resnet import build
+from resnet_func.models.zoo import (
     resnet18,
     resnet20,
     resnet32,
@@ -25,6 +25,7 @@ from resnet_func.zoo import (
     wrn_28_10,
     wrn_40_4,
 )
+from resnet_func.types import Model, TrainState
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from resnet_func.cli import main
+from resnet_func.app.cli import main
 
 sys.exit(main())

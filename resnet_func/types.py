@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from resnet_func.config import ResNetConfig
+    from resnet_func.models.config import ResNetConfig
 
 # Nested dicts of tensors. The dotted path of a leaf is its torchvision `state_dict` key.
 Params: TypeAlias = dict[str, Any]

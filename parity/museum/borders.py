@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, both, constant, edit
 from parity.properties import cases
-from resnet_func import assertions, interop
+from resnet_func.models import interop
+from resnet_func.testing import assertions
 
 EXHIBITS = [
     Exhibit(

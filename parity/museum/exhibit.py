@@ -16,8 +16,9 @@ from unittest import mock
 
 from hypothesis import Phase, settings
 
-from parity import bitwise, properties, trajectory
+from parity import properties
 from parity.cell import Cell
+from parity.sections import bitwise, trajectory
 
 REIMPLEMENTATIONS = "reimplementations"
 

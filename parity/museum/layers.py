@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parity.museum.exhibit import REIMPLEMENTATIONS, Exhibit, constant, edit
-from resnet_func import layers
+from resnet_func.models import layers
 
 EXHIBITS = [
     Exhibit(

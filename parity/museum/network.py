@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parity.museum.exhibit import REIMPLEMENTATIONS, Exhibit, edit
-from resnet_func import resnet
+from resnet_func.models import resnet
 
 EVALUATION = "bitwise/resnet20/fp32-eval-nchw"
 

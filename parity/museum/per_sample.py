@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, both, edit
-from resnet_func.per_sample import capture, contract, engine, ghost, noise, quantity, reference
+from resnet_func.per_sample import capture, contract, engine, ghost, noise_scale, quantity, reference
 
 INSTANCE_NORM = edit(
     reference._gradient_of_one,
     (
         "        logits, _ = model.apply(tree.unflatten({**params, **trained}), state, x, train=False)",
         "        from unittest import mock\n"
-        "        from resnet_func import layers\n"
+        "        from resnet_func.models import layers\n"
         "        def alone(params, state, x, *, train):\n"
         '            affine = params["weight"], params["bias"]\n'
         "            return layers.F.batch_norm(x, None, None, *affine, True, 0.1, layers.NORM_EPS), state\n"
@@ -139,7 +139,9 @@ EXHIBITS = [
         "the second moment is the square of the summed gradient",
         "code for elastic weight consolidation that squares a batch's gradient",
         "properties/moments-are-means-over-gradients",
-        edit(noise.moments_quantity, ("grads.square().sum(0)", "grads.sum(0).square() / grads.shape[0]")),
+        edit(
+            noise_scale.moments_quantity, ("grads.square().sum(0)", "grads.sum(0).square() / grads.shape[0]")
+        ),
     ),
     Exhibit(
         "silent-instance-norm",

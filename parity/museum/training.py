@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, edit
 from resnet_func import losses, optim, train
+from resnet_func.optim import first_order
 
 OPTIMIZERS = "properties/optimizers-are-torchs"
 
@@ -87,7 +88,7 @@ EXHIBITS = [
         'TensorFlow and Keras: "epsilon hat" of Kingma and Ba, before section 2.1',
         OPTIMIZERS,
         edit(
-            optim._adam,
+            first_order._adam,
             ("(v.sqrt() / root2(v.dtype) + eps)", "((v.sqrt() + eps) / root2(v.dtype))"),
         ),
     ),
@@ -97,7 +98,7 @@ EXHIBITS = [
         "reimplementations; optax has it as eps_root",
         OPTIMIZERS,
         edit(
-            optim._adam,
+            first_order._adam,
             ("(v.sqrt() / root2(v.dtype) + eps)", "((v + eps).sqrt() / root2(v.dtype))"),
         ),
     ),
@@ -106,7 +107,7 @@ EXHIBITS = [
         "Adam's moments are not corrected for their start at zero",
         "BERT's optimizer, and BertAdam of pytorch-pretrained-bert",
         OPTIMIZERS,
-        edit(optim._adam, ("1 - beta1**count", "1"), ("1 - beta2**count", "torch.ones_like(count)")),
+        edit(first_order._adam, ("1 - beta1**count", "1"), ("1 - beta2**count", "torch.ones_like(count)")),
     ),
     Exhibit(
         "accumulated-gradients-alias",

@@ -12,8 +12,8 @@ from torch import Tensor
 import resnet_func as rf
 from parity.compare import generator
 from resnet_func import testing, tree
-from resnet_func.assertions import named_leaves
-from resnet_func.layers import NORM_EPS
+from resnet_func.models.layers import NORM_EPS
+from resnet_func.testing.assertions import named_leaves
 from resnet_func.types import Model, Params, State
 
 SEEDS = st.integers(0, 2**32 - 1)

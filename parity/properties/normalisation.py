@@ -9,8 +9,9 @@ from torch import Tensor
 from parity.compare import generator
 from parity.properties.cases import SEEDS, batches, near, networks, normal
 from parity.properties.table import prop
-from resnet_func import layers, tree
-from resnet_func.layers import NORM_EPS, GroupNorm
+from resnet_func import tree
+from resnet_func.models import layers
+from resnet_func.models.layers import NORM_EPS, GroupNorm
 from resnet_func.testing import Batch, Network, assert_trees_equal
 from resnet_func.types import Params, State
 

@@ -14,8 +14,9 @@ import resnet_func as rf
 from parity.compare import function_step, generator, module_step
 from parity.properties.cases import SEEDS, batches, near, networks, normal
 from parity.properties.table import needs, prop
-from resnet_func import layers, testing, tree
-from resnet_func.layers import Conv
+from resnet_func import testing, tree
+from resnet_func.models import layers
+from resnet_func.models.layers import Conv
 from resnet_func.testing import Batch, Network, assert_trees_close, assert_trees_equal
 
 # --------------------------------------------------------------------------- shapes

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import resnet_func as rf
 from parity.properties.cases import SEEDS, batches, near, networks, normal_like
 from parity.properties.table import needs, prop
-from resnet_func import schedules, tree
+from resnet_func import tree
 from resnet_func.losses import cross_entropy
+from resnet_func.optim import schedules
 from resnet_func.testing import Batch, Network, assert_trees_equal
 from resnet_func.types import Params
 

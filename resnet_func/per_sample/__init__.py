@@ -7,13 +7,13 @@
 Taps go in, captures come out (`capture`), and are contracted layer by layer (`contract`, as `plan` says).
 """
 
+from resnet_func.per_sample.dataset import reduce
 from resnet_func.per_sample.engine import detect_nonfinite
-from resnet_func.per_sample.kernel import gram, layer_grams, ntk
-from resnet_func.per_sample.noise import Moments, NoiseScale
+from resnet_func.per_sample.inner_products import gram, layer_grams, ntk
+from resnet_func.per_sample.noise_scale import Moments, NoiseScale
 from resnet_func.per_sample.plan import Plan, plan
 from resnet_func.per_sample.projections import sketch_quantity
 from resnet_func.per_sample.quantity import Quantity
-from resnet_func.per_sample.reduction import reduce
 from resnet_func.per_sample.transforms import clipped_sum, grads, layer_norms, moments, norms, sketch
 
 __all__ = [

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.autodiff import value_and_grad
-from resnet_func.config import ResNetConfig
-from resnet_func.layers import BatchNorm, Conv, GroupNorm, LayerSpec, Linear
+from resnet_func.models.config import ResNetConfig
+from resnet_func.models.layers import BatchNorm, Conv, GroupNorm, LayerSpec, Linear
+from resnet_func.models.resnet import layer_specs
 from resnet_func.per_sample.contract import ConvFactors, Direct, Factors, LinearFactors
-from resnet_func.resnet import layer_specs
 from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State
 
 # Says of a leaf's dotted path whether it is trained.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from resnet_func.layers import Conv, standardize
+from resnet_func.models.layers import Conv, standardize
 from resnet_func.per_sample import ghost
 
 # "ghost": pixel Gram matrices, no gradient is formed. "materialize": form [N, *shape], use it, drop it.

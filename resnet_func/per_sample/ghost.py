@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from resnet_func.layers import Conv
+from resnet_func.models.layers import Conv
 
 Pair = tuple[Tensor, Tensor]
 

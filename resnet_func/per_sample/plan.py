@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from resnet_func.config import ResNetConfig
-from resnet_func.layers import Conv, Linear
+from resnet_func.models.config import ResNetConfig
+from resnet_func.models.layers import Conv, Linear
 from resnet_func.per_sample.capture import Trainable, output_sizes, trained_specs
 from resnet_func.per_sample.contract import Way
 from resnet_func.types import Model

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from resnet_func.layers import Conv
+from resnet_func.models.layers import Conv
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
 from resnet_func.per_sample.contract import ConvFactors, Direct, Factors, LinearFactors, Way

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_func.per_sample import quantity
 from resnet_func.per_sample.engine import Options, Problem, detect_nonfinite, evaluate, pose
-from resnet_func.per_sample.noise import Moments, moments_quantity
+from resnet_func.per_sample.noise_scale import Moments, moments_quantity
 from resnet_func.per_sample.projections import Projection, sketch_quantity
 from resnet_func.per_sample.quantity import Clipping, Quantity
 from resnet_func.types import LossFn, Model, Params, State

@@ -1,0 +1,239 @@
+"""What gradients one sample at a time cost, as a ratio to the ordinary step of the same network.
+
+    uv run --extra bench python -m benchmarks per-sample --model resnet20 --batch 64 --peers
+
+"plain" is forward and backward of the mean loss by plain autograd, eager, NCHW: kernel for kernel what the
+`nn.Module` does. All variants run in one process under one allocator and take turns in an order that reverses
+every round. Before anything is timed, every result is checked against the loop over samples. Peak memory is
+measured apart, each variant in a fresh process. With `--layers` it times the two ways of every layer's norm
+instead, which is what plans choose between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import resnet_func as rf
+from benchmarks.commands import contractions
+from benchmarks.forms import loop_check, networks
+from benchmarks.forms.loop_check import MAX_NORM
+from benchmarks.forms.networks import Case
+from benchmarks.forms.peers import PEERS, make_jax_plain, make_peer
+from benchmarks.harness import conditions, measure, memory, pictures, report
+from benchmarks.harness.report import RESULTS, Row
+from benchmarks.harness.statistics import Rule
+from parity import environment
+from resnet_func import tree
+from resnet_func.losses import cross_entropy
+
+BASELINE, AGAIN, JAX_PLAIN = "plain", "plain again", "plain, JAX"
+OURS = ("norms", "clipped_sum", "grads", "clipped_sum, vmap", "clipped_sum, loop")
+OTHERS = (*PEERS, JAX_PLAIN)
+VARIANTS = (BASELINE, AGAIN, *OURS, *OTHERS)
+COLOURS = {
+    "ours": pictures.BLUE,
+    "the references": pictures.SKY,
+    "Opacus": pictures.ORANGE,
+    "JAX": pictures.GREEN,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure per-sample gradients against the ordinary step."""
+
+    model: str = "resnet20"
+    """A network of the zoo, built with GroupNorm."""
+    batch: int = 64
+    """Images a step."""
+    size: int = 32
+    """Side of the images in pixels; up to 64 torchvision's networks get the CIFAR stem."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16 puts autocast around every variant, the plain step too."""
+    compile: bool = False
+    """Compile every variant, the plain step too."""
+    allocator: Literal["tuned", "stock"] = "tuned"
+    """Of all variants alike; stock is the C library's own."""
+    peers: bool = False
+    """Measure other libraries' clipped sums too; needs the extra `bench`."""
+    layers: bool = False
+    """Time every convolution's ghost norm and materialised norm, and the plan's choice between them."""
+    threads: int | None = None
+    """Inside one operation, on the CPU; as many as torch takes if left out."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    without: tuple[str, ...] = ()
+    """Leave out the variants whose names contain one of these words, such as loop."""
+    memory: bool = True
+    """Whether to look at peak memory, each variant in a fresh process."""
+    seconds: float = 300.0
+    """Time after which timing stops, if the interquartile ranges are not under 10 % before."""
+    quick: bool = False
+    """A toy: resnet8, 4 images of 8 pixels. No measurement."""
+    write: bool = True
+    """Whether to write the result file and the picture."""
+    results: Path = RESULTS
+    """The folder for both."""
+
+
+def run(options: Options) -> None:
+    """Measure, print the table, write the result file and the picture.
+
+    Raises:
+        ValueError: options that cannot be.
+        Disagreement: a variant computes something else.
+    """
+    options = replace(options, model=networks.TOY, batch=4, size=8) if options.quick else options
+    names = select(options)
+    machine = set_up(options)
+    case = make_case(options, machine.device)
+    where = environment.capture(str(machine.device)) | {"allocator": machine.allocator}
+    if options.layers:
+        contractions.run(case, where, options.results if options.write else None, quick=options.quick)
+        return
+    steps = {name: make_step(name, options, case) for name in names}
+    loop_check.check(steps, case, allowed=5e-3 if options.dtype == "fp32" else 0.1)
+    rule = conditions.QUICK if options.quick else Rule(seconds=options.seconds)
+    turn = 1e-3 if options.quick else 0.1
+    seconds = measure.time_steps(steps, BASELINE, rule, threads=machine.threads, turn_seconds=turn)
+    # JAX compiles where the others allocate: what its process takes at most says nothing of the step
+    looked_at = [name for name in names if "JAX" not in name] if options.memory else []
+    peaks = {name: memory.peak_bytes(alone, options, name, device=machine.device.type) for name in looked_at}
+    rows = report.rows(seconds, BASELINE, images=options.batch, peak_bytes=peaks)
+    publish(options, where, rows, seconds)
+
+
+def select(options: Options) -> list[str]:
+    """The variants of these options.
+
+    Raises:
+        ValueError: a word of `without` is in no name, or peers where they cannot be compared.
+    """
+    lost = [word for word in options.without if not any(word in name for name in VARIANTS[2:])]
+    if lost:
+        raise ValueError(f"no variant has {', '.join(lost)} in its name; there are {', '.join(VARIANTS[2:])}")
+    if options.peers and (options.compile or options.dtype != "fp32"):
+        raise ValueError("other libraries are measured as they come, eager and in fp32; leave out --peers")
+    names = [name for name in VARIANTS if options.peers or name not in OTHERS]
+    return names[:2] + [name for name in names[2:] if not any(word in name for word in options.without)]
+
+
+def set_up(options: Options) -> Any:
+    """Device, threads and allocator of this process."""
+    tuned = options.allocator == "tuned"
+    return (conditions.set_up if tuned else conditions.set_up_alone)(options.device, options.threads)
+
+
+def make_case(options: Options, device: torch.device) -> Case:
+    return networks.make_case(options.model, options.batch, options.size, device, norm="group")
+
+
+# --------------------------------------------------------------------------- the variants
+
+
+def make_step(name: str, options: Options, case: Case) -> Callable[[], Any]:
+    """The step of a variant; what it returns is `(gradients or None, norms or None)`."""
+    params, x, y = case.params, case.x, case.y
+    assert case.model.config is not None
+    if name in PEERS:
+        return make_peer(name, case.model.config, params, x, y, MAX_NORM)
+    if name == JAX_PLAIN:
+        step = make_jax_plain(case.model.config, params, x, y)
+        return lambda: (step(), None)
+    function = make_function(name, case)
+    if options.dtype == "bf16":
+        function = narrowed(function)
+    if options.compile and "loop" not in name:
+        function = torch.compile(function, fullgraph=True, dynamic=False)
+    return lambda: function(params, x, y)
+
+
+def make_function(name: str, case: Case) -> Callable[..., Any]:
+    """A variant as a function of parameters, images and targets."""
+    model, state, ps = case.model, case.state, rf.per_sample
+    if name in (BASELINE, AGAIN):
+        return plain(case)
+    if name == "norms":
+        norms = ps.norms(model, cross_entropy)
+        return lambda params, x, y: (None, norms(params, state, x, y))
+    if name == "grads":
+        grads = ps.grads(model, cross_entropy)
+        return lambda params, x, y: (grads(params, state, x, y), None)
+    method: Any = name.partition(", ")[2] or "auto"
+    clipped = ps.clipped_sum(model, cross_entropy, max_norm=MAX_NORM, method=method)
+    return lambda params, x, y: clipped(params, state, x, y)
+
+
+def plain(case: Case) -> Callable[..., Any]:
+    """Forward and backward of the mean loss by plain autograd, as a training loop does it."""
+
+    def function(params: Any, x: Tensor, y: Tensor) -> Any:
+        leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
+        loss = cross_entropy(case.model.apply(leaves, case.state, x, train=True)[0], y).mean()
+        return torch.autograd.grad(loss, tree.leaves(leaves)), None
+
+    return function
+
+
+def narrowed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same under bf16 autocast."""
+
+    def step(params: Any, x: Tensor, y: Tensor) -> Any:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return function(params, x, y)
+
+    return step
+
+
+def alone(options: Options, name: str) -> Callable[[], Any]:
+    """The variant's step in a process of its own."""
+    machine = conditions.set_up_alone(options.device, options.threads)
+    return make_step(name, options, make_case(options, machine.device))
+
+
+# --------------------------------------------------------------------------- results
+
+
+def publish(
+    options: Options, where: dict[str, Any], rows: list[Row], seconds: dict[str, list[float]]
+) -> None:
+    kind = f"{options.dtype}, {'compiled' if options.compile else 'eager'}"
+    title = (
+        f"{options.model} with GroupNorm, batch {options.batch}, {options.size} px, {kind}, "
+        f"{options.allocator} allocator{', toy run' if options.quick else ''}"
+    )
+    Console().print(report.as_table(title, rows, BASELINE))
+    if not options.write:
+        return
+    words = [options.model, f"n{options.batch}", f"{options.size}px"]
+    words += ["bf16"] * (options.dtype == "bf16") + ["compiled"] * options.compile
+    words += ["stock"] * (options.allocator == "stock")
+    path = options.results / f"per-sample-{'-'.join(words)}-{environment.machine(where['device'])}.json"
+    noise = next(row.ratio for row in rows if row.name == AGAIN)
+    shown = [row for row in rows if row.name not in (BASELINE, AGAIN)]
+    pictures.bars(
+        path.with_suffix(".png"),
+        [pictures.Bar(row.name, row.ratio, f"{row.ratio.median:.2f}", group(row.name)) for row in shown],
+        title=title,
+        subtitle=conditions.describe(where),
+        xlabel="time / plain step: forward and backward of the mean loss (bars: 95 % intervals)",
+        colours=COLOURS,
+        noise=noise,
+    )
+    figures = report.as_json(rows)
+    report.write(
+        path, {"options": vars(options), "environment": where, "figures": figures, "seconds": seconds}
+    )
+
+
+def group(name: str) -> str:
+    if name in OTHERS:
+        return "JAX" if "JAX" in name else "Opacus"
+    return "the references" if "," in name else "ours"

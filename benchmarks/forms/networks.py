@@ -1,0 +1,104 @@
+"""The networks that are measured: as functions, and as the modules that share their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import resnet_func as rf
+from parity.compare import loaded
+from resnet_func import tree
+from resnet_func.models import summary, zoo
+from resnet_func.types import Params, State
+
+TOY = "resnet8"  # He et al.'s family with one block a stage: not in the zoo, and quick to compile
+
+
+class Case(NamedTuple):
+    """A network with its parameters, and one batch, all on one device."""
+
+    name: str
+    model: rf.Model
+    params: Params
+    state: State
+    x: Tensor
+    y: Tensor
+
+
+def known() -> tuple[str, ...]:
+    return (TOY, *zoo.ZOO)
+
+
+def make_model(name: str, size: int, **changes: Any) -> rf.Model:
+    """A network of the zoo; torchvision's get the CIFAR stem and ten classes for images up to 64 pixels.
+
+    Raises:
+        ValueError: no such network.
+    """
+    if name == TOY:
+        return zoo.by_name("resnet20", depths=(1, 1, 1), **changes)
+    if name not in zoo.ZOO:
+        raise ValueError(f"no network is called {name!r}; there are {', '.join(known())}")
+    if name in zoo.IMAGENET and size <= 64:
+        changes = {"stem": "cifar", "num_classes": 10, **changes}
+    return zoo.by_name(name, **changes)
+
+
+def make_case(
+    name: str, batch: int, size: int, device: torch.device | str = "cpu", *, seed: int = 0, **changes: Any
+) -> Case:
+    """The network with parameters drawn from a seed and a batch from the next.
+
+    `changes` are fields of its config.
+
+    Raises:
+        ValueError: no such network, or sizes below 1.
+    """
+    if batch < 1 or size < 1:
+        raise ValueError(f"batch and size must be 1 or more; got {batch} and {size}")
+    model = make_model(name, size, **changes)
+    assert model.config is not None
+    params, state = model.init(torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(batch, 3, size, size, generator=generator)
+    y = torch.randint(model.config.num_classes, (batch,), generator=generator)
+    params, state, x, y = tree.map(lambda leaf: leaf.to(device), (params, state, x, y))
+    return Case(name, model, params, state, x, y)
+
+
+def make_module(case: Case) -> nn.Module:
+    """The network as a plain module: torchvision's, or that of `parity.reference`, with copied parameters."""
+    # not at the top of the file: both take seconds to import, and the functions need neither
+    import torchvision
+
+    from parity import reference
+
+    config = case.model.config
+    assert config is not None
+
+    def construct() -> nn.Module:
+        if config.shortcut == "pad":
+            return reference.CifarResNet(config.depths[0], "A", num_classes=config.num_classes)
+        if case.name in zoo.WIDE:
+            return reference.module(case.name)
+        module = getattr(torchvision.models, case.name)(num_classes=config.num_classes)
+        if config.stem == "cifar":
+            module.conv1 = nn.Conv2d(3, config.widths[0], 3, 1, 1, bias=False)
+            module.maxpool = nn.Identity()
+        return module
+
+    params = tree.map(lambda leaf: leaf.detach().clone(), case.params)
+    make: Callable[[], nn.Module] = construct
+    return loaded(make, params, case.state)
+
+
+def flops_per_image(case: Case, *, train: bool) -> int:
+    """Model FLOPs of one image: two a multiply-accumulate, and a training step is three forward passes.
+
+    The convention of the literature: what the mathematics needs, not what an implementation recomputes.
+    """
+    macs = summary.totals(summary.summarize(case.model, case.x.shape[-1])).macs
+    return (6 if train else 2) * macs

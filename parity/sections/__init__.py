@@ -1,0 +1,1 @@
+"""The sections of the proof: each lists its cells."""

@@ -1,0 +1,1 @@
+"""The program: `resnet-func train | evaluate | predict | summary`."""

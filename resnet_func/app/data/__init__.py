@@ -1,0 +1,29 @@
+"""Images for training: data sets by name, folders, streams, augmentation."""
+
+from resnet_func.app.data.augment import normalize
+from resnet_func.app.data.sources import (
+    NAMES,
+    Dataset,
+    Source,
+    Splits,
+    batches,
+    channel_statistics,
+    load,
+)
+from resnet_func.app.data.streaming import LAYOUT, DataError, ImageBatch, Stream, decode
+
+__all__ = [
+    "LAYOUT",
+    "NAMES",
+    "DataError",
+    "Dataset",
+    "ImageBatch",
+    "Source",
+    "Splits",
+    "Stream",
+    "batches",
+    "channel_statistics",
+    "decode",
+    "load",
+    "normalize",
+]

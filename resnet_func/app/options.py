@@ -1,0 +1,97 @@
+"""The commands' options, as frozen data; tyro makes flags of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from resnet_func.app.experiment import DatasetName
+from resnet_func.app.recipes import Recipe, RecipeName
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How to compute; changes speed, and results only within rounding."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    threads: int = 0
+    """CPU threads; 0 is all cores."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward pass; auto is bf16 where the hardware has it."""
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Layout of images and weights."""
+    winograd: Literal["auto", "on", "off"] = "auto"
+    """Convolutions by minimal filtering where that is cheaper; auto is on for the CPU in fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the training step; auto where a compiler is found and the run is long enough to pay."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a ResNet and write a run folder: config, metrics, checkpoints, pictures."""
+
+    dataset: DatasetName = "digits"
+    """digits come with scikit-learn, the named sets are downloaded, folder is your own images."""
+    data_dir: Path | None = None
+    """Where the data set is: for folder, train/<class>/* and test/<class>/*; else the download's root."""
+    recipe: RecipeName = "fast"
+    """fast: the most accuracy for minutes on two cores; article: ResNet-18 at 224 pixels with Adam."""
+    run_dir: Path | None = None
+    """A new folder for the results; by default the first free runs/DATASET-MODEL."""
+    resume: Path | None = None
+    """A run folder to go on with; its config.json decides everything but the machine."""
+    seed: int = 0
+    """Of initialisation, order and augmentation."""
+    download: bool = True
+    """Whether a missing data set may be downloaded."""
+    hyper: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = field(default_factory=Recipe)
+    """The recipe's values, each of which can be changed."""
+    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Test a trained network: accuracy, a table by class, confusion.png and mistakes.png."""
+
+    run_dir: Path | None = None
+    """The run folder; by default the latest below runs/."""
+    checkpoint: Literal["last", "best"] = "last"
+    """last is the honest one: best was chosen by its test accuracy."""
+    data_dir: Path | None = None
+    """Where the data set is now, if it has moved."""
+    flips: bool = False
+    """Average the logits over each image and its mirror image."""
+    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Name what is on images: the five likeliest classes of each."""
+
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")]
+    """Image files."""
+    run_dir: Path | None = None
+    """The run folder; by default the latest below runs/."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Print a network as a table: layer, output shape, parameters, multiply-accumulates."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A network of the zoo."""
+    image_size: int = 0
+    """Side of the input in pixels; 0 is 224 for the ImageNet stem and 32 for CIFAR's."""
+    stem: Literal["auto", "imagenet", "cifar"] = "auto"
+    """The first layers; auto is the network's own."""
+    norm: Literal["batch", "group", "none"] = "batch"
+    """The normalisation layers."""
+    num_classes: int = 0
+    """Size of the output; 0 is the network's own."""

@@ -1,0 +1,282 @@
+"""ResNets as pure functions: `build(config) -> Model(config, init, apply)`.
+
+He et al. 2015 (https://arxiv.org/abs/1512.03385), the pre-activation blocks of Wide ResNets (Zagoruyko and
+Komodakis 2016, https://arxiv.org/abs/1605.07146), and torchvision's variants, with torchvision's names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_func import tree
+from resnet_func.models.config import ResNetConfig
+from resnet_func.models.layers import (
+    BatchNorm,
+    Conv,
+    GroupNorm,
+    Linear,
+    Pad,
+    apply_layer,
+    global_average_pool,
+    init_layer,
+)
+from resnet_func.types import Logits, Model, Params, State
+
+# Nested like the parameters, with a layer's spec where its parameters would be.
+Specs = dict[str, Any]
+
+
+def build(config: ResNetConfig) -> Model:
+    """The network of a config as pure functions."""
+    specs = layer_specs(config)
+
+    def init(
+        generator: torch.Generator,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Params, State]:
+        """Fresh parameters and state.
+
+        The numbers are drawn in float32 on the generator's device and then moved, so that a seed gives
+        the same network in every dtype and on every device. `device="meta"` gives the shapes alone and
+        draws nothing.
+        """
+        return _init(config, specs, generator, device=device, dtype=dtype)
+
+    def apply(params: Params, state: State, x: Tensor, *, train: bool) -> tuple[Logits, State]:
+        """Logits `[N, num_classes]` of images `x [N, in_channels, H, W]`, and the state after them.
+
+        `train=True` normalises with the batch's statistics and updates the running ones.
+
+        Raises:
+            ValueError: `x` has the wrong rank, channel count or dtype.
+        """
+        _check_images(config, params, x)
+        return _apply(config, specs, params, state, x, train=train)
+
+    return Model(config, init, apply)
+
+
+# --------------------------------------------------------------------------- the layers of a config
+
+
+def layer_specs(config: ResNetConfig) -> Specs:
+    """Every layer's hyper-parameters, nested like the parameters, in the order of the forward pass."""
+    specs: Specs = {"conv1": _stem_conv(config)}
+    if config.block != "preact":
+        specs |= _norm("bn1", config, config.stem_channels)
+    c_in, dilation = config.stem_channels, 1
+    for index, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
+        stride = 1 if index == 0 else 2
+        first_dilation = dilation
+        if (
+            index > 0
+            and config.replace_stride_with_dilation
+            and config.replace_stride_with_dilation[index - 1]
+        ):
+            stride, dilation = 1, dilation * 2
+        stage: Specs = {"0": _block_specs(config, c_in, width, stride, first_dilation)}
+        c_in = width * config.expansion
+        stage |= {str(i): _block_specs(config, c_in, width, 1, dilation) for i in range(1, depth)}
+        specs[f"layer{index + 1}"] = stage
+    if config.block == "preact":
+        specs |= _norm("bn1", config, c_in)
+    return specs | {"fc": Linear(c_in, config.num_classes)}
+
+
+def _stem_conv(config: ResNetConfig) -> Conv:
+    kernel, stride, padding = (7, 2, 3) if config.stem == "imagenet" else (3, 1, 1)
+    return Conv(
+        config.in_channels,
+        config.stem_channels,
+        kernel,
+        stride,
+        padding,
+        standardize=config.weight_standardization,
+    )
+
+
+def _norm(name: str, config: ResNetConfig, channels: int) -> Specs:
+    match config.norm:
+        case "batch":
+            return {name: BatchNorm(channels)}
+        case "group":
+            return {name: GroupNorm(channels, config.norm_groups)}
+        case "none":
+            return {}
+
+
+def _block_specs(config: ResNetConfig, c_in: int, width: int, stride: int, dilation: int) -> Specs:
+    c_mid, c_out = config.inner_width(width), width * config.expansion
+
+    def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> Conv:
+        padding = dilation * (kernel // 2)
+        return Conv(c_in, c_out, kernel, stride, padding, dilation, groups, config.weight_standardization)
+
+    if config.block == "bottleneck":
+        specs = {
+            "conv1": conv(c_in, c_mid, 1),
+            **_norm("bn1", config, c_mid),
+            "conv2": conv(c_mid, c_mid, 3, stride, dilation, config.groups),
+            **_norm("bn2", config, c_mid),
+            "conv3": conv(c_mid, c_out, 1),
+            **_norm("bn3", config, c_out),
+        }
+    elif config.block == "basic":
+        specs = {
+            "conv1": conv(c_in, c_mid, 3, stride),
+            **_norm("bn1", config, c_mid),
+            "conv2": conv(c_mid, c_out, 3),
+            **_norm("bn2", config, c_out),
+        }
+    else:
+        specs = {
+            **_norm("bn1", config, c_in),
+            "conv1": conv(c_in, c_mid, 3, stride),
+            **_norm("bn2", config, c_mid),
+            "conv2": conv(c_mid, c_out, 3),
+        }
+    if stride != 1 or c_in != c_out:
+        if config.shortcut == "pad":
+            specs["downsample"] = Pad(c_in, c_out, stride)
+        else:
+            norm = {} if config.block == "preact" else _norm("1", config, c_out)
+            specs["downsample"] = {"0": conv(c_in, c_out, 1, stride), **norm}
+    return specs
+
+
+# --------------------------------------------------------------------------- init
+
+
+def _init(
+    config: ResNetConfig,
+    specs: Specs,
+    generator: torch.Generator,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+) -> tuple[Params, State]:
+    device = torch.device(device or generator.device)
+    drawn_on = device if device.type == "meta" else generator.device
+    made = {path: init_layer(spec, generator, drawn_on) for path, spec in tree.flatten(specs).items()}
+    params = {f"{path}.{name}": leaf for path, (params, _) in made.items() for name, leaf in params.items()}
+    state = {f"{path}.{name}": leaf for path, (_, state) in made.items() for name, leaf in state.items()}
+    if config.zero_init_residual:
+        params |= {path: torch.zeros_like(params[path]) for path in _residual_ends(specs)}
+
+    def place(leaf: Tensor) -> Tensor:
+        return leaf.to(device, dtype if leaf.is_floating_point() else leaf.dtype)
+
+    return tree.map(place, tree.unflatten(params)), tree.map(place, tree.unflatten(state))
+
+
+def _residual_ends(specs: Specs) -> list[str]:
+    """The weight that scales each block's residual branch."""
+    ends = []
+    for stage in _stages(specs):
+        for index, block in specs[stage].items():
+            last = [name for name in block if name != "downsample"][-1]
+            ends.append(f"{stage}.{index}.{last}.weight")
+    return ends
+
+
+# --------------------------------------------------------------------------- apply
+
+
+class Scope:
+    """One level of the network: call a layer by name, and `state` collects what the layers return."""
+
+    def __init__(self, specs: Specs, params: Params, old_state: State, *, train: bool) -> None:
+        self.specs, self.params, self.old_state, self.train = specs, params, old_state, train
+        self.state: State = {}
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        """Apply a layer; one that the config leaves out is the identity."""
+        if name not in self.specs:
+            return x
+        params, state = self.params.get(name, {}), self.old_state.get(name, {})
+        y, self.state[name] = apply_layer(self.specs[name], params, state, x, train=self.train)
+        return y
+
+    def enter(self, name: str) -> Scope:
+        """The level below, whose state becomes part of this one's."""
+        inner = Scope(self.specs[name], self.params[name], self.old_state.get(name, {}), train=self.train)
+        self.state[name] = inner.state
+        return inner
+
+
+def shortcut(layer: Scope, x: Tensor) -> Tensor:
+    """The identity where shapes agree; else zero padding or a projection."""
+    if not isinstance(layer.specs.get("downsample"), dict):
+        return layer("downsample", x)
+    projection = layer.enter("downsample")
+    return projection("1", projection("0", x))
+
+
+def basic_block(layer: Scope, x: Tensor) -> Tensor:
+    """Two 3x3 convolutions around a shortcut (He et al. 2015, figure 5 left)."""
+    y = F.relu_(layer("bn1", layer("conv1", x)))
+    y = layer("bn2", layer("conv2", y))
+    return F.relu_(y + shortcut(layer, x))
+
+
+def bottleneck(layer: Scope, x: Tensor) -> Tensor:
+    """1x1, 3x3, 1x1 around a shortcut (He et al. 2015, figure 5 right); the 3x3 strides."""
+    y = F.relu_(layer("bn1", layer("conv1", x)))
+    y = F.relu_(layer("bn2", layer("conv2", y)))
+    y = layer("bn3", layer("conv3", y))
+    return F.relu_(y + shortcut(layer, x))
+
+
+def preact_block(layer: Scope, x: Tensor) -> Tensor:
+    """Norm and ReLU before each 3x3 convolution (He et al. 2016); a projection sees the activated input."""
+    activated = F.relu(layer("bn1", x))  # not in place: without a norm this is x, which the shortcut needs
+    y = layer("conv1", activated)
+    y = layer("conv2", F.relu_(layer("bn2", y)))
+    projects = "downsample" in layer.specs
+    return y + shortcut(layer, activated if projects else x)
+
+
+BLOCKS = {"basic": basic_block, "bottleneck": bottleneck, "preact": preact_block}
+
+
+def _apply(
+    config: ResNetConfig, specs: Specs, params: Params, state: State, x: Tensor, *, train: bool
+) -> tuple[Logits, State]:
+    layer = Scope(specs, params, state, train=train)
+    x = layer("conv1", x)
+    if config.block != "preact":
+        x = F.relu_(layer("bn1", x))
+    if config.stem == "imagenet":
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    block = BLOCKS[config.block]
+    for stage in _stages(specs):
+        blocks = layer.enter(stage)
+        for index in blocks.specs:
+            x = block(blocks.enter(index), x)
+    if config.block == "preact":
+        x = F.relu_(layer("bn1", x))
+    return layer("fc", global_average_pool(x)), tree.prune(layer.state)
+
+
+def _stages(specs: Specs) -> list[str]:
+    return [name for name in specs if name.startswith("layer")]
+
+
+def _check_images(config: ResNetConfig, params: Params, x: Tensor) -> None:
+    if x.ndim != 4 or x.shape[1] != config.in_channels:
+        raise ValueError(
+            f"expected images [N, {config.in_channels}, H, W]; got {list(x.shape)}. "
+            "Add a batch dimension with x[None], or build the model with in_channels="
+            f"{x.shape[1] if x.ndim == 4 else 'C'}"
+        )
+    dtype = params["conv1"]["weight"].dtype
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"expected images of the parameters' dtype, {dtype}; got {x.dtype}. Convert one: x.to({dtype})"
+        )

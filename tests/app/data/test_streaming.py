@@ -1,0 +1,411 @@
+"""Image folders: what decodes to what, which files are refused, when a cache counts, streams as data sets."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torchvision import datasets
+from torchvision.transforms import functional as TF
+
+from resnet_func.app.data import Dataset, batches, channel_statistics, load, streaming
+from resnet_func.app.data.streaming import CACHE_FOLDER, DataError, Stream, decode, list_images, load_images
+
+# Python 3.12 and later warn about every fork of a process with threads; DataLoader forks by default.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+def noise(*shape, seed=0, high=256):
+    return np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
+
+
+def save(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image.save(path, **options)
+    return path
+
+
+def write_split(folder, counts=(5, 4), side=8):
+    """Classes a, b ... of random PNGs; returns the pixels [N, 3, side, side] in the order of a listing."""
+    pixels = noise(sum(counts), side, side, 3)
+    paths = [folder / name / f"{i:02}.png" for name, count in zip("abc", counts) for i in range(count)]  # noqa: B905
+    for path, image in zip(paths, pixels, strict=True):
+        save(path, image)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def paletted():
+    image = Image.fromarray(noise(8, 8, high=4), mode=None).convert("P")
+    image.putpalette(noise(768).tolist())
+    image.info["transparency"] = bytes([0, 128, 255, 255])
+    return image
+
+
+# pixels
+
+
+def write_zoo(folder):
+    """One of each kind of file that people have."""
+    save(folder / "a" / "rgb.png", noise(8, 8, 3))
+    save(folder / "a" / "grey.png", noise(8, 8))
+    save(folder / "a" / "alpha.png", noise(8, 8, 4))
+    save(folder / "a" / "palette.png", paletted())
+    save(folder / "a" / "bilevel.png", Image.fromarray(noise(8, 8)).convert("1"))
+    save(folder / "a" / "UPPER.JPG", noise(8, 8, 3))
+    save(folder / "b" / "cmyk.jpeg", Image.fromarray(noise(8, 8, 3)).convert("CMYK"))
+    save(folder / "b" / "nested" / "deep.webp", noise(8, 8, 3), lossless=True)
+    save(folder / "b" / "bitmap.BMP", noise(8, 8, 3))
+    (folder / "b" / "notes.txt").write_text("no image")
+    (folder / "loose.txt").write_text("no class")
+
+
+def test_pixels_and_labels_are_imagefolders(tmp_path):
+    write_zoo(tmp_path / "train")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns when ImageFolder converts the palette
+        oracle = datasets.ImageFolder(str(tmp_path / "train"))
+        expected = {path: TF.pil_to_tensor(oracle.loader(path)) for path, _ in oracle.samples}
+    listing = list_images(tmp_path / "train")
+    assert listing.classes == tuple(oracle.classes)
+    assert sorted(zip(listing.files, listing.labels, strict=True)) == sorted(oracle.samples)
+    (images,) = load_images([listing], None)
+    for path, image in zip(listing.files, images, strict=True):
+        assert torch.equal(image, expected[path]), path
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path):
+    write_split(tmp_path)
+    (tmp_path / "a" / "._00.png").write_bytes(b"what macOS leaves")
+    (tmp_path / "a" / ".thumbnails").mkdir()
+    (tmp_path / "a" / ".thumbnails" / "00.png").write_bytes(b"")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    listing = list_images(tmp_path)
+    assert (listing.classes, len(listing.files)) == (("a", "b"), 9)
+
+
+def test_sixteen_bits_keep_the_upper_eight(tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (8, 8), dtype=np.uint16)
+    path = save(tmp_path / "deep.png", values)
+    assert np.array_equal(decode(str(path), None), np.broadcast_to(values >> 8, (3, 8, 8)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (24, 12), (8, 16), (6, 6), (4, 8)])
+def test_resizing_is_torchvisions_resize_and_centre_crop(width, height, tmp_path):
+    path = save(tmp_path / "image.png", noise(height, width, 3))
+    square = TF.center_crop(TF.resize(Image.open(path), 4), [4, 4])
+    difference = decode(str(path), 4).astype(int) - TF.pil_to_tensor(square).numpy()
+    assert np.abs(difference).max() <= 1
+
+
+def test_images_of_different_sizes_need_an_image_size(tmp_path):
+    write_split(tmp_path / "train", counts=(140, 140))
+    save(tmp_path / "train" / "b" / "050.png", noise(9, 8, 3))
+    save(tmp_path / "train" / "b" / "100.png", noise(8, 9, 3))
+    listing = list_images(tmp_path / "train")
+    with pytest.raises(DataError, match=r"b/050.png: 8x9 pixels, .* before it 8x8; set image_size"):
+        load_images([listing], None)
+    (images,) = load_images([listing], 4)
+    assert images.shape == (281, 3, 4, 4)
+
+
+# refusals
+
+
+def broken(kind, tmp_path):
+    whole = save(tmp_path / f"whole.{kind.split()[-1]}", noise(64, 64, 3)).read_bytes()
+    return whole[: len(whole) // 2] if kind.startswith("truncated") else b""
+
+
+@pytest.mark.parametrize(
+    "kind", ["truncated jpg", "truncated png", "empty png", "empty jpg", "text", "float"]
+)
+def test_a_broken_image_is_one_clear_line(kind, tmp_path):
+    path = tmp_path / "train" / "a" / ("99.tiff" if kind == "float" else f"99.{kind.split()[-1]}")
+    write_split(tmp_path / "train")
+    write_split(tmp_path / "test")
+    if kind == "float":
+        save(path, np.ones((8, 8), np.float32))
+    elif kind == "text":
+        path = path.with_suffix(".jpg")
+        path.write_text("404 not found")
+    else:
+        path.write_bytes(broken(kind, tmp_path))
+    for max_bytes in (10**9, 0):
+        with pytest.raises(
+            DataError, match=r"train/a/99\.\w+: cannot be decoded \(.+\); replace it"
+        ) as caught:
+            for _ in batches(load("folder", tmp_path, image_size=8, max_bytes=max_bytes).train, 4):
+                pass
+        assert "\n" not in str(caught.value)
+    assert not list((tmp_path / CACHE_FOLDER).glob("train*"))
+
+
+def test_folders_in_disorder_are_one_clear_line(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        list_images(tmp_path / "absent")
+    with pytest.raises(DataError, match="no class folders; expected train/<class>"):
+        list_images(tmp_path)
+    write_split(tmp_path)
+    with pytest.raises(DataError, match="/b: no such class among the 2 of train"):
+        list_images(tmp_path, ["a", "c"])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "readme.txt").write_text("no image")
+    with pytest.raises(DataError, match=r"/c: no images \(\.bmp .*\); add some or delete"):
+        list_images(tmp_path)
+
+
+# cache
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """The number of images in each decode of a whole split: empty when the cache was used."""
+    counts = []
+    real = streaming._decode_all
+
+    def counting(files, image_size):
+        counts.append(len(files))
+        return real(files, image_size)
+
+    monkeypatch.setattr(streaming, "_decode_all", counting)
+    return counts
+
+
+def read(folder, image_size=None):
+    return load_images([list_images(folder)], image_size)[0]
+
+
+def cache_of(folder, size="native"):
+    return folder.parent / CACHE_FOLDER / f"{folder.name}-{size}.safetensors"
+
+
+@pytest.fixture
+def split(tmp_path):
+    write_split(tmp_path / "train")
+    return tmp_path / "train"
+
+
+def test_the_second_read_is_from_the_cache(split, decodes):
+    first, second = read(split), read(split)
+    assert torch.equal(first, second)
+    assert decodes == [9]
+    assert os.listdir(split.parent / CACHE_FOLDER) == ["train-native.safetensors"]
+
+
+def test_each_size_has_its_cache(split, decodes):
+    for _ in range(2):
+        assert [read(split, size).shape[2] for size in (None, 4, 6)] == [8, 4, 6]
+    assert decodes == [9, 9, 9]
+
+
+def add(split):
+    save(split / "a" / "99.png", noise(8, 8, 3))
+
+
+def remove(split):
+    (split / "a" / "00.png").unlink()
+
+
+def rename(split):
+    (split / "a" / "00.png").rename(split / "a" / "77.png")
+
+
+def rewrite_same_size(split):
+    path = split / "a" / "00.png"
+    before = path.stat()
+    pixels = np.asarray(Image.open(path)).copy()
+    save(path, pixels[::-1].copy())
+    with path.open("ab") as file:
+        file.write(b"\0" * (before.st_size - path.stat().st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+def replace_same_time(split):
+    path = split / "a" / "00.png"
+    before = path.stat()
+    save(path, noise(8, 8, 3, high=2))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [add, remove, rename, rewrite_same_size, replace_same_time])
+def test_a_stale_cache_is_rebuilt(change, split, decodes):
+    read(split)
+    change(split)
+    images = read(split)
+    assert len(decodes) == 2
+    files = list_images(split).files
+    assert torch.equal(images, torch.from_numpy(np.stack([decode(path, None) for path in files])))
+    assert torch.equal(read(split), images)
+    assert len(decodes) == 2
+
+
+def test_the_cache_of_test_depends_on_the_classes_of_train(tmp_path):
+    write_split(tmp_path / "test", counts=(1, 1))
+    fingerprints = {list_images(tmp_path / "test", c).fingerprint for c in (["a", "b"], ["a", "a2", "b"])}
+    assert len(fingerprints) == 2
+
+
+def flip_one_bit(content):
+    return content[:-50] + bytes([content[-50] ^ 1]) + content[-49:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda c: c[:-1], lambda c: c[:20], lambda c: b"", lambda c: b"garbage" * 99, flip_one_bit],
+    ids=["cut", "header-cut", "empty", "garbage", "bit-flip"],
+)
+def test_a_damaged_cache_is_rebuilt(damage, split, decodes):
+    first = read(split).clone()
+    cache = cache_of(split)
+    content = cache.read_bytes()
+    cache.unlink()
+    cache.write_bytes(damage(content))
+    assert torch.equal(read(split), first)
+    assert torch.equal(read(split), first)
+    assert decodes == [9, 9]
+
+
+def test_a_cache_is_as_readable_as_any_new_file(split):
+    read(split)
+    plain = split.parent / "plain"
+    plain.touch()
+    assert cache_of(split).stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("Read-only file system"), SafetensorError("No space left")]
+)
+def test_an_unwritable_cache_costs_one_line(error, tmp_path, decodes, monkeypatch, caplog):
+    pixels = write_split(tmp_path / "train")
+    write_split(tmp_path / "test")
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr(streaming, "save_file", fail)
+    with caplog.at_level(logging.WARNING):
+        train, test = load("folder", tmp_path)
+    assert torch.equal(train.images, pixels)
+    assert test.num_samples == 9
+    (record,) = caplog.records
+    assert str(error) in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert os.listdir(tmp_path / CACHE_FOLDER) == []
+
+
+def test_a_folder_where_no_cache_folder_can_be_made(split, monkeypatch, caplog):
+    (split.parent / CACHE_FOLDER).write_text("in the way")  # root may write anywhere, but not into a file
+    assert len(read(split)) == 9
+    assert len(caplog.records) == 1
+
+
+def test_a_read_only_cache_is_used_in_silence(split, decodes, monkeypatch, caplog):
+    read(split)
+    monkeypatch.setattr(streaming, "save_file", None)
+    read(split)
+    assert decodes == [9]
+    assert not caplog.records
+
+
+def test_an_interrupted_write_leaves_the_old_cache_and_nothing_else(split, monkeypatch):
+    read(split)
+    old = cache_of(split).read_bytes()
+    add(split)
+
+    def interrupt(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, "save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read(split)
+    assert cache_of(split).read_bytes() == old
+    assert os.listdir(split.parent / CACHE_FOLDER) == [cache_of(split).name]
+
+
+# streams
+
+
+@pytest.fixture
+def both(tmp_path):
+    """The same training split in memory and streamed."""
+    write_split(tmp_path / "train", counts=(20, 13))
+    write_split(tmp_path / "test")
+    return load("folder", tmp_path).train, load("folder", tmp_path, max_bytes=0).train
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stream_is_the_data_set_to_the_bit(both, workers):
+    memory, stream = both
+    assert isinstance(memory, Dataset)
+    assert isinstance(stream, Stream)
+    stream = streaming.dataclasses.replace(stream, workers=workers)
+    for options in ({"generator": seeded(3), "shuffle": True}, {"drop_last": True}):
+        state = options["generator"].get_state() if "generator" in options else None
+        a = list(batches(memory, 5, **options))
+        if state is not None:
+            options["generator"].set_state(state)
+        b = list(batches(stream, 5, **options))
+        assert len(a) == len(b) == (6 if "drop_last" in options else 7)
+        for (images, labels), (streamed_images, streamed_labels) in zip(a, b, strict=True):
+            assert torch.equal(images, streamed_images)
+            assert torch.equal(labels, streamed_labels)
+    facts = [(s.name, s.classes, s.num_samples, s.image_shape) for s in both]
+    assert facts[0] == facts[1]
+
+
+def test_a_stream_touches_no_global_generator(both):
+    before = torch.get_rng_state()
+    list(batches(both[1], 8, generator=seeded(), shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_stream_can_be_left_early_and_started_again(both):
+    memory, stream = both
+    for images, _ in batches(stream, 4):
+        assert torch.equal(images, memory.images[:4])
+        break
+    assert sum(len(images) for images, _ in batches(stream, 4)) == 33
+
+
+def test_a_stream_of_nothing_asks_no_worker(both):
+    assert list(both[1].read(())) == []
+
+
+def test_a_stream_measures_an_even_sample(both, monkeypatch):
+    memory, stream = both
+    assert all(map(torch.equal, channel_statistics(stream), channel_statistics(memory)))
+    monkeypatch.setattr("resnet_func.app.data.sources.STREAM_STATISTICS_IMAGES", 11)
+    assert all(map(torch.equal, channel_statistics(stream), channel_statistics(memory.images[::3])))
+
+
+def test_a_stream_delivers_where_it_is_sent(both):
+    images, labels = next(batches(both[1].to("meta"), 4))
+    assert (images.device.type, labels.device.type) == ("meta", "meta")
+
+
+def test_a_stream_resizes(both, tmp_path):
+    streamed = load("folder", tmp_path, image_size=4, max_bytes=0).train
+    images, _ = next(batches(streamed, 33))
+    assert torch.equal(images, load("folder", tmp_path, image_size=4).train.images)
+    assert streamed.image_shape == (3, 4, 4)
+
+
+def test_a_stream_names_the_first_image_of_another_size(both, tmp_path):
+    save(tmp_path / "train" / "b" / "99.png", noise(9, 8, 3))
+    with pytest.raises(DataError, match=r"b/99.png: 8x9 pixels, .* 8x8; set image_size") as caught:
+        list(batches(load("folder", tmp_path, max_bytes=0).train, 4))
+    assert "\n" not in str(caught.value)

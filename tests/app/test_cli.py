@@ -1,0 +1,256 @@
+"""The program as a user calls it: what it writes, what it says, and what it answers to mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_func.app import checkpoint, recipes
+from resnet_func.app.cli import main
+from resnet_func.models import zoo
+from tests.app.image_folder import make_image_folder
+
+TINY = ("--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_image_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    assert (
+        main(["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", str(run), *TINY]) == 0
+    )
+    return run
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_fills_the_run_folder(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "curves.png",
+        "confusion.png",
+        "mistakes.png",
+        "checkpoints",
+    }
+    assert [record["epoch"] for record in records(trained)] == [1, 2]
+    assert set(records(trained)[0]) == {
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+        "seconds",
+        "images_per_second",
+    }
+    for name in ("curves.png", "confusion.png", "mistakes.png"):
+        assert (trained / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_repeats_the_last_epoch(trained, capsys):
+    assert main(["evaluate", "--run-dir", str(trained), "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert f"accuracy {records(trained)[-1]['test_accuracy']:.2%}" in printed
+    assert all(name in printed for name in ("blue", "green", "red", "recall"))
+
+
+def test_evaluate_with_flips_and_the_best_checkpoint(trained, capsys):
+    assert main(["evaluate", "--run-dir", str(trained), "--flips", "--checkpoint", "best"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_predict_names_the_classes(trained, images, capsys):
+    files = [str(images / "test" / "red" / "000.png"), str(images / "test" / "blue" / "001.png")]
+    assert main(["predict", *files, "--run-dir", str(trained)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("%") == 6
+    assert all(name in printed for name in ("blue", "green", "red", "000.png", "001.png"))
+
+
+def test_summary_prints_the_published_numbers(capsys):
+    assert main(["summary", "resnet50"]) == 0
+    printed = capsys.readouterr().out
+    assert "layer4.2.conv3" in printed
+    assert "25,557,032" in printed
+
+
+def test_the_default_run_folder_and_the_latest_run(images, capsys):
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), *TINY, "--epochs", "1"]
+    assert main(call) == 0
+    assert main(call) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["folder-resnet20", "folder-resnet20-2"]
+    assert main(["evaluate"]) == 0
+    assert "runs/folder-resnet20-2/confusion.png" in capsys.readouterr().out
+
+
+def test_resume_of_a_finished_run_changes_nothing(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    assert main(["train", "--resume", str(copy)]) == 0
+    assert records(copy) == records(trained)
+    for name in ("last.json", "best.json"):
+        path = Path("checkpoints") / name
+        assert (copy / path).read_bytes() == (trained / path).read_bytes()
+
+
+def test_help_states_the_defaults_of_the_recipe(capsys):
+    for recipe in ("fast", "article"):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "--recipe", recipe, "--dataset", "cifar10", "--help"])
+        assert stop.value.code == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        values = recipes.recipe(recipe, "cifar10")
+        for name in ("model", "epochs", "learning-rate", "image-size"):
+            value = getattr(values, name.replace("-", "_"))
+            assert f"--{name}" in printed
+            assert f"(default: {value})" in printed, name
+        for field in fields(values):
+            assert f"--{field.name.replace('_', '-')}" in printed
+
+
+USAGE = {
+    "no-such-command": (["trian"], "trian"),
+    "no-such-option": (["train", "--epoch", "3"], "--epoch"),
+    "no-such-dataset": (["train", "--dataset", "imagenet"], "imagenet"),
+    "no-such-recipe": (["train", "--recipe", "slow"], "slow"),
+    "epochs-not-a-number": (["train", "--epochs", "many"], "many"),
+    "epochs-zero": (["train", "--epochs", "0"], "epochs must be 1 or more; got 0"),
+    "batch-size-negative": (["train", "--batch-size", "-4"], "batch_size must be 1 or more; got -4"),
+    "warmup-above-one": (["train", "--warmup", "1.5"], "warmup is a share of the steps"),
+    "predict-nothing": (["predict"], "IMAGE"),
+}
+
+
+@pytest.mark.parametrize(("call", "says"), USAGE.values(), ids=USAGE)
+def test_wrong_usage_exits_2(call, says, capsys):
+    assert exit_code(call) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err + printed.out
+    assert "Traceback" not in printed.err
+
+
+FAILURES = {
+    "no-such-model": (
+        ["train", "--model", "resnet19"],
+        "no network is called 'resnet19'; the zoo has resnet18",
+    ),
+    "summary-of-no-such-model": (["summary", "vgg"], "no network is called 'vgg'"),
+    "no-such-folder": (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
+    "folder-without-data-dir": (["train", "--dataset", "folder"], "data_dir"),
+    "cuda-where-none-is": (["train", "--device", "cuda:9"], "cuda:9"),
+    "no-such-device": (["train", "--device", "gpu"], "gpu"),
+    "batch-larger-than-data": (["train", "--batch-size", "5000"], "batch_size 5000 is more than the 1433"),
+    "crop-larger-than-image": (["train", "--crop", "9"], "padding"),
+    "norm-groups-do-not-fit": (["train", "--model", "resnet20", "--norm", "group", "--crop", "99"], "99"),
+    "colour-statistics-for-grey": (["train", "--normalization", "imagenet"], "normalization='imagenet'"),
+    "evaluate-without-a-run": (["evaluate"], "there is no run below runs/"),
+    "evaluate-no-run-folder": (["evaluate", "--run-dir", "."], "has no config.json"),
+    "resume-no-run-folder": (["train", "--resume", "nowhere"], "nowhere"),
+    "no-network": (["train", "--dataset", "cifar10", "--data-dir", "empty", "--no-download"], "cifar10"),
+}
+
+
+@pytest.mark.parametrize(("call", "says"), FAILURES.values(), ids=FAILURES)
+def test_failures_exit_1_with_one_line(call, says, capsys):
+    assert exit_code(call) == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("resnet-func: ")
+    assert error.count("\n") == 1
+    assert not list(Path().rglob("metrics.jsonl"))
+
+
+def test_failures_with_a_trained_run(trained, images, tmp_path, capsys):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8 no image")
+    emptied = tmp_path / "emptied"
+    shutil.copytree(trained, emptied)
+    for path in (emptied / "checkpoints").glob("last*"):
+        path.write_bytes(b"damaged")
+    garbled = tmp_path / "garbled"
+    shutil.copytree(trained, garbled)
+    (garbled / "config.json").write_text("{")
+    calls = {
+        "broken.jpg": ["predict", str(broken), "--run-dir", str(trained)],
+        "missing.png": ["predict", "missing.png", "--run-dir", str(trained)],
+        "exists already": ["train", "--run-dir", str(trained)],
+        "last": ["evaluate", "--run-dir", str(emptied)],
+        "config.json is damaged": ["evaluate", "--run-dir", str(garbled)],
+        "elsewhere": ["evaluate", "--run-dir", str(trained), "--data-dir", "elsewhere"],
+    }
+    before = (trained / "metrics.jsonl").read_bytes()
+    for says, call in calls.items():
+        assert exit_code(call) == 1, call
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_refuses_other_options(trained, capsys):
+    assert exit_code(["train", "--resume", str(trained), "--epochs", "9"]) == 2
+    assert "--resume takes everything from" in capsys.readouterr().err
+
+
+def test_a_diverged_run_says_so_and_keeps_its_checkpoint(images, capsys):
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), *TINY, "--run-dir", "run"]
+    assert exit_code([*call, "--learning-rate", "1e30", "--epochs", "3"]) == 1
+    assert "training diverged. Lower --learning-rate" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(images, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise checkpoint.CheckpointError("cannot save: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), *TINY, "--run-dir", "run"]
+    assert exit_code(call) == 1
+    assert capsys.readouterr().err == "resnet-func: cannot save: No space left on device\n"
+
+
+def test_every_network_of_the_zoo_has_a_summary(capsys):
+    for name in zoo.ZOO:
+        assert main(["summary", name]) == 0, name
+    assert "layer3.17.conv2" in capsys.readouterr().out
+
+
+def test_python_m_is_the_same_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_func", "summary", "resnet9000"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("resnet-func: no network is called 'resnet9000'")
+
+
+def exit_code(call: list[str]) -> int:
+    """What the process would exit with; the option parser exits by itself."""
+    try:
+        return main(call)
+    except SystemExit as stop:
+        return int(stop.code or 0)

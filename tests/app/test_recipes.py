@@ -1,0 +1,86 @@
+"""Recipes are checked data, and their early epochs are small."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resnet_func.app import recipes
+from resnet_func.app.recipes import ARTICLE, DIGITS, FAST, Recipe
+from resnet_func.losses import cross_entropy
+from resnet_func.models import zoo
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "epochs must be 1 or more; got 0"),
+        ({"batch_size": -3}, "batch_size must be 1 or more"),
+        ({"microbatches": 0}, "microbatches must be 1 or more"),
+        ({"weight_decay": float("nan")}, "weight_decay must be 0 or more; got nan"),
+        ({"crop": -1}, "crop must be 0 or more"),
+        ({"warmup": 1.0}, "warmup is a share of the steps, in [0, 1); got 1.0"),
+        ({"early_scales": ((2.0, 0.5),)}, "early_scales are pairs (scale in (0, 1]"),
+        ({"early_scales": ((0.5, 1.5),)}, "early_scales are pairs"),
+    ],
+)
+def test_out_of_range(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Recipe(**fields)
+
+
+@given(
+    epochs=st.integers(1, 60),
+    scales=st.lists(st.tuples(st.sampled_from([0.25, 0.5, 0.75]), st.floats(0, 1)), max_size=3).map(tuple),
+)
+def test_the_last_epoch_is_at_full_size_and_sizes_come_in_order(
+    epochs: int, scales: tuple[tuple[float, float], ...]
+) -> None:
+    recipe = Recipe(epochs=epochs, early_scales=scales)
+    sizes = [recipe.scale_at(epoch) for epoch in range(epochs)]
+    assert sizes[-1] == 1.0
+    order = [*(scale for scale, _ in scales), 1.0]
+    cursor = 0
+    for size in sizes:
+        cursor = order.index(size, cursor)  # raises where a size comes out of its turn
+
+
+def test_the_fast_recipe_ends_with_three_full_epochs() -> None:
+    assert [FAST.scale_at(epoch) for epoch in range(FAST.epochs)].count(1.0) == 3
+    assert {DIGITS.scale_at(epoch) for epoch in range(DIGITS.epochs)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "flips"), [("digits", False), ("mnist", False), ("cifar10", True), ("fashion_mnist", True)]
+)
+def test_digits_are_not_mirrored(dataset: str, flips: bool) -> None:
+    assert recipes.recipe("fast", dataset).flip == flips
+
+
+def test_the_article_is_as_described() -> None:
+    assert recipes.recipe("article", "digits") is ARTICLE
+    assert (ARTICLE.model, ARTICLE.stem, ARTICLE.image_size) == ("resnet18", "imagenet", 224)
+    assert (ARTICLE.optimizer, ARTICLE.learning_rate, ARTICLE.batch_size, ARTICLE.epochs) == (
+        "adam",
+        1e-3,
+        64,
+        10,
+    )
+    assert ARTICLE.normalization == "imagenet"
+
+
+def test_every_recipe_names_a_network() -> None:
+    assert {recipe.model for recipe in (FAST, DIGITS, ARTICLE)} <= set(zoo.ZOO)
+
+
+def test_the_loss_is_smoothed_where_asked() -> None:
+    logits, targets = torch.tensor([[2.0, -1.0, 0.0]]), torch.tensor([0])
+    assert recipes.make_loss(FAST) is cross_entropy
+    smoothed = recipes.make_loss(replace(FAST, label_smoothing=0.3))(logits, targets)
+    assert smoothed > cross_entropy(logits, targets)

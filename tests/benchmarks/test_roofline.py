@@ -1,0 +1,257 @@
+"""FLOPs and bytes by hand and by what a real step calls; no time is ever asserted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.profiler import profile
+
+import resnet_func as rf
+from benchmarks.commands import roofline
+from benchmarks.commands.roofline import Options
+from benchmarks.harness import operations, peaks
+from benchmarks.harness.operations import Operation
+from benchmarks.harness.peaks import Peaks
+from resnet_func.models import summary
+from resnet_func.models.layers import BatchNorm, Conv, GroupNorm, Linear, Pad
+
+CPU = torch.device("cpu")
+TOY = Options(model="resnet20", batch=2, size=8, threads=1, device="cpu", quick=True)
+STRIDED = Conv(2, 4, kernel=1, stride=2)
+
+
+@pytest.fixture
+def tiny_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peaks, "GEMMS", {"cpu": ((16, 16, 16), (64, 8, 8))})
+    monkeypatch.setattr(peaks, "CONVS", {"cpu": ((1, 4, 8),)})
+    monkeypatch.setattr(peaks, "LARGE", 2**16)
+    monkeypatch.setattr(peaks, "SMALL", 2**12)
+
+
+# --------------------------------------------------------------------------- peaks
+
+
+@pytest.mark.usefixtures("tiny_peaks")
+def test_every_peak_is_measured() -> None:
+    best = peaks.measure(CPU, quick=True)
+    rates = [*best.gemm.values(), *best.conv.values(), best.memory, best.cache]
+    assert set(best.gemm) == set(best.conv) == {"fp32", "bf16"}
+    assert all(rate > 0 for rate in rates)
+
+
+def test_a_candidate_that_would_take_far_too_long_is_not_even_made() -> None:
+    def never() -> Any:
+        raise AssertionError("this was to be passed over")
+
+    assert peaks._best([(1, lambda: lambda: None), (10**15, never)], 0.001) > 0
+
+
+def test_the_roof_is_the_lower_of_slope_and_peak() -> None:
+    best = Peaks(gemm={"fp32": 80.0}, conv={"fp32": 100.0}, memory=10.0, cache=40.0)
+    assert best.roof("fp32", 2.0) == 20.0
+    assert best.roof("fp32", 10.0) == best.roof("fp32", 1e9) == 100.0
+
+
+# --------------------------------------------------------------------------- FLOPs and bytes
+
+
+@pytest.mark.parametrize(
+    ("op", "flops", "numbers"),
+    [
+        # 100 outputs of 18 products each; 50 inputs, 100 outputs, 72 weights
+        (Operation(Conv(2, 4, 3, padding=1), (1, 2, 5, 5), "forward"), 3600, 222),
+        (Operation(Conv(2, 4, 3, padding=1), (1, 2, 5, 5), "input gradient"), 3600, 222),
+        (Operation(Conv(2, 4, 3, padding=1), (1, 2, 5, 5), "weight gradient"), 3600, 222),
+        # every filter sees one of two channels: 36 weights
+        (Operation(Conv(2, 4, 3, padding=1, groups=2), (1, 2, 5, 5), "forward"), 1800, 186),
+        # 16 outputs from 8 of the 32 inputs, 8 weights; the gradient of all 32 is written
+        (Operation(STRIDED, (1, 2, 4, 4), "forward"), 64, 32),
+        (Operation(STRIDED, (1, 2, 4, 4), "weight gradient"), 64, 32),
+        (Operation(STRIDED, (1, 2, 4, 4), "input gradient"), 64, 56),
+        (Operation(Linear(5, 2), (3, 5), "forward"), 60, 31),
+        (Operation("relu", (2, 3, 4, 4), "forward"), 96, 192),
+        (Operation("relu", (2, 3, 4, 4), "backward"), 96, 288),
+        (Operation("add", (2, 3, 4, 4), "forward"), 96, 288),
+        (Operation("average pool", (2, 3, 4, 4), "forward"), 96, 102),
+        # 8 of 32 inputs, and 16 outputs; backward, 8 of 16 cotangents, and 32 gradients
+        (Operation(Pad(2, 4, 2), (1, 2, 4, 4), "forward"), 32, 24),
+        (Operation(Pad(2, 4, 2), (1, 2, 4, 4), "backward"), 32, 40),
+    ],
+    ids=lambda value: f"{type(value.layer).__name__}-{value.phase}" if isinstance(value, Operation) else None,
+)
+def test_flops_and_bytes_by_hand(op: Operation, flops: int, numbers: int) -> None:
+    assert operations.flops_of(op) == flops
+    assert operations.bytes_of(op, 4) == 4 * numbers
+    assert operations.bytes_of(op, 2) == 2 * numbers
+
+
+def test_bytes_where_numbers_differ_in_width() -> None:
+    x = (2, 3, 4, 4)
+    for norm in (BatchNorm(3), GroupNorm(3, 3)):  # bf16 activations; fp32 weights, biases, gradients
+        assert operations.bytes_of(Operation(norm, x, "forward"), 2) == 2 * 192 + 4 * 6
+        assert operations.bytes_of(Operation(norm, x, "backward"), 2) == 2 * 288 + 4 * 9
+    assert operations.bytes_of(Operation("cast", (4, 2, 3, 3), "forward"), 2) == 72 * (4 + 2)
+    assert operations.bytes_of(Operation("max pool", x, "forward"), 4) == 4 * (96 + 24) + 8 * 24
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "size", "published"),
+    [
+        ("resnet18", "cifar", 32, 0.555e9),
+        ("resnet20", "cifar", 32, 0.041e9),
+        ("resnet50", "imagenet", 224, 4.09e9),
+        ("resnet18", "imagenet", 224, 1.81e9),
+        ("wrn_28_10", "cifar", 32, 5.24e9),
+        ("wrn_16_4", "cifar", 32, None),
+    ],
+)
+def test_flops_are_the_networks(name: str, stem: str, size: int, published: float | None) -> None:
+    classes = 10 if stem == "cifar" else 1000
+    model = rf.zoo.by_name(name, stem=stem, num_classes=classes)
+    assert model.config is not None
+    rows = summary.summarize(model, size)
+    macs = summary.totals(rows).macs
+    ops = [op for _, op in operations.operations(model.config, 3, size)]
+    flops = {
+        kind: sum(operations.flops_of(op) for op in ops if operations.kind_of(op) == kind)
+        for kind in operations.KINDS
+    }
+    assert flops["forward"] == flops["weight gradient"] == 3 * 2 * macs
+    # nobody needs the gradient of the images
+    assert flops["input gradient"] == 3 * 2 * (macs - next(row.macs for row in rows if row.path == "conv1"))
+    assert published is None or macs == pytest.approx(published, rel=0.015)
+
+
+# --------------------------------------------------------------------------- the operations of a step
+
+CALLS = {
+    "aten::convolution": "conv",
+    "aten::native_batch_norm": "norm",
+    "aten::native_group_norm": "norm",
+    "aten::relu": "relu",
+    "aten::relu_": "relu",
+    "aten::add": "add",
+    "aten::add_": "add",  # two gradients of one input, added up in place
+    "aten::max_pool2d_with_indices": "max pool",
+    "aten::mean": "average pool",
+    "aten::convolution_backward": "conv backward",
+    "aten::native_batch_norm_backward": "norm backward",
+    "aten::native_group_norm_backward": "norm backward",
+    "aten::threshold_backward": "relu backward",
+    "aten::max_pool2d_with_indices_backward": "max pool backward",
+}
+
+
+def kernels(step: Any) -> Counter[Any]:
+    """The kernels of `CALLS` that run, with the shape of their image."""
+    with profile(record_shapes=True) as profiled:
+        step()
+    seen: Counter[Any] = Counter()
+    for event in profiled.function_events or ():
+        name = CALLS.get(event.name)
+        images = [shape for shape in event.input_shapes if len(shape) == 4]
+        if name and images:  # a backward kernel takes the cotangent first
+            seen[name, tuple(images[1 if name.endswith("backward") else 0])] += 1
+    return seen
+
+
+def expected_kernels(config: rf.ResNetConfig, batch: int, size: int) -> Counter[Any]:
+    """The operations by the names of `CALLS`; both gradients of a convolution are one call."""
+    names = {Conv: "conv", BatchNorm: "norm", GroupNorm: "norm"}
+    found: Counter[Any] = Counter()
+    for _, op in operations.operations(config, batch, size):
+        name = op.layer if isinstance(op.layer, str) else names.get(type(op.layer))
+        backward = {"forward": "", "input gradient": None}.get(op.phase, " backward")
+        if name and backward is not None and f"{name}{backward}" in CALLS.values():
+            found[f"{name}{backward}", op.shape] += 1
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "norm"),
+    [
+        ("resnet20", "cifar", "batch"),
+        ("resnet20", "cifar", "none"),
+        ("resnet18", "cifar", "batch"),
+        ("resnet18", "imagenet", "batch"),
+        ("resnet50", "imagenet", "batch"),
+        ("wrn_16_4", "cifar", "batch"),
+    ],
+)
+def test_the_operations_are_what_a_step_calls(name: str, stem: Any, norm: Any) -> None:
+    size = 8 if stem == "cifar" else 32
+    options = dataclasses.replace(TOY, model=name, stem=stem, norm=norm, size=size)
+    config, machine = roofline.prepare(options)
+    assert kernels(roofline.make_step(options, config, machine)) == expected_kernels(config, 2, size)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "resnet50"])
+def test_every_operation_can_be_called_alone(name: str, dtype: str) -> None:
+    stem = "imagenet" if name == "resnet50" else "cifar"
+    options = dataclasses.replace(
+        TOY, model=name, stem=stem, dtype=dtype, size=32 if stem == "imagenet" else 4
+    )
+    config, machine = roofline.prepare(options)
+    ops = dict.fromkeys(op for _, op in operations.operations(config, 2, options.size, casts=dtype == "bf16"))
+    for op in [op for op in ops if max(op.shape[1:2]) <= 128]:
+        result = operations.make_call(op, dtype, machine)()
+        if op.phase == "input gradient":
+            assert tuple(result[0].shape) == op.shape
+        assert all(tensor.isfinite().all() for tensor in (result if isinstance(result, tuple) else (result,)))
+
+
+# --------------------------------------------------------------------------- the whole
+
+
+@pytest.mark.usefixtures("tiny_peaks")
+def test_a_run_writes_its_file_and_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    roofline.run(dataclasses.replace(TOY, results=tmp_path / "results"))
+    (written,) = (tmp_path / "results").glob("roofline-resnet20-n2-8px-quick-*.json")
+    assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads(written.read_text("utf-8"))
+    assert set(result) == {"options", "environment", "peaks", "step", "operations", "stages"}
+    assert str(tmp_path) not in written.read_text("utf-8")
+    step, rows = result["step"], result["operations"]
+    assert list(result["stages"]) == ["stem", "layer1", "layer2", "layer3", "head"]
+    parts = sum(row["count"] * row["seconds"] for row in rows)
+    by_stage = sum(sum(times.values()) for times in result["stages"].values())
+    assert step["parts_seconds"] == pytest.approx(parts) == pytest.approx(by_stage)
+    assert step["rest_seconds"] == pytest.approx(step["seconds"] - parts)
+    assert [row["share"] for row in rows] == sorted((row["share"] for row in rows), reverse=True)
+    output = capsys.readouterr().out
+    assert "the rest" in output
+    assert "images/s" in output
+
+
+def test_nothing_is_written_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = Peaks({"bf16": 1e11}, {"bf16": 2e11}, 1e10, 4e10)
+    monkeypatch.setattr(peaks, "measure", lambda device, quick: best)
+    roofline.run(
+        dataclasses.replace(
+            TOY, model="wrn_16_4", batch=1, size=4, norm="group", dtype="bf16", write=False, results=tmp_path
+        )
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "resnet19"}, "no network is called 'resnet19'"),
+        ({"batch": 0}, "batch must be 1 or more; got 0"),
+        ({"size": -1}, "size must be 1 or more; got -1"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"batch": 1, "size": 4}, "more than one value a channel"),
+        ({"norm": "layer"}, "norm must be one of"),
+    ],
+)
+def test_wrong_options_are_refused(changes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        roofline.run(dataclasses.replace(TOY, **changes))

@@ -1,0 +1,192 @@
+"""Each layer against its formula, in float64, and its taps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from parity.compare import generator, randn
+from resnet_func.models import layers
+from resnet_func.models.layers import BatchNorm, Conv, GroupNorm, Linear, Pad
+
+FP64 = torch.float64
+
+
+def double(*shape: int, seed: int) -> Tensor:
+    return randn(*shape, seed=seed, dtype=FP64)
+
+
+def convolve(spec: Conv, weight: Tensor, x: Tensor) -> Tensor:
+    """The definition, by loops over kernel positions and groups."""
+    p, s, d = spec.padding, spec.stride, spec.dilation
+    padded = torch.zeros(*x.shape[:2], x.shape[2] + 2 * p, x.shape[3] + 2 * p, dtype=x.dtype)
+    padded[:, :, p : p + x.shape[2], p : p + x.shape[3]] = x
+    h, w = spec.output_size(x.shape[2]), spec.output_size(x.shape[3])
+    y = torch.zeros(len(x), spec.c_out, h, w, dtype=x.dtype)
+    into, out = spec.c_in // spec.groups, spec.c_out // spec.groups
+    for g in range(spec.groups):
+        for i in range(spec.kernel):
+            for j in range(spec.kernel):
+                rows = slice(i * d, i * d + s * (h - 1) + 1, s)
+                columns = slice(j * d, j * d + s * (w - 1) + 1, s)
+                patch = padded[:, g * into : (g + 1) * into, rows, columns]
+                filters = weight[g * out : (g + 1) * out, :, i, j]
+                y[:, g * out : (g + 1) * out] += torch.einsum("nchw,oc->nohw", patch, filters)
+    return y
+
+
+@given(
+    kernel=st.sampled_from([1, 3, 5]),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2, 4]),
+    padding=st.integers(0, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_conv_is_its_definition(
+    kernel: int, stride: int, dilation: int, groups: int, padding: int, seed: int
+) -> None:
+    spec = Conv(4, 8, kernel, stride, padding, dilation, groups)
+    weight, x = double(*spec.weight_shape, seed=seed), double(2, 4, 9, 11, seed=seed + 1)
+    y, state = layers.conv2d(spec, {"weight": weight}, x)
+    assert state == {}
+    torch.testing.assert_close(y, convolve(spec, weight, x), rtol=1e-10, atol=1e-11)
+
+
+def test_standardized_filters_have_mean_0_and_variance_1() -> None:
+    weight = 5 + 3 * double(6, 4, 3, 3, seed=0)
+    filters = layers.standardize(weight).flatten(1)
+    torch.testing.assert_close(filters.mean(1), torch.zeros(6, dtype=FP64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(filters.square().mean(1), torch.ones(6, dtype=FP64), rtol=1e-9, atol=0)
+    constant = layers.standardize(torch.full((1, 2, 3, 3), 7.0))
+    assert torch.equal(constant, torch.zeros(1, 2, 3, 3))
+
+
+@given(st.integers(2, 5), st.integers(0, 2**31))
+def test_batch_norm_in_training(n: int, seed: int) -> None:
+    x = 2 + 3 * double(n, 4, 3, 5, seed=seed)
+    params = {"weight": double(4, seed=seed + 1), "bias": double(4, seed=seed + 2)}
+    state = {
+        "running_mean": double(4, seed=seed + 3),
+        "running_var": double(4, seed=seed + 4).exp(),
+        "num_batches_tracked": torch.tensor(6),
+    }
+    y, after = layers.batch_norm(params, state, x, train=True)
+    by_channel = x.transpose(0, 1).flatten(1)
+    count = by_channel.shape[1]
+    mean = by_channel.mean(1)
+    biased = (by_channel - mean[:, None]).square().mean(1)
+
+    def shaped(values: Tensor) -> Tensor:
+        return values[:, None, None]
+
+    want = (x - shaped(mean)) / shaped((biased + 1e-5).sqrt()) * shaped(params["weight"]) + shaped(
+        params["bias"]
+    )
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-11)
+    unbiased = biased * count / (count - 1)
+    torch.testing.assert_close(
+        after["running_mean"], 0.9 * state["running_mean"] + 0.1 * mean, rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(
+        after["running_var"], 0.9 * state["running_var"] + 0.1 * unbiased, rtol=1e-12, atol=0
+    )
+    assert after["num_batches_tracked"] == 7
+    evaluated, same = layers.batch_norm(params, after, x, train=False)
+    assert same is after
+    scale = params["weight"] / (after["running_var"] + 1e-5).sqrt()
+    torch.testing.assert_close(
+        evaluated,
+        (x - shaped(after["running_mean"])) * shaped(scale) + shaped(params["bias"]),
+        rtol=1e-9,
+        atol=1e-10,
+    )
+
+
+@given(st.sampled_from([1, 2, 3, 6]), st.integers(0, 2**31))
+def test_group_norm_is_its_formula(groups: int, seed: int) -> None:
+    x = 2 + 3 * double(2, 6, 3, 5, seed=seed)
+    params = {"weight": double(6, seed=seed + 1), "bias": double(6, seed=seed + 2)}
+    grouped = x.reshape(2, groups, -1)
+    mean, biased = grouped.mean(2, keepdim=True), grouped.var(2, correction=0, keepdim=True)
+    normal = ((grouped - mean) / (biased + 1e-5).sqrt()).reshape(x.shape)
+    want = normal * params["weight"][:, None, None] + params["bias"][:, None, None]
+    torch.testing.assert_close(
+        layers.group_norm(GroupNorm(6, groups), params, x), want, rtol=1e-10, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("kind", ["group", "batch"])
+def test_one_affine_for_each_sample(kind: str) -> None:
+    x = double(3, 4, 5, 5, seed=0)
+    weight, bias = double(3, 4, seed=1), double(3, 4, seed=2)
+    spec = GroupNorm(4, 2) if kind == "group" else BatchNorm(4)
+    state = {
+        "running_mean": double(4, seed=3),
+        "running_var": double(4, seed=4).exp(),
+        "num_batches_tracked": torch.tensor(1),
+    }
+    state = state if kind == "batch" else {}
+
+    def at(i: int) -> Tensor:
+        params = {"weight": weight[i], "bias": bias[i]}
+        return layers.apply_layer(spec, params, state, x[i : i + 1], train=False)[0]
+
+    got, _ = layers.apply_layer(spec, {"weight": weight, "bias": bias}, state, x, train=False)
+    torch.testing.assert_close(got, torch.cat([at(i) for i in range(3)]), rtol=1e-12, atol=1e-13)
+    if kind == "batch":
+        with pytest.raises(ValueError, match="norm='group'"):
+            layers.apply_layer(spec, {"weight": weight, "bias": bias}, state, x, train=True)
+
+
+def test_pad_shortcut_keeps_every_other_pixel() -> None:
+    x = double(2, 3, 5, 6, seed=0)
+    y = layers.pad_shortcut(Pad(3, 8, 2), x)
+    assert y.shape == (2, 8, 3, 3)
+    assert torch.equal(y[:, 2:5], x[:, :, ::2, ::2])
+    assert not y[:, :2].any()
+    assert not y[:, 5:].any()
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"), [(Conv(2, 3, 3, 2, 1), (4, 2, 7, 7)), (Linear(5, 3), (4, 5))], ids=["conv", "linear"]
+)
+def test_a_tap_captures_the_input_and_receives_the_cotangent(
+    spec: Conv | Linear, shape: tuple[int, ...]
+) -> None:
+    x = double(*shape, seed=0)
+    params, _ = layers.init_layer(spec, generator(1), torch.device("cpu"))
+    params = {name: leaf.double() for name, leaf in params.items()}
+    plain, state = layers.apply_layer(spec, params, {}, x, train=True)
+    assert state == {}
+    cotangent = double(*plain.shape, seed=2)
+
+    def loss(tap: Tensor) -> tuple[Tensor, Tensor]:
+        y, captured = layers.apply_layer(spec, {**params, "tap": tap}, {}, x, train=True)
+        return (y * cotangent).sum(), captured["input"]
+
+    tap = torch.zeros((), dtype=FP64).expand(plain.shape)
+    g, captured = torch.func.grad(loss, has_aux=True)(tap)
+    assert torch.equal(g, cotangent)
+    assert torch.equal(captured, x)
+
+
+def test_init_follows_torchvision() -> None:
+    conv, _ = layers.init_layer(Conv(64, 128, 3), generator(0), torch.device("cpu"))
+    assert abs(float(conv["weight"].std()) / math.sqrt(2 / (128 * 9)) - 1) < 0.02
+    linear, _ = layers.init_layer(Linear(400, 200), generator(0), torch.device("cpu"))
+    for leaf in linear.values():
+        assert 0.9 / 20 < float(leaf.abs().max()) <= 1 / 20
+
+
+def test_meta_draws_nothing() -> None:
+    source = generator(0)
+    before = source.get_state()
+    params, _ = layers.init_layer(Conv(3, 4, 3), source, torch.device("meta"))
+    assert params["weight"].is_meta
+    assert torch.equal(source.get_state(), before)

@@ -1,0 +1,173 @@
+"""The summary against the papers' figures, torch's own flop counter, torchvision, and real outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from resnet_func import tree
+from resnet_func.models import resnet, zoo
+from resnet_func.models.layers import apply_layer
+from resnet_func.models.summary import LayerRow, format_count, summarize, table, totals
+from resnet_func.types import Model
+
+TINY = {"depths": (1, 2), "widths": (8, 16), "norm_groups": 4, "num_classes": 7}
+VARIANTS = {
+    "basic-batch": {"block": "basic"},
+    "basic-group": {"block": "basic", "norm": "group"},
+    "basic-none": {"block": "basic", "norm": "none"},
+    "basic-pad": {"block": "basic", "shortcut": "pad"},
+    "basic-cifar": {"block": "basic", "stem": "cifar"},
+    "basic-standardized": {"block": "basic", "weight_standardization": True},
+    "basic-grey": {"block": "basic", "in_channels": 1},
+    "preact-imagenet": {"block": "preact"},
+    "preact-cifar": {"block": "preact", "stem": "cifar"},
+    "bottleneck-grouped": {"block": "bottleneck", "groups": 2, "width_per_group": 32},
+    "bottleneck-dilated": {"block": "bottleneck", "replace_stride_with_dilation": (True,)},
+}
+
+variants = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def build(fields: dict) -> Model:
+    return resnet.build(zoo.ResNetConfig(**{**TINY, **fields}))
+
+
+def counted_macs(model: Model, image_size: int) -> int:
+    params, state = model.init(torch.Generator())
+    assert model.config is not None
+    images = torch.zeros(1, model.config.in_channels, image_size, image_size)
+    with FlopCounterMode(display=False) as counter:
+        model.apply(params, state, images, train=False)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "image_size", "giga_macs", "digits"),
+    [
+        ("resnet18", {"stem": "cifar", "num_classes": 10}, 32, 0.555, 3),
+        ("resnet20", {}, 32, 0.041, 3),
+        ("wrn_28_10", {}, 32, 5.24, 2),
+        ("resnet18", {}, 224, 1.81, 2),
+        ("resnet50", {}, 224, 4.09, 2),
+    ],
+    ids=["resnet18-cifar", "resnet20", "wrn_28_10", "resnet18-224", "resnet50-224"],
+)
+def test_macs_are_the_published_ones(name, changes, image_size, giga_macs, digits):
+    macs = totals(summarize(zoo.by_name(name, **changes), image_size)).macs
+    assert round(macs / 1e9, digits) == giga_macs
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("resnet18", "ResNet18_Weights"),
+        ("resnet34", "ResNet34_Weights"),
+        ("resnet50", "ResNet50_Weights"),
+        ("resnet101", "ResNet101_Weights"),
+        ("resnext50_32x4d", "ResNeXt50_32X4D_Weights"),
+        ("wide_resnet50_2", "Wide_ResNet50_2_Weights"),
+    ],
+)
+def test_totals_are_those_torchvision_publishes(name, weights):
+    meta = getattr(torchvision.models, weights).IMAGENET1K_V1.meta
+    parameters, macs = totals(summarize(zoo.by_name(name), 224))
+    assert parameters == meta["num_params"]
+    assert round(macs / 1e9, 3) == meta["_ops"]
+
+
+@variants
+def test_macs_are_those_torch_counts(fields):
+    model = build(fields)
+    assert totals(summarize(model, 33)).macs == counted_macs(model, 33)
+
+
+@variants
+def test_every_parameter_is_in_a_row(fields):
+    model = build(fields)
+    flat = tree.flatten(model.init(torch.Generator())[0])
+    layers: dict[str, int] = {}
+    for path, leaf in flat.items():
+        layer = path.rpartition(".")[0]
+        layers[layer] = layers.get(layer, 0) + leaf.numel()
+    assert {row.path: row.parameters for row in summarize(model, 32)} == layers
+
+
+@variants
+@pytest.mark.parametrize("image_size", [1, 32, 45])
+def test_shapes_are_those_of_real_outputs(fields, image_size, monkeypatch):
+    model = build(fields)
+    rows = summarize(model, image_size)
+    shapes = []
+
+    def watched(spec, params, state, x, *, train):
+        y, state = apply_layer(spec, params, state, x, train=train)
+        if params:
+            shapes.append(tuple(y.shape[1:]))
+        return y, state
+
+    monkeypatch.setattr(resnet, "apply_layer", watched)
+    params, state = model.init(torch.Generator().manual_seed(0))
+    assert model.config is not None
+    x = torch.zeros(2, model.config.in_channels, image_size, image_size)
+    logits, _ = model.apply(params, state, x, train=False)
+    assert [row.shape for row in rows] == shapes
+    assert rows[-1].shape == tuple(logits.shape[1:])
+
+
+def test_rows_say_what_the_layers_are():
+    fields = {"block": "bottleneck", "groups": 2, "replace_stride_with_dilation": (True,), "depths": (1, 1)}
+    rows = {row.path: row for row in summarize(build(fields), 32)}
+    assert rows["conv1"] == LayerRow("conv1", "conv 7x7/2", (8, 16, 16), 3 * 8 * 49, 3 * 8 * 49 * 256)
+    assert rows["bn1"] == LayerRow("bn1", "batch norm", (8, 16, 16), 16, 0)
+    assert rows["layer1.0.conv2"].kind == "conv 3x3 groups 2"
+    assert rows["fc"] == LayerRow("fc", "linear", (7,), 64 * 7 + 7, 64 * 7)
+    deeper = summarize(build({**fields, "depths": (1, 2), "norm": "group"}), 32)
+    assert {row.kind for row in deeper} >= {"conv 3x3 dilation 2 groups 2", "group norm 4"}
+
+
+@pytest.mark.parametrize("image_size", [0, -4])
+def test_too_small_an_image_is_one_clear_error(image_size):
+    with pytest.raises(ValueError, match=rf"image_size must be 1 pixel or more; got {image_size}"):
+        summarize(zoo.resnet20(), image_size)
+
+
+def test_a_network_without_a_config_is_refused():
+    with pytest.raises(ValueError, match="came from a module"):
+        summarize(zoo.resnet20()._replace(config=None), 32)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnext50_32x4d"])
+def test_table_shows_every_row_and_the_totals_in_80_columns(name):
+    rows = summarize(zoo.by_name(name), 224)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table(rows))
+    text = capture.get()
+    assert "…" not in text
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    for row in rows:
+        macs = format_count(row.macs).split() if row.macs else []
+        shape = "x".join(str(side) for side in row.shape)
+        assert lines[row.path] == [row.path, *row.kind.split(), shape, f"{row.parameters:,}", *macs]
+    parameters, macs = totals(rows)
+    assert lines["total"][1:] == [f"{parameters:,}", *format_count(macs).split()]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.000 k"),
+        (555_422_720, "555.4 M"),
+        (999_960, "1.000 M"),
+        (5_243_328_768, "5.243 G"),
+        (10**13, "10.00 T"),
+    ],
+)
+def test_counts_have_four_digits(count, text):
+    assert format_count(count) == text

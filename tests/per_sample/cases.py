@@ -1,0 +1,122 @@
+"""Networks and batches for the per-sample tests: tiny, random in every parameter, drawn from a seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import resnet_func as rf
+from parity.compare import generator
+from resnet_func import tree
+from resnet_func.models.layers import Conv
+from resnet_func.types import Model, Params, State
+
+CLASSES = 3
+
+
+@st.composite
+def configs(draw: st.DrawFn, norms: tuple[str, ...] = ("group", "none", "batch")) -> rf.ResNetConfig:
+    """Any kind of block, shortcut, stem and norm; valid by construction."""
+    block = draw(st.sampled_from(["basic", "bottleneck", "preact"]))
+    fields: dict[str, Any] = {
+        "block": block,
+        "depths": draw(st.sampled_from([(1, 1), (2, 1), (1, 2)])),
+        "widths": draw(st.sampled_from([(4, 4), (4, 8)])),
+        "stem": draw(st.sampled_from(["cifar", "imagenet"])),
+        "norm": draw(st.sampled_from(norms)),
+        "norm_groups": draw(st.sampled_from([1, 2])),
+        "shortcut": draw(st.sampled_from(["projection", "pad"])),
+        "weight_standardization": draw(st.booleans()),
+        "num_classes": CLASSES,
+    }
+    if block == "bottleneck":
+        fields["groups"] = draw(st.sampled_from([1, 2]))
+        fields["replace_stride_with_dilation"] = draw(st.sampled_from([(), (True,)]))
+    return rf.ResNetConfig(**fields)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Conv, int, int]:
+    """A convolution, and the height and width of an image at least as large as its kernel."""
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    kernel, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    spec = Conv(
+        c_in=groups * draw(st.integers(1, 3)),
+        c_out=groups * draw(st.integers(1, 3)),
+        kernel=kernel,
+        stride=draw(st.integers(1, 3)),
+        padding=draw(st.integers(0, 2)),
+        dilation=dilation,
+        groups=groups,
+        standardize=draw(st.booleans()) and kernel > 1,  # a single weight has no variance
+    )
+    least = dilation * (kernel - 1) + 1
+    return spec, draw(st.integers(least, least + 4)), draw(st.integers(least, least + 4))
+
+
+def network(
+    config: rf.ResNetConfig, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[Model, Params, State]:
+    """A model with every parameter and statistic random: no affine weight is 1, no bias 0."""
+    model = rf.build(config)
+    params, state = model.init(generator(seed), dtype=dtype)
+    noise = generator(seed + 1)
+    params = tree.map(lambda p: p + 0.3 * torch.randn(p.shape, generator=noise, dtype=dtype), params)
+
+    def statistic(path: str, leaf: Tensor) -> Tensor:
+        if path.endswith("num_batches_tracked"):
+            return leaf
+        return leaf + torch.rand(leaf.shape, generator=noise, dtype=dtype)
+
+    return model, params, tree.map_with_path(statistic, state)
+
+
+def batch(
+    n: int, seed: int, *, size: int = 8, views: int | None = None, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Images `[n, 3, size, size + 1]`, or `[n, views, ...]`, and labels."""
+    shape = (n, 3, size, size + 1) if views is None else (n, views, 3, size, size + 1)
+    source = generator(seed)
+    x = torch.randn(shape, generator=source, dtype=dtype)
+    return x, torch.randint(0, CLASSES, (n,), generator=source)
+
+
+def small(**changes: Any) -> rf.ResNetConfig:
+    """One config that has everything with parameters: group norm, projections, strides."""
+    fields: dict[str, Any] = {
+        "block": "basic",
+        "depths": (1, 1),
+        "widths": (4, 8),
+        "stem": "cifar",
+        "norm": "group",
+        "norm_groups": 2,
+        "num_classes": CLASSES,
+    }
+    return rf.ResNetConfig(**{**fields, **changes})
+
+
+def assert_trees_close(actual: Params, expected: Params, *, rtol: float) -> None:
+    """Every leaf to `rtol` of its largest entry (or of a thousandth of the tree's); the worst is named."""
+    a, b = tree.flatten(actual), tree.flatten(expected)
+    assert list(a) == list(b)
+    top = max((leaf.abs().max().item() for leaf in b.values() if leaf.numel()), default=0.0)
+    errors = {}
+    for path, leaf in b.items():
+        assert a[path].shape == leaf.shape, path
+        assert a[path].dtype == leaf.dtype, path
+        if leaf.numel():
+            scale = max(leaf.abs().max().item(), 1e-3 * top)
+            errors[path] = (a[path] - leaf).abs().max().item() / scale if scale else 0.0
+    worst = max(errors, key=lambda path: errors[path])
+    assert errors[worst] <= rtol, f"worst leaf {worst}: relative error {errors[worst]:.2e} > {rtol:.0e}"
+
+
+def assert_trees_equal(actual: Params, expected: Params) -> None:
+    """Every leaf bit for bit."""
+    a, b = tree.flatten(actual), tree.flatten(expected)
+    assert list(a) == list(b)
+    wrong = [path for path in b if not torch.equal(a[path], b[path])]
+    assert not wrong, f"leaves differ: {', '.join(wrong)}"

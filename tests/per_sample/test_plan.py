@@ -1,0 +1,127 @@
+"""Plans: right about shapes, right about which way is cheaper, and obedient to a budget."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+import resnet_func as rf
+from resnet_func import losses, tree
+from resnet_func import per_sample as ps
+from resnet_func.models.layers import Conv
+from resnet_func.per_sample.capture import capture, output_sizes
+from resnet_func.per_sample.contract import ConvFactors
+from tests.per_sample.cases import configs, network, small
+
+QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")
+
+
+@settings(max_examples=15, deadline=None)
+@given(config=configs(), height=st.integers(8, 19), width=st.integers(8, 19))
+def test_output_sizes_are_what_the_network_makes(config: rf.ResNetConfig, height: int, width: int) -> None:
+    model, params, state = network(config, 0)
+    x = torch.zeros(1, 1, 3, height, width, dtype=torch.float64)
+    captured = capture(model, losses.logit(0), lambda path: True, params, state, x, torch.zeros(1))
+    convs = {path: f for path, f in captured.factors.items() if isinstance(f, ConvFactors)}
+    sizes = {path.removesuffix(".weight"): tuple(f.cotangents.shape[2:]) for path, f in convs.items()}
+    assert output_sizes(config, height, width) == sizes
+    assert all(isinstance(f.spec, Conv) for f in convs.values())
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_a_plan_covers_every_weight_and_counts(quantity: str) -> None:
+    model = rf.resnet20(norm="group")
+    params, _ = model.init(torch.Generator().manual_seed(0))
+    plan = ps.plan(model, (64, 3, 32, 32), quantity)
+    weights = {path: leaf for path, leaf in tree.flatten(params).items() if leaf.ndim > 1}
+    assert {entry.path: entry.weights for entry in plan.entries} == {p: w.numel() for p, w in weights.items()}
+    positions = {entry.path: entry.positions for entry in plan.entries}
+    assert positions["conv1.weight"] == 1024
+    assert positions["layer3.0.conv1.weight"] == 64
+    assert positions["fc.weight"] == 1
+    if quantity in ("grads", "moments", "sketch"):
+        assert {entry.way for entry in plan.entries} == {"materialize"}
+        stem = plan.entries[0]
+        assert stem.flops == 2 * 64 * 1024 * 432
+        assert stem.bytes == 64 * 432 * 4
+
+
+def test_views_count_as_pixels() -> None:
+    model = rf.resnet20(norm="group")
+    one, four = (ps.plan(model, shape, "norms") for shape in ((8, 3, 32, 32), (8, 4, 3, 32, 32)))
+    assert [4 * e.positions for e in one.entries] == [e.positions for e in four.entries]
+
+
+def test_the_measured_shapes_go_the_measured_way() -> None:
+    """What `python -m benchmarks per-sample --layers` measures: ghost where maps are small."""
+    ways = ps.plan(rf.resnet18(num_classes=10, stem="cifar", norm="group"), (32, 3, 32, 32), "norms").ways
+    assert ways["layer4.1.conv2.weight"] == "ghost"
+    assert ways["layer3.1.conv2.weight"] == "ghost"
+    assert ways["layer4.0.conv1.weight"] == "ghost"
+    assert ways["fc.weight"] == "ghost"
+    assert ways["conv1.weight"] == "materialize"
+    assert ways["layer1.0.conv1.weight"] == "materialize"
+    assert ways["layer2.0.downsample.0.weight"] == "materialize"
+    small_maps = ps.plan(rf.resnet20(norm="group"), (64, 3, 32, 32), "norms").ways
+    assert small_maps["layer1.0.conv1.weight"] == "materialize"
+    assert small_maps["layer2.1.conv1.weight"] == "materialize"
+    grouped = ps.plan(rf.resnext50_32x4d(norm="group"), (8, 3, 160, 160), "norms").ways
+    assert grouped["layer1.1.conv2.weight"] == "materialize"
+
+
+def test_standardized_weights_are_materialized() -> None:
+    model = rf.resnet18(num_classes=10, stem="cifar", norm="group", weight_standardization=True)
+    ways = ps.plan(model, (32, 3, 32, 32), "norms", 0).ways
+    assert {way for path, way in ways.items() if path != "fc.weight"} == {"materialize"}
+
+
+def test_a_budget_is_kept() -> None:
+    model = rf.resnet18(num_classes=10, stem="cifar", norm="group")
+    shape = (32, 3, 32, 32)
+    free = ps.plan(model, shape, "clipped_sum", 2**40)
+    assert {entry.way for entry in free.entries} >= {"keep"}
+    budget = 2**26
+    tight = ps.plan(model, shape, "clipped_sum", budget)
+    kept = sum(entry.bytes for entry in tight.entries if entry.way == "keep")
+    assert 0 < kept <= budget < free.peak_bytes
+    none = ps.plan(model, shape, "clipped_sum", 0)
+    assert "keep" not in none.ways.values()
+    with_budget = ps.plan(model, shape, "norms", budget)
+    assert all(entry.bytes <= budget for entry in with_budget.entries)
+
+
+def test_frozen_leaves_are_not_planned() -> None:
+    plan = ps.plan(rf.build(small()), (4, 3, 8, 8), "norms", trainable=lambda path: path.startswith("fc."))
+    assert list(plan.ways) == ["fc.weight"]
+    plan = ps.plan(rf.build(small()), (4, 3, 8, 8), "norms", trainable=lambda path: path == "fc.bias")
+    assert plan.ways == {}
+
+
+def test_explain_prints_every_layer() -> None:
+    model = rf.build(small())
+    out = io.StringIO()
+    plan = ps.plan(model, (4, 3, 8, 8), "clipped_sum")
+    plan.explain(Console(file=out, width=120))
+    text = out.getvalue()
+    for entry in plan.entries:
+        row = next(line for line in text.splitlines() if entry.path in line)
+        assert entry.way in row
+        assert f"{entry.weights:,}" in row
+    for header in ("layer", "T", "D", "method", "MFLOP", "MB"):
+        assert header in text
+
+
+def test_mistakes_of_plans_are_named() -> None:
+    model = rf.build(small())
+    for arguments, message in (
+        ((model, (4, 3, 8, 8), "norm"), "quantity must be one of"),
+        ((model, (3, 8, 8), "norms"), "expected an input shape"),
+        ((rf.Model(None, model.init, model.apply), (4, 3, 8, 8), "norms"), "method='vmap'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ps.plan(*arguments)
