@@ -38,12 +38,13 @@ def value_and_grad(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree) -> G
     value, pullback, aux = cast(
         tuple[Tensor, Callable[..., Any], Any], torch.func.vjp(fn, primals, has_aux=True)
     )
-    differentiable = _is_differentiated(value)
+    differentiable = is_differentiated(value)
     (grad,) = pullback(torch.ones_like(value), retain_graph=differentiable, create_graph=differentiable)
     return Gradient(value, grad, aux)
 
 
-def _is_differentiated(value: Tensor) -> bool:
+def is_differentiated(value: Tensor) -> bool:
+    """Whether an outer transform or graph differentiates a value, in reverse or forward mode."""
     if torch.compiler.is_compiling():  # what is not used is not compiled either
         return torch.is_grad_enabled()
     return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _requires_grad(value))

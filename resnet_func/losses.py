@@ -70,3 +70,16 @@ def check_targets(targets: torch.Tensor, num_samples: int, num_classes: int) -> 
             f"labels must be in 0 .. {num_classes - 1}; got {', '.join(map(str, wrong[:5]))}. "
             f"Fix the labels, or build the model with more classes"
         )
+
+
+def check_per_sample(losses: torch.Tensor, num_samples: int) -> None:
+    """Refuse what a loss that is not per-sample returns.
+
+    Raises:
+        ValueError: the shape is not `[num_samples]`.
+    """
+    if losses.shape != (num_samples,):
+        raise ValueError(
+            f"loss_fn must return one loss per sample, [{num_samples}]; got {list(losses.shape)}. "
+            "Leave out the reduction, as in F.cross_entropy(..., reduction='none')"
+        )

@@ -13,10 +13,10 @@ from torch.utils.benchmark import Timer
 from benchmarks.forms.networks import Case
 from benchmarks.harness import report
 from parity import environment
-from resnet_func import tree
-from resnet_func.models.layers import Conv, LayerSpec
-from resnet_func.models.resnet import layer_specs
+from resnet_func.losses import cross_entropy
 from resnet_func.per_sample import contract, plan
+from resnet_func.per_sample.capture import Batch, capture, make_task
+from resnet_func.per_sample.contract import ConvFactors
 
 HOPELESS = 20  # times the other way's estimated cost: not tried, and more memory than there is
 WAYS = ("ghost", "materialize")
@@ -34,19 +34,19 @@ def run(case: Case, where: dict[str, Any], results: Path | None, *, quick: bool)
 
 def measure(case: Case, min_run_time: float) -> list[dict[str, Any]]:
     """Milliseconds of both ways of every distinct convolution's norm, and what the plan chose."""
-    assert case.model.config is not None
-    specs: dict[str, LayerSpec] = tree.flatten(layer_specs(case.model.config))
-    entries = {entry.path: entry for entry in plan(case.model, case.x.shape, "norms").entries}
-    seen, rows = set(), []
-    for path, spec in specs.items():
-        entry = entries.get(f"{path}.weight")
-        if not isinstance(spec, Conv) or entry is None or (spec, entry.positions) in seen:
+    model, params, state, x, y = case.model, case.params, case.state, case.x, case.y
+    entries = {e.path: e for e in plan(model, x.shape, "norms", params=params, state=state).entries}
+    task = make_task(model, cross_entropy, lambda path: path in entries, params, state)
+    found = capture(task, Batch(x, y, len(x), 1)).factors
+    done, rows = set(), []
+    for path, factors in found.items():
+        entry = entries[path]
+        if not isinstance(factors, ConvFactors) or (factors.spec, entry.positions) in done:
             continue
-        seen.add((spec, entry.positions))
-        factors = random_factors(spec, len(case.x), round(entry.positions**0.5), case.x.device)
+        done.add((factors.spec, entry.positions))
         row: dict[str, Any] = {"layer": path, "T": entry.positions, "D": entry.weights, "plan": entry.way}
         for way in WAYS:
-            hopeless = entry.costs[way] > HOPELESS * min(entry.costs.values())
+            hopeless = way not in entry.costs or entry.costs[way] > HOPELESS * min(entry.costs.values())
             row[way] = None if hopeless else milliseconds(factors, way, min_run_time)
         rows.append(row)
     return rows
@@ -59,15 +59,6 @@ def milliseconds(factors: contract.ConvFactors, way: str, min_run_time: float) -
         num_threads=torch.get_num_threads(),
     )
     return timer.blocked_autorange(min_run_time=min_run_time).median * 1e3
-
-
-def random_factors(spec: Conv, n: int, side: int, device: torch.device) -> contract.ConvFactors:
-    """Inputs and cotangents of a convolution with `side` output pixels along each side."""
-    generator = torch.Generator().manual_seed(0)
-    size = side * spec.stride
-    shapes = spec.weight_shape, (n, spec.c_in, size, size), (n, spec.c_out, side, side)
-    weight, inputs, cotangents = (torch.randn(s, generator=generator).to(device) for s in shapes)
-    return contract.ConvFactors(spec, weight, inputs, cotangents, 1)
 
 
 def regret(row: dict[str, Any]) -> float:

@@ -88,13 +88,6 @@ EXHIBITS = [
         ),
     ),
     Exhibit(
-        "a-neighbours-weight",
-        "per-sample affine weights are laid out channel by channel",
-        "a reshape of the transposed matrix",
-        "properties/a-weight-for-each-sample-is-each-samples-weight",
-        edit(layers.group_norm, ('params["weight"].reshape(-1),', 'params["weight"].T.reshape(-1),')),
-    ),
-    Exhibit(
         "standardised-by-the-unbiased-deviation",
         "weight standardisation divides by the unbiased deviation",
         "the code published with Qiao et al. 2019, by weight.std()",
@@ -133,10 +126,10 @@ EXHIBITS = [
         edit(
             layers.conv2d,
             (
-                "y = F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)",
+                "return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)",
                 "short = [(s - 1) // spec.stride * spec.stride + spec.kernel - s for s in x.shape[:1:-1]]\n"
                 "    sides = [side for s in short for side in (max(s, 0) // 2, max(s, 0) - max(s, 0) // 2)]\n"
-                "    y = F.conv2d(F.pad(x, sides), weight, None, spec.stride, 0, 1, spec.groups)",
+                "    return F.conv2d(F.pad(x, sides), weight, None, spec.stride, 0, 1, spec.groups)",
             ),
         ),
     ),

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, both, edit
-from resnet_func.per_sample import capture, contract, engine, ghost, noise_scale, quantity, reference
+from resnet_func.per_sample import (
+    capture,
+    contract,
+    ghost,
+    intercept,
+    layer_factors,
+    noise_scale,
+    options,
+    quantity,
+    reference,
+)
 
 INSTANCE_NORM = edit(
     reference._gradient_of_one,
     (
-        "        logits, _ = model.apply(tree.unflatten({**params, **trained}), state, x, train=False)",
+        "        logits, _ = task.model.apply(params, task.state, x, train=False)",
         "        from unittest import mock\n"
         "        from resnet_func.models import layers\n"
         "        def alone(params, state, x, *, train):\n"
         '            affine = params["weight"], params["bias"]\n'
         "            return layers.F.batch_norm(x, None, None, *affine, True, 0.1, layers.NORM_EPS), state\n"
         '        with mock.patch.object(layers, "batch_norm", alone):\n'
-        "            logits, _ = model.apply(tree.unflatten({**params, **trained}), state, x, train=True)",
+        "            logits, _ = task.model.apply(params, task.state, x, train=True)",
     ),
 )
 
@@ -25,7 +35,7 @@ EXHIBITS = [
         "per-sample gradients are those of the mean loss, N times too small",
         "BackPACK's individual gradients where the loss is a mean",
         "properties/per-sample-gradients-sum-to-the-gradient",
-        edit(capture.capture, ("losses.reshape(views, n).mean(0)", "losses.reshape(views, n).mean(0) / n")),
+        edit(capture._forward, (".mean(0), logits", ".mean(0) / batch.samples, logits")),
     ),
     Exhibit(
         "groups-ignored",
@@ -36,7 +46,7 @@ EXHIBITS = [
             contract._conv_grads,
             ("(n * c_out, *rest), n * spec.groups)", "(n * c_out, spec.c_in, *rest[1:]), n)"),
             (
-                "weight.reshape(n, *spec.weight_shape)",
+                "weight.reshape(n, *factors.weight.shape)",
                 "weight.reshape(n, c_out, spec.c_in, *rest[1:])[:, :, : rest[0]]",
             ),
         ),
@@ -47,11 +57,8 @@ EXHIBITS = [
         "a wrong bias formula in Opacus's fast gradient clipping, until its pull request 751",
         "properties/ghost-norms-are-norms-of-gradients",
         edit(
-            capture._collect,
-            (
-                "Direct(g.reshape(views, -1, spec.c_out).sum(0))",
-                "Direct(g.reshape(views, -1, spec.c_out).square().sum(0).sqrt())",
-            ),
+            layer_factors._direct,
+            ("split_views(by_view, views).sum(0)", "split_views(by_view, views).square().sum(0).sqrt()"),
         ),
     ),
     Exhibit(
@@ -96,7 +103,8 @@ EXHIBITS = [
         "clip_grad_norm_ taken for per-sample clipping",
         "properties/clipped-sums-clip-each-gradient",
         edit(
-            quantity.clipped_sum, ("rule(norms, max_norm)", "rule(norms.mean().expand_as(norms), max_norm)")
+            quantity._factors_by_leaf,
+            ("rule(norms, max_norm)", "rule(norms.mean().expand_as(norms), max_norm)"),
         ),
     ),
     Exhibit(
@@ -111,7 +119,7 @@ EXHIBITS = [
         "per-layer clipping gives every layer the whole bound, sqrt(L) times the sensitivity",
         "reimplementations of per-layer clipping",
         "properties/clipping-by-layer-keeps-the-bound",
-        edit(quantity.clipped_sum, ("max_norm / len(layers) ** 0.5", "max_norm")),
+        edit(quantity._factors_by_leaf, ("max_norm / len(layers) ** 0.5", "max_norm")),
     ),
     Exhibit(
         "not-a-number-times-zero",
@@ -125,14 +133,17 @@ EXHIBITS = [
         "the first micro-batch's clipped sum is in the second's too, and counts twice",
         "accumulators that alias p.grad",
         "properties/microbatches-change-no-clipped-sum-and-no-moment",
-        edit(quantity.clipped_sum, ("total[path] + sums[path]", "2 * total[path] + sums[path]")),
+        edit(
+            quantity.clipped_sum,
+            ("total[path].value + sums[path].value", "2 * total[path].value + sums[path].value"),
+        ),
     ),
     Exhibit(
         "views-summed",
         "the gradients of a sample's augmented views are added up, not averaged",
         "reimplementations of augmentation multiplicity",
         "properties/gradients-of-views-are-averaged",
-        edit(capture.capture, ("losses.reshape(views, n).mean(0)", "losses.reshape(views, n).sum(0)")),
+        edit(capture._forward, (".mean(0), logits", ".sum(0), logits")),
     ),
     Exhibit(
         "fisher-of-the-mean-gradient",
@@ -156,8 +167,50 @@ EXHIBITS = [
         "the same, unasked",
         "properties/batch-statistics-have-no-per-sample-gradient",
         both(
-            edit(engine.refuse_batch_statistics, ("    raise ValueError(", "    str(")),
+            edit(options.refuse_batch_statistics, ("    raise ValueError(", "    str(")),
             INSTANCE_NORM,
         ),
+    ),
+    Exhibit(
+        "wrapped-apply",
+        "a wrapped network gets the gradients of what it wraps: the second call of a weight is not counted",
+        "this library's first version, which read the layers off the config",
+        "properties/wrapped-networks-have-the-gradients-of-what-they-compute",
+        edit(capture._as_one, ("    alike = parts[0]", "    alike, parts = parts[0], parts[:1]")),
+    ),
+    Exhibit(
+        "tied-weights-norms-added",
+        "the squared norms of a weight's uses are added, without the products between them",
+        "ghost clipping of tied embeddings, layer by layer",
+        "properties/norms-of-a-tied-weight-count-its-uses-together",
+        edit(
+            contract.squared_norms,
+            (
+                "    if isinstance(factors, EmbeddingFactors):",
+                "    if isinstance(factors, Several):\n"
+                "        return _sum([squared_norms(part, 'materialize') for part in factors.parts])\n"
+                "    if isinstance(factors, EmbeddingFactors):",
+            ),
+        ),
+    ),
+    Exhibit(
+        "derived-weight-not-pulled-back",
+        "the gradient of a standardised weight is given out as the weight's own",
+        "hooks that see what a parametrisation made, not what it was made of",
+        "properties/derived-weights-have-the-gradients-of-a-loop",
+        edit(
+            contract._grads,
+            (
+                "            return torch.vmap(lambda grad: pullback(grad)[0])(inner)",
+                "            return inner",
+            ),
+        ),
+    ),
+    Exhibit(
+        "hidden-batch-statistics",
+        "a BatchNorm that keeps no running statistics is let through",
+        "modules with track_running_stats=False, whose state says nothing",
+        "properties/hidden-batch-statistics-are-refused",
+        edit(intercept.refuse_coupling, ("    if training and", "    if False and")),
     ),
 ]

@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from parity.cell import Cell
 from parity.properties import (  # noqa: F401  (each enters its properties)
+    any_network,
     calculus,
     comparisons,
     contractions,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,6 +14,7 @@ import resnet_func as rf
 from parity.compare import generator
 from resnet_func import testing, tree
 from resnet_func.models.layers import NORM_EPS
+from resnet_func.per_sample.intercept import Calls, Interception
 from resnet_func.testing.assertions import named_leaves
 from resnet_func.types import Model, Params, State
 
@@ -112,19 +114,16 @@ def bits(case: Exact) -> int:
     params = tree.map(torch.abs, case.params)
     state = tree.map_with_path(lambda p, s: -s.abs() if p.endswith("mean") else s, case.state)
     unsigned = Exact(case.model, params, state, case.x.abs(), case.y.abs())
-    tapped = tree.merge(params, tree.unflatten({f"{p}.tap": torch.zeros(()) for p in _tappable(params)}))
-    logits, inputs = case.model.apply(tapped, state, unsigned.x, train=False)
+    calls = Calls(tree.flatten(params), tree.leaves(state), len(unsigned.x), edges=False)
+    with Interception(calls):
+        logits, _ = case.model.apply(params, state, unsigned.x, train=False)
+    inputs = [call.args[0] for call in calls.calls if call.func in (torch.conv2d, F.linear)]
     grads = unsigned.grads(unsigned.x, unsigned.y)
-    largest = max(leaf.max().item() for leaf in [logits, *tree.leaves(inputs), *tree.leaves(grads)])
+    largest = max(leaf.max().item() for leaf in [logits, *inputs, *tree.leaves(grads)])
     halvings = sum(path.endswith("running_var") for path in named_leaves(state))
     pixels = case.x.shape[2] * case.x.shape[3]
     # one more: what a BatchNorm halves was twice as large before
     return 1 + int(largest * pixels).bit_length() + halvings
-
-
-def _tappable(params: Params) -> list[str]:
-    """Convolutions and linear layers."""
-    return [path.removesuffix(".weight") for path, leaf in tree.flatten(params).items() if leaf.ndim > 1]
 
 
 @st.composite

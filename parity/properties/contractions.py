@@ -133,6 +133,7 @@ def batch_statistics_have_no_per_sample_gradient(
     """Per-sample transforms refuse BatchNorm in training mode: they do not turn it into instance norm."""
     model, params, state = network
     transform = TRANSFORMS[name]
-    said = refusal(lambda: transform(model, cross_entropy, method=method, train=train)(params, state, *batch))
+    options: Any = {"method": method, "train": train, "check": False}
+    said = refusal(lambda: transform(model, cross_entropy, **options)(params, state, *batch))
     told = f"{name} by {method} with train={train}"
     assert "BatchNorm in training mode couples the samples" in said, f"{told}: {said or 'no error'}"

@@ -173,19 +173,6 @@ def groups_of_one_channel_are_batches_of_one_sample(shape: tuple[int, ...], seed
     near(layers.group_norm(GroupNorm(shape[1], shape[1]), params, x), torch.cat(alone), 1e-12)
 
 
-@prop(tolerance="bitwise", why="one kernel, other strides of its channels", shape=SHAPES, seed=SEEDS)
-def a_weight_for_each_sample_is_each_samples_weight(shape: tuple[int, ...], seed: int) -> None:
-    """Affine parameters `[N, C]` give what each sample gets from its row, in both norms."""
-    (spec, _, x), (_, state, _) = group_norm_case(shape, seed), batch_norm_case(shape, seed)
-    params = {name: normal(*shape[:2], seed=seed + i) for i, name in enumerate(("weight", "bias"))}
-    rows = [{name: leaf[i] for name, leaf in params.items()} for i in range(shape[0])]
-    samples = list(zip(rows, x.split(1), strict=True))
-    grouped = torch.cat([layers.group_norm(spec, row, sample) for row, sample in samples])
-    assert_trees_equal(layers.group_norm(spec, params, x), grouped)
-    evaluated = torch.cat([layers.batch_norm(row, state, sample, train=False)[0] for row, sample in samples])
-    assert_trees_equal(layers.batch_norm(params, state, x, train=False)[0], evaluated)
-
-
 # --------------------------------------------------------------------------- weight standardisation
 
 FILTERS = st.tuples(st.integers(1, 5), st.integers(1, 4), st.just(3), st.just(3))

@@ -14,7 +14,7 @@ from parity.properties.cases import batches, near, networks
 from parity.properties.table import needs, prop
 from resnet_func import tree
 from resnet_func.testing import Batch, Network
-from resnet_func.types import Params
+from resnet_func.types import Model, Params, State
 
 ROUNDING = "the same sums in another order, in float64"
 NETWORKS, BATCHES = networks(), batches(samples=st.integers(2, 3))
@@ -25,10 +25,10 @@ def bounded_loss(logits: Tensor, y: Tensor) -> Tensor:
     return (logits - torch.eye(logits.shape[1], dtype=logits.dtype)[y]).square().log1p().sum(1)
 
 
-def of(transform: Any, network: Network, x: Tensor, y: Tensor, **options: Any) -> Any:
-    """A transform of `rf.per_sample`, applied in evaluation."""
+def of(transform: Any, network: tuple[Model, Params, State], x: Tensor, y: Tensor, **options: Any) -> Any:
+    """A transform of `rf.per_sample`, in evaluation; it is these properties that are to find its bugs."""
     model, params, state = network
-    return transform(model, bounded_loss, train=False, **options)(params, state, x, y)
+    return transform(model, bounded_loss, train=False, check=False, **options)(params, state, x, y)
 
 
 grads = partial(of, rf.per_sample.grads)
@@ -83,7 +83,7 @@ def clipped_sums_clip_each_gradient(network: Network, batch: Batch, share: float
 def gram_matrices_are_products_of_gradients(network: Network, one: Batch, size: int) -> None:
     """`per_sample.gram` holds the products of every two samples' gradients, of two batches too."""
     model, params, state = network
-    gram = rf.per_sample.gram(model, bounded_loss, train=False)
+    gram = rf.per_sample.gram(model, bounded_loss, train=False, check=False)
     rows = flat_grads(network, one)
     near(gram(params, state, tuple(one), tuple(one)), rows @ rows.T, 1e-10)
     other = (one.x[:1].flip(3).repeat(size, 1, 1, 1), one.y[:1].repeat(size))

@@ -39,7 +39,7 @@ from resnet_func.testing import Batch, Network, assert_trees_close, assert_trees
 def output_sizes_follow_the_formula(spec: Conv, more: int) -> None:
     """`Conv.output_size` is the size of what `conv2d` returns, for odd and even sizes."""
     size = spec.dilation * (spec.kernel - 1) + 1 + more
-    y, _ = layers.conv2d(spec, {"weight": torch.ones(spec.weight_shape)}, torch.zeros(1, 1, size, size + 1))
+    y = layers.conv2d(spec, {"weight": torch.ones(spec.weight_shape)}, torch.zeros(1, 1, size, size + 1))
     assert y.shape[2:] == (spec.output_size(size), spec.output_size(size + 1))
 
 

@@ -1,13 +1,6 @@
 """Layers as pure functions: `layer(spec, params, state, x, train=) -> (y, state)`.
 
 A spec is a layer's frozen hyper-parameters; `init_layer` makes its parameters and state from it.
-
-Taps and captures: where a convolution's or a linear layer's params hold a leaf "tap", it is added to the
-output, and the layer's input comes back in its state as "input". The gradient with respect to the tap is then
-the cotangent of the output; without a tap nothing is added and nothing is captured.
-
-A normalisation layer takes its weight and bias as `[N, C]` too, one per sample: their gradient is then the
-per-sample gradient. The kernel is the same, given every sample's channels as channels of one sample.
 """
 
 from __future__ import annotations
@@ -90,9 +83,9 @@ def apply_layer(
     """Apply the layer a spec describes; layers without state return an empty one."""
     match spec:
         case Conv():
-            return conv2d(spec, params, x)
+            return conv2d(spec, params, x), {}
         case Linear():
-            return linear(params, x)
+            return linear(params, x), {}
         case BatchNorm():
             return batch_norm(params, state, x, train=train)
         case GroupNorm():
@@ -101,22 +94,15 @@ def apply_layer(
             return pad_shortcut(spec, x), {}
 
 
-def conv2d(spec: Conv, params: Params, x: Tensor) -> tuple[Tensor, State]:
-    """Convolve `x [N, c_in, H, W]`; a tap in `params` captures the input."""
+def conv2d(spec: Conv, params: Params, x: Tensor) -> Tensor:
+    """Convolve `x [N, c_in, H, W]`."""
     weight = standardize(params["weight"]) if spec.standardize else params["weight"]
-    y = F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)
-    return _tapped(params, x, y)
+    return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)
 
 
-def linear(params: Params, x: Tensor) -> tuple[Tensor, State]:
-    """`x @ weight.T + bias` for `x [N, c_in]`; a tap in `params` captures the input."""
-    return _tapped(params, x, F.linear(x, params["weight"], params["bias"]))
-
-
-def _tapped(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, State]:
-    if "tap" not in params:
-        return y, {}
-    return y + params["tap"].to(y.dtype), {"input": x}  # a wider tap would widen the network
+def linear(params: Params, x: Tensor) -> Tensor:
+    """`x @ weight.T + bias` for `x [N, c_in]`."""
+    return F.linear(x, params["weight"], params["bias"])
 
 
 def standardize(weight: Tensor) -> Tensor:
@@ -132,8 +118,6 @@ def batch_norm(params: Params, state: State, x: Tensor, *, train: bool) -> tuple
     """
     # F.batch_norm updates the statistics in place: give it copies, so that the caller's stay as they are
     mean, var = state["running_mean"], state["running_var"]
-    if params["weight"].ndim == 2:
-        return _batch_norm_by_sample(params, mean, var, x, train=train), state
     if train:
         mean, var = mean.clone(), var.clone()
     y = F.batch_norm(x, mean, var, params["weight"], params["bias"], train, BATCH_NORM_MOMENTUM, NORM_EPS)
@@ -143,30 +127,8 @@ def batch_norm(params: Params, state: State, x: Tensor, *, train: bool) -> tuple
     return y, {"running_mean": mean, "running_var": var, "num_batches_tracked": seen}
 
 
-def _batch_norm_by_sample(params: Params, mean: Tensor, var: Tensor, x: Tensor, *, train: bool) -> Tensor:
-    """Running statistics and weight, bias `[N, C]`."""
-    if train:
-        raise ValueError(
-            "batch statistics couple samples: a per-sample weight [N, C] needs running statistics. "
-            "Use train=False, or a model with norm='group'"
-        )
-    n, c = x.shape[:2]
-    weight, bias = params["weight"].reshape(-1), params["bias"].reshape(-1)
-    folded = x.reshape(1, n * c, *x.shape[2:])
-    y = F.batch_norm(
-        folded, mean.repeat(n), var.repeat(n), weight, bias, False, BATCH_NORM_MOMENTUM, NORM_EPS
-    )
-    return y.reshape(x.shape)
-
-
 def group_norm(spec: GroupNorm, params: Params, x: Tensor) -> Tensor:
     """Group normalisation of `x [N, C, H, W]`."""
-    if params["weight"].ndim == 2:
-        n, c = x.shape[:2]
-        weight, bias = params["weight"].reshape(-1), params["bias"].reshape(-1)
-        folded = x.reshape(1, n * c, *x.shape[2:])
-        # not F.group_norm, which refuses one value per group where it sees one sample
-        return torch.group_norm(folded, n * spec.groups, weight, bias, NORM_EPS).reshape(x.shape)
     return F.group_norm(x, spec.groups, params["weight"], params["bias"], NORM_EPS)
 
 

@@ -107,19 +107,22 @@ def totals(rows: Sequence[LayerRow]) -> Totals:
 
 
 class _Recorder(TorchFunctionMode):
-    """Records the shape of what each marked leaf's call returns: the output of the leaf's layer."""
+    """Records the shape of what the call returns in which a leaf, or what derives from it, meets the images."""
 
-    def __init__(self, marks: dict[str, Tensor]) -> None:
+    def __init__(self, leaves: dict[str, Tensor]) -> None:
         super().__init__()
-        self.paths = {id(leaf): path for path, leaf in marks.items()}
+        self.paths: dict[Tensor, str] = {leaf: path for path, leaf in leaves.items()}
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        y = func(*args, **kwargs)
-        for arg in (*args, *kwargs.values()):
-            if id(arg) in self.paths and isinstance(y, Tensor):
-                self.shapes[self.paths[id(arg)]] = tuple(y.shape[1:])
+        y = func(*args, **(kwargs or {}))
+        tensors = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, Tensor)]
+        paths = {self.paths[tensor] for tensor in tensors if tensor in self.paths}
+        if len(paths) == 1 and all(tensor in self.paths for tensor in tensors):  # a standardised weight, say
+            made = y if isinstance(y, tuple) else (y,)
+            self.paths |= {one: next(iter(paths)) for one in made if isinstance(one, Tensor)}
+        elif isinstance(y, Tensor):
+            self.shapes |= dict.fromkeys(paths, tuple(y.shape[1:]))
         return y
 
 
@@ -132,15 +135,10 @@ def _output_shapes(
     image_size: int,
 ) -> dict[str, tuple[int, ...]]:
     """Each layer's output shape for one image: [C, H, W], or [C] for a linear layer."""
-    tapped = [path for path, spec in specs.items() if isinstance(spec, Conv | Linear)]
-    taps = {path: torch.zeros(()) for path in tapped}
-    # A tap is added to its layer's output. A norm takes no tap, but its weight enters nowhere but in its call
-    # (a convolution's may be standardised first).
     flat = tree.flatten(params)
-    norms = {path: flat[f"{path}.weight"] for path in specs if path not in taps and f"{path}.weight" in flat}
-    params = tree.merge(params, tree.unflatten({f"{path}.tap": tap for path, tap in taps.items()}))
+    weights = {path: flat[f"{path}.weight"] for path in specs if f"{path}.weight" in flat}
     images = torch.zeros(0, config.in_channels, image_size, image_size)
-    with _Recorder(taps | norms) as recorder:
+    with _Recorder(weights) as recorder:
         model.apply(params, state, images, train=False)
     return recorder.shapes
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
 from resnet_func.types import Images, Logits, Model, Params, State
 
@@ -153,11 +153,10 @@ class _Convolutions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.conv2d:
             return func(*args, **kwargs)
-        return _convolution(self.products, *args, **kwargs)
+        return convolution(*args, **kwargs, products=self.products)
 
 
-def _convolution(
-    products: bool,
+def convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -165,12 +164,20 @@ def _convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    *,
+    products: bool = False,
 ) -> Tensor:
-    """`F.conv2d`, whose parameters the others are; with `products` a 1x1 convolution may be one."""
+    """`F.conv2d` by minimal filtering where that is cheaper; with `products` a 1x1 convolution may be one.
+
+    A `TorchFunctionMode` around it sees this one call, not what it is made of.
+    """
+    if has_torch_function_variadic(input, weight):
+        where = (input, weight, bias, stride, padding, dilation, groups)
+        return handle_torch_function(convolution, (input, weight), *where, products=products)
     y = None
     suited = input.ndim == weight.ndim == 4 and input.shape[1] == weight.shape[1] and groups == 1
     exact = input.dtype in (torch.float32, torch.float64) and input.dtype == weight.dtype
-    if suited and exact and not torch.is_autocast_enabled(input.device.type):
+    if suited and exact and not isinstance(padding, str) and not torch.is_autocast_enabled(input.device.type):
         form = (*weight.shape[2:], *_pair(padding), *_pair(dilation))
         if form == (3, 3, 1, 1, 1, 1) and _pair(stride) == (1, 1):
             tile = cheapest_tile(len(input), input.shape[1], len(weight), *input.shape[2:])

@@ -4,17 +4,19 @@
     ps = rf.per_sample
     ps.norms(model, rf.losses.cross_entropy)(params, state, x, y)    # [N]
 
-Taps go in, captures come out (`capture`), and are contracted layer by layer (`contract`, as `plan` says).
+For any network: the calls of its forward pass are intercepted (`intercept`), one backward pass gives the
+cotangents of their outputs (`capture`), `layer_factors` knows the kinds of layers, and `contract` makes of a
+layer's input and cotangent what is wanted, as `plan` says.
 """
 
-from resnet_func.per_sample.dataset import reduce
+from resnet_func.per_sample.dataset import over_dataset
 from resnet_func.per_sample.engine import detect_nonfinite
 from resnet_func.per_sample.inner_products import gram, layer_grams, ntk
 from resnet_func.per_sample.noise_scale import Moments, NoiseScale
 from resnet_func.per_sample.plan import Plan, plan
 from resnet_func.per_sample.projections import sketch_quantity
 from resnet_func.per_sample.quantity import Quantity
-from resnet_func.per_sample.transforms import clipped_sum, grads, layer_norms, moments, norms, sketch
+from resnet_func.per_sample.transforms import clipped_sum, dot, grads, layer_norms, moments, norms, sketch
 
 __all__ = [
     "Moments",
@@ -23,6 +25,7 @@ __all__ = [
     "Quantity",
     "clipped_sum",
     "detect_nonfinite",
+    "dot",
     "grads",
     "gram",
     "layer_grams",
@@ -30,8 +33,8 @@ __all__ = [
     "moments",
     "norms",
     "ntk",
+    "over_dataset",
     "plan",
-    "reduce",
     "sketch",
     "sketch_quantity",
 ]

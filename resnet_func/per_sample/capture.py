@@ -1,28 +1,37 @@
-"""Taps in, captures out: one ordinary backward pass that leaves every layer's factors behind.
+"""One ordinary backward pass that leaves every leaf's factors behind, for any network.
 
-A tap is a zero added to a layer's output; its gradient is the output's cotangent. The forward pass returns
-each tapped layer's input beside the logits. Normalisation weights and biases get one copy per sample, `[N,
-C]`, whose gradients are the per-sample gradients. No weight gradient is computed.
+The forward pass runs under `intercept.Interception`, and the backward pass is asked for the gradients of the
+calls' outputs, not of the leaves: no weight gradient is computed. `layer_factors` makes factors of the calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.func import debug_unwrap
 
 from resnet_func import tree
-from resnet_func.autodiff import value_and_grad
-from resnet_func.models.config import ResNetConfig
-from resnet_func.models.layers import BatchNorm, Conv, GroupNorm, LayerSpec, Linear
-from resnet_func.models.resnet import layer_specs
-from resnet_func.per_sample.contract import ConvFactors, Direct, Factors, LinearFactors
+from resnet_func.autodiff import is_differentiated
+from resnet_func.losses import check_per_sample
+from resnet_func.per_sample import layer_factors
+from resnet_func.per_sample.contract import ConvFactors, Derived, Direct, Factors, Several
+from resnet_func.per_sample.intercept import Call, Calls, Interception, derivation, substitute, tensors_of
 from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State
 
 # Says of a leaf's dotted path whether it is trained.
 Trainable: TypeAlias = Callable[[str], bool]
+
+
+class Batch(NamedTuple):
+    """A batch with its views folded in: leaves lead with `views * N`, views first."""
+
+    x: Any
+    y: Any
+    samples: int
+    views: int
 
 
 class Captured(NamedTuple):
@@ -34,157 +43,211 @@ class Captured(NamedTuple):
 
     losses: PerSample
     logits: Logits
-    targets: Tensor
+    targets: Any
     factors: dict[str, Factors]
     views: int
 
 
-def capture(
-    model: Model,
-    loss_fn: LossFn,
-    trainable: Trainable,
-    params: Params,
-    state: State,
-    x: Tensor,
-    y: Tensor,
-) -> Captured:
-    """The factors of every trainable leaf, for `x [N, views, C, H, W]` and `y [N, ...]`.
+class Task(NamedTuple):
+    """What is differentiated: the loss of a network, with respect to its trainable leaves."""
+
+    model: Model
+    loss_fn: LossFn
+    trained: dict[str, Tensor]
+    frozen: dict[str, Tensor]
+    state: State
+
+
+def make_task(model: Model, loss_fn: LossFn, trainable: Trainable, params: Params, state: State) -> Task:
+    """Split the leaves; a frozen one costs nothing."""
+    flat = tree.flatten(params)
+    trained = {path: leaf for path, leaf in flat.items() if trainable(path)}
+    if flat and not trained:
+        shown = ", ".join(list(flat)[:3])
+        raise ValueError(f"trainable selects no leaf; the leaves are {shown}, ... ({len(flat)} in all)")
+    return Task(
+        model, loss_fn, trained, {path: leaf for path, leaf in flat.items() if path not in trained}, state
+    )
+
+
+def capture(task: Task, batch: Batch) -> Captured:
+    """The factors of every trainable leaf.
 
     Running statistics are used, never updated. The result can be differentiated where the losses are being
     differentiated; otherwise the backward pass keeps no graph.
+
+    Raises:
+        ValueError: the loss is not per-sample, samples are coupled, or a leaf is used in a way that cannot be
+            followed.
     """
-    if model.config is None:
-        raise ValueError("capture needs a model whose layers it knows; for a module use method='vmap'")
-    specs = trained_specs(model.config, trainable)
-    n, views = x.shape[:2]
-    x, y = fold_views(x, y)
-    flat = tree.flatten(params)
-    taps = _make_taps(model.config, specs, flat, x, n)
-
-    def run(taps: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        tapped = {path: _each_view(leaf, path, views) for path, leaf in taps.items()}
-        logits, out_state = model.apply(tree.unflatten({**flat, **tapped}), state, x, train=False)
-        inputs = {path: leaf for path, leaf in tree.flatten(out_state).items() if path.endswith(".input")}
-        losses = loss_fn(logits, y)
-        check_losses(losses, x.shape[0])
-        return losses.reshape(views, n).mean(0), (logits, inputs)
-
-    losses, gradients, (logits, inputs) = value_and_grad(run, taps)
-    factors = _collect(specs, flat, inputs, gradients, views)
-    return Captured(losses, logits, y, {path: factors[path] for path in flat if path in factors}, views)
+    passed = _by_taps(task, batch) if torch.compiler.is_compiling() else _by_edges(task, batch)
+    factors = _collect(task, batch, passed)
+    return Captured(passed.losses, passed.logits, batch.y, factors, batch.views)
 
 
-def fold_views(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """`x [N, views, ...]` as `[views * N, ...]`, views first, with each view's target beside it."""
-    views = x.shape[1]
-    if views == 1:
-        return x[:, 0], y
-    return x.transpose(0, 1).flatten(0, 1), y.repeat(views, *[1] * (y.ndim - 1))
+class _Pass(NamedTuple):
+    """A forward and a backward pass.
+
+    `tensors` are the tensors of every call, `cotangents` the gradients of their outputs.
+    """
+
+    calls: Calls
+    losses: Tensor
+    logits: Tensor
+    tensors: list[list[Tensor]]
+    cotangents: list[Tensor]
 
 
-def check_losses(losses: Tensor, n: int) -> None:
-    """Refuse a loss that is not per-sample."""
-    if losses.shape != (n,):
-        raise ValueError(
-            f"loss_fn must return one loss per sample, [{n}]; got {list(losses.shape)}. "
-            "Leave out the reduction, as in F.cross_entropy(..., reduction='none')"
-        )
+def _forward(task: Task, batch: Batch, trained: dict[str, Tensor], calls: Calls) -> tuple[Tensor, Tensor]:
+    """Losses `[N]` and logits."""
+    params = tree.unflatten({**task.frozen, **trained})
+    with Interception(calls):
+        logits, _ = task.model.apply(params, task.state, batch.x, train=False)
+    losses = task.loss_fn(logits, batch.y)
+    check_per_sample(losses, batch.samples * batch.views)
+    return losses.reshape(batch.views, batch.samples).mean(0), logits
 
 
-def trained_specs(config: ResNetConfig, trainable: Trainable) -> dict[str, tuple[LayerSpec, tuple[str, ...]]]:
-    """Each layer with something to train: its spec, and the names of its trained leaves."""
-    specs = {}
-    for path, spec in tree.flatten(layer_specs(config)).items():
-        names = tuple(name for name in _leaf_names(spec) if trainable(f"{path}.{name}"))
-        if names:
-            specs[path] = (spec, names)
-    return specs
+def losses_of(task: Task, batch: Batch, trained: dict[str, Tensor]) -> Tensor:
+    """Losses `[N]` as a function of the trained leaves, with the same refusals as `capture`'s."""
+    return _forward(task, batch, trained, _make_calls(task, batch, trained, edges=False))[0]
 
 
-def _leaf_names(spec: LayerSpec) -> tuple[str, ...]:
-    if isinstance(spec, Conv):
-        return ("weight",)
-    return ("weight", "bias") if isinstance(spec, Linear | GroupNorm | BatchNorm) else ()
+def _make_calls(task: Task, batch: Batch, trained: dict[str, Tensor], **more: Any) -> Calls:
+    constants = [*task.frozen.values(), *tree.leaves(task.state)]
+    return Calls(trained, constants, batch.samples * batch.views, **more)
 
 
-def _make_taps(
-    config: ResNetConfig,
-    specs: Mapping[str, tuple[LayerSpec, tuple[str, ...]]],
-    params: Mapping[str, Tensor],
-    x: Tensor,
-    n: int,
-) -> dict[str, Tensor]:
-    """The leaves to differentiate: taps of convolutions and linear layers, copies `[N, C]` of affine ones."""
-    sizes = output_sizes(config, x.shape[2], x.shape[3])
-    zero = x.new_zeros((), dtype=_output_dtype(x))  # stride 0 when expanded: a tap takes no memory
-    taps = {}
-    for path, (spec, _) in specs.items():
-        if isinstance(spec, Conv):
-            taps[f"{path}.tap"] = zero.expand(x.shape[0], spec.c_out, *sizes[path])
-        elif isinstance(spec, Linear):
-            taps[f"{path}.tap"] = zero.expand(x.shape[0], spec.c_out)
-        else:
-            # one copy per sample of both, even where one is frozen: its gradient is simply not used
-            for name in ("weight", "bias"):
-                leaf = params[f"{path}.{name}"]
-                taps[f"{path}.{name}"] = leaf.expand(n, *leaf.shape)
-    return taps
+def _by_edges(task: Task, batch: Batch) -> _Pass:
+    """By the gradient edges of the calls' outputs: nothing is added to the network."""
+    made: list[Calls] = []
+
+    def run(trained: dict[str, Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
+        calls = _make_calls(task, batch, trained)
+        made.append(calls)
+        losses, logits = _forward(task, batch, trained, calls)
+        met = _met(calls)
+        unmet = [leaf for path, leaf in trained.items() if path not in met]
+        value = losses.sum()
+        outputs = calls.outputs()
+        found = _gradients(value, [*[output.edge for output in outputs], *unmet])
+        unseen = zip(_unmet(trained, met), found[len(outputs) :], strict=True)
+        hidden = [path for path, grad in unseen if grad is not None]
+        if hidden:
+            raise ValueError(
+                f"the loss depends on {', '.join(hidden)} in a way that cannot be followed. "
+                "Use method='vmap', or leave it out by trainable="
+            )
+        cotangents = [
+            torch.zeros(output.shape, dtype=output.dtype, device=value.device) if grad is None else grad
+            for output, grad in zip(outputs, found, strict=False)
+        ]
+        tensors = [tensors_of(call.args, call.kwargs) for call in calls.calls]
+        return value, (losses, logits, tensors, cotangents)
+
+    _, _, (losses, logits, tensors, cotangents) = torch.func.vjp(run, task.trained, has_aux=True)  # type: ignore[misc]
+    return _Pass(made[0], losses, logits, tensors, cotangents)
 
 
-def _output_dtype(x: Tensor) -> torch.dtype:
-    """What a convolution of `x` returns: autocast's dtype where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+def _gradients(value: Tensor, wanted: list[Any]) -> tuple[Tensor | None, ...]:
+    if not wanted or not value.requires_grad:
+        return (None,) * len(wanted)
+    differentiable = is_differentiated(debug_unwrap(value, recurse=False))
+    return torch.autograd.grad(value, wanted, allow_unused=True, create_graph=differentiable)
 
 
-def _each_view(leaf: Tensor, path: str, views: int) -> Tensor:
-    """A per-sample copy `[N, C]` repeated for every view; taps have all views already."""
-    return leaf if views == 1 or path.endswith(".tap") else leaf.repeat(views, 1)
+def _by_taps(task: Task, batch: Batch) -> _Pass:
+    """By zeros added to the calls' outputs, which a compiler can trace; their shapes come from a forward pass
+    of which nothing else is used, so that no code is generated for it."""
+    trained = {
+        path: leaf.view_as(leaf) for path, leaf in task.trained.items()
+    }  # one tensor may have two names
+    shapes = _make_calls(task, batch, trained, edges=False)
+    _forward(task, batch, trained, shapes)
+    first = next(iter(trained.values()))
+    taps = [first.new_zeros((), dtype=out.dtype).expand(out.shape) for out in shapes.outputs()]
+    made: list[Calls] = []
+
+    def run(taps: list[Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
+        calls = _make_calls(task, batch, trained, taps=taps)
+        made.append(calls)
+        losses, logits = _forward(task, batch, trained, calls)
+        tensors = [tensors_of(call.args, call.kwargs) for call in calls.calls]
+        return losses.sum(), (losses, logits, tensors)
+
+    value, pullback, (losses, logits, tensors) = torch.func.vjp(run, taps, has_aux=True)  # type: ignore[misc]
+    (cotangents,) = pullback(torch.ones_like(value))
+    return _Pass(made[0], losses, logits, tensors, cotangents)
 
 
-def _collect(
-    specs: Mapping[str, tuple[LayerSpec, tuple[str, ...]]],
-    params: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    views: int,
-) -> dict[str, Factors]:
-    factors: dict[str, Factors] = {}
-    for path, (spec, names) in specs.items():
-        if isinstance(spec, Conv):
-            a, g = inputs[f"{path}.input"], gradients[f"{path}.tap"]
-            factors[f"{path}.weight"] = ConvFactors(spec, params[f"{path}.weight"], a, g, views)
-        elif isinstance(spec, Linear):
-            weight = params[f"{path}.weight"]
-            # small, and narrower under autocast: compute in the parameters' dtype
-            a, g = (t.to(weight.dtype) for t in (inputs[f"{path}.input"], gradients[f"{path}.tap"]))
-            if "weight" in names:
-                factors[f"{path}.weight"] = LinearFactors(weight, a, g, views)
-            if "bias" in names:
-                factors[f"{path}.bias"] = Direct(g.reshape(views, -1, spec.c_out).sum(0))
-        else:
-            factors |= {f"{path}.{name}": Direct(gradients[f"{path}.{name}"]) for name in names}
-    return factors
+def _met(calls: Calls) -> set[str]:
+    return {path for call in calls.calls for _, source in call.parameters for path in source.paths}
 
 
-def output_sizes(config: ResNetConfig, height: int, width: int) -> dict[str, tuple[int, int]]:
-    """The output pixels `(height, width)` of every convolution, for images of the given size."""
-    specs: dict[str, Any] = layer_specs(config)
-    size = _through(specs["conv1"], (height, width))
-    sizes = {"conv1": size}
-    if config.stem == "imagenet":
-        size = ((size[0] - 1) // 2 + 1, (size[1] - 1) // 2 + 1)  # 3x3 max-pool, stride 2, padding 1
-    for stage in [name for name in specs if name.startswith("layer")]:
-        for index, block in specs[stage].items():
-            inner = size
-            for name, spec in block.items():
-                if isinstance(spec, Conv):
-                    inner = sizes[f"{stage}.{index}.{name}"] = _through(spec, inner)
-                elif isinstance(spec, dict):
-                    sizes[f"{stage}.{index}.{name}.0"] = _through(spec["0"], size)
-            size = inner
-    return sizes
+def _unmet(trained: dict[str, Tensor], met: set[str]) -> list[str]:
+    return [path for path in trained if path not in met]
 
 
-def _through(spec: Conv, size: tuple[int, int]) -> tuple[int, int]:
-    return (spec.output_size(size[0]), spec.output_size(size[1]))
+# --------------------------------------------------------------------------- factors
+
+
+def _collect(task: Task, batch: Batch, passed: _Pass) -> dict[str, Factors]:
+    """Every leaf's factors, from all calls that it has a part in."""
+    parts: dict[str, list[Factors]] = {path: [] for path in task.trained}
+    start = 0
+    for call, tensors in zip(passed.calls.calls, passed.tensors, strict=True):
+        cotangents = passed.cotangents[start : start + len(call.outputs)]
+        start += len(cotangents)
+        _add_call(task, batch, passed.calls, call, tensors, cotangents, parts)
+    return {path: _as_one(task.trained[path], found, batch.samples) for path, found in parts.items()}
+
+
+def _add_call(
+    task: Task,
+    batch: Batch,
+    calls: Calls,
+    call: Call,
+    tensors: list[Tensor],
+    cotangents: list[Tensor],
+    parts: dict[str, list[Factors]],
+) -> None:
+    inside = tensors_of(call.args, call.kwargs)
+    values = dict(zip(inside, tensors, strict=True))
+    args, kwargs = substitute((call.args, call.kwargs), values)
+    batched = [values[tensor] for tensor in values if tensor not in calls.sources]
+    parameters = [values[tensor] for tensor, _ in call.parameters]
+    layer = layer_factors.Layer(
+        call.func, args, kwargs, parameters, batched, call.indices, cotangents, batch.samples, batch.views
+    )
+    found = layer_factors.factors_of_layer(layer)
+    for tensor, source in call.parameters:
+        factors = found[values[tensor]]
+        for path in source.paths:
+            leaf = task.trained[path]
+            if source.step < 0:
+                parts[path].append(factors)
+            else:
+                derive = derivation(calls, tensor, source, path, task.trained)
+                parts[path].append(Derived(derive, leaf, factors))
+
+
+def _as_one(leaf: Tensor, parts: list[Factors], samples: int) -> Factors:
+    if not parts:  # the loss does not depend on it
+        return Direct(leaf.new_zeros(()).expand(samples, *leaf.shape))
+    alike = parts[0]
+    for part in parts[1:]:
+        joined = _as_views(alike, part)
+        if joined is None:
+            return Several(leaf, tuple(parts))
+        alike = joined
+    return alike
+
+
+def _as_views(a: Factors, b: Factors) -> ConvFactors | None:
+    """Two uses of a weight that differ in their images only are two views of each sample."""
+    if not (isinstance(a, ConvFactors) and isinstance(b, ConvFactors)) or a.spec != b.spec:
+        return None
+    if a.inputs.shape[1:] != b.inputs.shape[1:] or a.cotangents.dtype != b.cotangents.dtype:
+        return None
+    inputs, cotangents = torch.cat([a.inputs, b.inputs]), torch.cat([a.cotangents, b.cotangents])
+    return ConvFactors(a.spec, a.weight, inputs, cotangents, a.views + b.views)

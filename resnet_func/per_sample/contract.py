@@ -1,27 +1,27 @@
-"""Contractions: what one layer's captured `(input, cotangent)` pairs say about its per-sample gradients.
+"""Contractions: what one leaf's captured `(input, cotangent)` pairs say about its per-sample gradients.
 
-A trainable leaf is seen through its factors. For a convolution or a linear layer they are the layer's input
-and the cotangent of its output; for small leaves (biases, normalisation affine) the per-sample gradient
-itself.
+A trainable leaf is seen through its factors: for a convolution or a linear layer the layer's input and the
+cotangent of its output; for small leaves (biases, normalisation affine) the per-sample gradient itself.
 
-Samples may come in several views (augmentation multiplicity). The leading dimension of every factor is then
-`views * N`, views first, so that a sample's views fold into the pixels it is summed over anyway.
+Samples may come in several views (augmentation multiplicity, or a weight that is used several times alike).
+The leading dimension of every factor is then `views * N`, views first, so that a sample's views fold into the
+pixels it is summed over anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from resnet_func.models.layers import Conv, standardize
 from resnet_func.per_sample import ghost
+from resnet_func.per_sample.ghost import ConvSpec
 
 # "ghost": pixel Gram matrices, no gradient is formed. "materialize": form [N, *shape], use it, drop it.
 # "keep": form it and hold on to it, where a second look at it is to come.
@@ -32,9 +32,13 @@ MAX_ELEMENTS = 2**25
 
 
 class ConvFactors(NamedTuple):
-    """A convolution's weight: input `[views * N, c_in, H, W]`, cotangent `[views * N, c_out, Ho, Wo]`."""
+    """A convolution's weight: input `[views * N, c_in, *pixels]`, cotangent `[views * N, c_out, *pixels]`.
 
-    spec: Conv
+    A linear layer over positions is a convolution whose kernel is one pixel; `weight` has the leaf's own
+    shape.
+    """
+
+    spec: ConvSpec
     weight: Tensor
     inputs: Tensor
     cotangents: Tensor
@@ -50,33 +54,85 @@ class LinearFactors(NamedTuple):
     views: int
 
 
+class EmbeddingFactors(NamedTuple):
+    """An embedding's weight: indices `[views * N, T]`, cotangent `[views * N, T, dim]`."""
+
+    weight: Tensor
+    inputs: Tensor
+    cotangents: Tensor
+    views: int
+
+
+class CallFactors(NamedTuple):
+    """The weight of any other call: `function(weight, *inputs)`, a tuple of tensors.
+
+    All of `inputs`, of what it returns and of `cotangents` lead with `views * N`.
+    """
+
+    function: Callable[..., tuple[Tensor, ...]]
+    weight: Tensor
+    inputs: tuple[Tensor, ...]
+    cotangents: tuple[Tensor, ...]
+    views: int
+
+
+class Derived(NamedTuple):
+    """A leaf that the network uses only through `derive(leaf)`: the factors of what derives from it."""
+
+    derive: Callable[[Tensor], Tensor]
+    weight: Tensor
+    factors: Any  # Factors; a recursive name is no NamedTuple's
+
+
+class Several(NamedTuple):
+    """A leaf that is used in several ways, whose contributions add up."""
+
+    weight: Tensor
+    parts: tuple[Any, ...]  # of Factors
+
+
 class Direct(NamedTuple):
     """A leaf whose per-sample gradients `[N, *shape]` are there already."""
 
     grads: Tensor
 
 
-Factors: TypeAlias = ConvFactors | LinearFactors | Direct
+Factors: TypeAlias = ConvFactors | LinearFactors | EmbeddingFactors | CallFactors | Derived | Several | Direct
 
 
 # --------------------------------------------------------------------------- per-sample gradients
 
 
 def grads(factors: Factors) -> Float[Tensor, "n ..."]:
-    """Per-sample gradients `[N, *shape]` of a leaf."""
-    if isinstance(factors, ConvFactors):
-        return _conv_grads(factors).to(factors.weight.dtype)  # under autocast the cotangent is narrower
-    if isinstance(factors, LinearFactors):
-        g, a = (split_views(t, factors.views) for t in (factors.cotangents, factors.inputs))
-        return torch.einsum("kno,kni->noi", g, a)
-    return factors.grads
+    """Per-sample gradients `[N, *shape]` of a leaf, in its dtype (under autocast cotangents are narrower)."""
+    if isinstance(factors, Direct):
+        return factors.grads
+    return _grads(factors).to(factors.weight.dtype)
+
+
+def _grads(factors: Factors) -> Tensor:
+    match factors:
+        case ConvFactors():
+            return _conv_grads(factors)
+        case LinearFactors():
+            a, g = _one_dtype(factors)
+            return torch.einsum("kno,kni->noi", split_views(g, factors.views), split_views(a, factors.views))
+        case EmbeddingFactors():
+            return _embedding_grads(factors)
+        case CallFactors():
+            return _call_grads(factors)
+        case Derived():
+            inner = grads(factors.factors)
+            pullback = torch.func.vjp(factors.derive, factors.weight)[1]
+            return torch.vmap(lambda grad: pullback(grad)[0])(inner)
+        case Several():
+            return _sum([grads(part) for part in factors.parts])
+        case Direct():
+            return factors.grads
 
 
 def _conv_grads(factors: ConvFactors) -> Tensor:
     """One grouped convolution backward, groups = N * groups; a product a sample where that is faster."""
-    if factors.spec.standardize:
-        plain = factors._replace(spec=replace(factors.spec, standardize=False))
-        return _through_standardize(factors, _conv_grads(plain))
     if _fits_product(factors):
         return _grads_by_product(factors)
     spec, views = factors.spec, factors.views
@@ -86,7 +142,7 @@ def _conv_grads(factors: ConvFactors) -> Tensor:
     a = a.reshape(views, n * spec.c_in, *a.shape[2:])
     c_out, *rest = spec.weight_shape
     weight = _weight_backward(spec, a, g, (n * c_out, *rest), n * spec.groups)
-    return weight.reshape(n, *spec.weight_shape)
+    return weight.reshape(n, *factors.weight.shape)
 
 
 def _fits_product(factors: ConvFactors) -> bool:
@@ -95,41 +151,68 @@ def _fits_product(factors: ConvFactors) -> bool:
     It does where patches are pixels, and where there are few of them: the patches of a sample are then
     smaller than its gradient, which a grouped convolution writes twice.
     """
-    spec, (height, width) = factors.spec, factors.cotangents.shape[2:]
-    pixels = spec.kernel == 1 and spec.padding == 0
-    return factors.views == 1 and (pixels or 2 * height * width <= spec.c_out // spec.groups)
+    spec = factors.spec
+    if spec.is_pointwise:
+        return True
+    positions = factors.views * prod(factors.cotangents.shape[2:])
+    return len(spec.kernel) == 2 and 2 * positions <= spec.c_out // spec.groups
 
 
 def _grads_by_product(factors: ConvFactors) -> Tensor:
-    """One matrix product over output pixels for every sample."""
-    spec, g = factors.spec, factors.cotangents
-    n = g.shape[0]
-    if spec.kernel == 1 and spec.padding == 0:
-        _, patches = ghost.seen(spec, factors.inputs)
+    """One matrix product over output pixels, of all views, for every sample."""
+    spec, g, views = factors.spec, factors.cotangents, factors.views
+    n = g.shape[0] // views
+    if spec.is_pointwise:
+        _, patches = ghost.subsample(spec, factors.inputs)
     else:
         patches = F.unfold(factors.inputs, spec.kernel, spec.dilation, spec.padding, spec.stride)
-    _, *rest = spec.weight_shape
-    patches = patches.reshape(n * spec.groups, prod(rest), -1).to(g.dtype)
-    g = g.reshape(n * spec.groups, spec.c_out // spec.groups, -1)
-    return torch.bmm(g, patches.transpose(1, 2)).reshape(n, *spec.weight_shape)
+    patches = _positions_by_sample(patches.flatten(2), views, spec.groups).to(g.dtype)
+    g = _positions_by_sample(g.flatten(2), views, spec.groups)
+    return torch.bmm(g, patches.transpose(1, 2)).reshape(n, *factors.weight.shape)
 
 
-def _weight_backward(spec: Conv, a: Tensor, g: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+def _positions_by_sample(x: Tensor, views: int, groups: int) -> Tensor:
+    """`[views * N, C, T]` as `[N * groups, C / groups, views * T]`."""
+    total, channels, positions = x.shape
+    n = total // views
+    if views == 1:
+        return x.reshape(n * groups, channels // groups, positions)
+    x = x.reshape(views, n * groups, channels // groups, positions).permute(1, 2, 0, 3)
+    return x.reshape(n * groups, channels // groups, views * positions)
+
+
+def _weight_backward(spec: ConvSpec, a: Tensor, g: Tensor, shape: Sequence[int], groups: int) -> Tensor:
     # the kernel looks at the weight's shape only: a stride-0 zero stands in for it
     weight = g.new_zeros(()).expand(shape)
-    side = [[spec.stride] * 2, [spec.padding] * 2, [spec.dilation] * 2]
+    where = [list(spec.stride), list(spec.padding), list(spec.dilation)]
     _, grad, _ = torch.ops.aten.convolution_backward(
-        g, a.to(g.dtype), weight, None, *side, False, [0, 0], groups, [False, True, False]
+        g, a.to(g.dtype), weight, None, *where, False, [0] * len(spec.kernel), groups, [False, True, False]
     )
     return grad
 
 
-def _through_standardize(factors: ConvFactors, weight_grads: Tensor) -> Tensor:
-    """Gradients `[..., *weight_shape]` of the standardised weight, pulled back to the weight."""
-    pullback = torch.func.vjp(standardize, factors.weight)[1]
-    if weight_grads.ndim == factors.weight.ndim:
-        return pullback(weight_grads)[0]
-    return torch.vmap(lambda grad: pullback(grad)[0])(weight_grads)
+def _embedding_grads(factors: EmbeddingFactors) -> Tensor:
+    n, (rows, dim) = num_samples(factors), factors.weight.shape
+    indices = split_views(factors.inputs, factors.views).transpose(0, 1).reshape(n, -1)
+    g = split_views(factors.cotangents, factors.views).transpose(0, 1).reshape(n, -1, dim)
+    return g.new_zeros(n, rows, dim).scatter_add(1, indices.unsqueeze(2).expand(g.shape), g)
+
+
+def _call_grads(factors: CallFactors) -> Tensor:
+    """The call's own derivative, once for every sample as a batch of one."""
+
+    def one(cotangents: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
+        alone = [x.unsqueeze(0) for x in inputs]
+        pullback = torch.func.vjp(lambda weight: factors.function(weight, *alone), factors.weight)[1]
+        return pullback(tuple([g.unsqueeze(0) for g in cotangents]))[0]
+
+    try:
+        by_view = torch.vmap(one)(factors.cotangents, *factors.inputs)
+    except RuntimeError as error:
+        raise ValueError(
+            f"a call of this network has no batching rule ({error}). Use method='loop' for this network"
+        ) from error
+    return split_views(by_view, factors.views).sum(0)
 
 
 def split_views(tensor: Tensor, views: int) -> Tensor:
@@ -137,21 +220,67 @@ def split_views(tensor: Tensor, views: int) -> Tensor:
     return tensor.reshape(views, tensor.shape[0] // views, *tensor.shape[1:])
 
 
+def _one_dtype(factors: LinearFactors) -> tuple[Tensor, Tensor]:
+    """Input and cotangent in the weight's dtype: they are small, and may be narrower under autocast."""
+    dtype = factors.weight.dtype
+    return factors.inputs.to(dtype), factors.cotangents.to(dtype)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
+
+
 # --------------------------------------------------------------------------- sums over samples
 
 
 def weighted_sum(factors: Factors, weights: Float[Tensor, "n"]) -> Tensor:
-    """`sum_i weights[i] * gradient[i]` of a leaf, in one ordinary weight pass."""
+    """`sum_i weights[i] * gradient[i]` of a leaf, in one ordinary weight pass.
+
+    Weights are multiplied in at least float32; the product is rounded to the cotangents' dtype.
+    """
     if isinstance(factors, Direct):
-        return torch.einsum("n,n...->...", weights.to(factors.grads.dtype), factors.grads)
-    g = factors.cotangents
-    g = g * weights.to(g.dtype).repeat(factors.views).reshape(-1, *[1] * (g.ndim - 1))
-    if isinstance(factors, LinearFactors):
-        return g.T @ factors.inputs
-    spec = factors.spec
-    total = _weight_backward(spec, factors.inputs, g, spec.weight_shape, spec.groups)
-    total = total.to(factors.weight.dtype)
-    return _through_standardize(factors, total) if spec.standardize else total
+        dtype = accumulation_dtype(factors.grads.dtype)
+        total = torch.einsum("n,n...->...", weights.to(dtype), factors.grads.to(dtype))
+        return total.to(factors.grads.dtype)
+    return _weighted_sum(factors, weights).to(factors.weight.dtype)
+
+
+def _weighted_sum(factors: Factors, weights: Tensor) -> Tensor:
+    match factors:
+        case Derived():
+            pullback = torch.func.vjp(factors.derive, factors.weight)[1]
+            return pullback(weighted_sum(factors.factors, weights))[0]
+        case Several():
+            return _sum([weighted_sum(part, weights) for part in factors.parts])
+        case Direct():
+            return weighted_sum(factors, weights)
+        case CallFactors():
+            by_view = weights.repeat(factors.views)
+            pullback = torch.func.vjp(lambda w: factors.function(w, *factors.inputs), factors.weight)[1]
+            return pullback(tuple([_scale_samples(g, by_view) for g in factors.cotangents]))[0]
+    g = _scale_samples(factors.cotangents, weights.repeat(factors.views))
+    match factors:
+        case ConvFactors():
+            spec = factors.spec
+            total = _weight_backward(spec, factors.inputs, g, spec.weight_shape, spec.groups)
+            return total.reshape(factors.weight.shape)
+        case LinearFactors():
+            a, g = _one_dtype(factors._replace(cotangents=g))
+            return g.T @ a
+        case EmbeddingFactors():
+            rows, dim = factors.weight.shape
+            return g.new_zeros(rows, dim).index_add(0, factors.inputs.flatten(), g.reshape(-1, dim))
+
+
+def _scale_samples(g: Tensor, weights: Tensor) -> Tensor:
+    weights = weights.reshape(-1, *[1] * (g.ndim - 1))
+    dtype = accumulation_dtype(g.dtype)
+    if dtype == g.dtype:
+        return g * weights.to(dtype)
+    return (g.to(dtype) * weights.to(dtype)).to(g.dtype)
 
 
 def masked(factors: Factors, keep: Tensor) -> Factors:
@@ -160,13 +289,31 @@ def masked(factors: Factors, keep: Tensor) -> Factors:
     def mask(tensor: Tensor, keep: Tensor) -> Tensor:
         return torch.where(keep.reshape(-1, *[1] * (tensor.ndim - 1)), tensor, 0)
 
-    if isinstance(factors, Direct):
-        return Direct(mask(factors.grads, keep))
+    match factors:
+        case Direct():
+            return Direct(mask(factors.grads, keep))
+        case Derived():
+            return factors._replace(factors=masked(factors.factors, keep))
+        case Several():
+            return factors._replace(parts=tuple([masked(part, keep) for part in factors.parts]))
+        case CallFactors():
+            keep = keep.repeat(factors.views)
+            both = factors.inputs, factors.cotangents
+            inputs, cotangents = (tuple([mask(x, keep) for x in tensors]) for tensors in both)
+            return factors._replace(inputs=inputs, cotangents=cotangents)
     keep = keep.repeat(factors.views)
-    return factors._replace(inputs=mask(factors.inputs, keep), cotangents=mask(factors.cotangents, keep))
+    inputs = factors.inputs if isinstance(factors, EmbeddingFactors) else mask(factors.inputs, keep)
+    return factors._replace(inputs=inputs, cotangents=mask(factors.cotangents, keep))
 
 
 # --------------------------------------------------------------------------- squared norms
+
+
+def has_ghost(factors: Factors) -> bool:
+    """Whether the ghost identity gives these factors' norms and inner products."""
+    if isinstance(factors, ConvFactors):
+        return len(factors.spec.kernel) == 2
+    return isinstance(factors, LinearFactors)
 
 
 def squared_norms(factors: Factors, way: Way) -> Float[Tensor, "n"]:
@@ -174,29 +321,34 @@ def squared_norms(factors: Factors, way: Way) -> Float[Tensor, "n"]:
 
     "ghost" (Goodfellow 2015, https://arxiv.org/abs/1510.01799; for convolutions Rochette et al. 2019,
     https://arxiv.org/abs/1912.06015) forms no gradient; "materialize" does.
+
+    Raises:
+        ValueError: "ghost" for factors that have none (`has_ghost`).
     """
-    if isinstance(factors, LinearFactors) and way == "ghost":
-        return ghost.linear_squared_norms(factors.inputs, factors.cotangents, factors.views)
-    if isinstance(factors, ConvFactors) and way == "ghost":
-        _refuse_standardized(factors)
-        return ghost.conv_squared_norms(factors.spec, factors.inputs, factors.cotangents, factors.views)
-    return torch.cat([_squared_norms_of_grads(part) for part in sample_slices(factors)])
+    if isinstance(factors, EmbeddingFactors):
+        return ghost.embedding_squared_norms(factors.inputs, factors.cotangents, factors.views)
+    if way == "ghost" and not isinstance(factors, Direct):
+        if isinstance(factors, LinearFactors):
+            return ghost.linear_squared_norms(factors.inputs, factors.cotangents, factors.views)
+        if isinstance(factors, ConvFactors) and has_ghost(factors):
+            return ghost.conv_squared_norms(factors.spec, factors.inputs, factors.cotangents, factors.views)
+        raise ValueError(f"{type(factors).__name__} have no ghost norm; use 'materialize'")
+    return torch.cat([materialized_squared_norms(_unrounded_grads(part)) for part in sample_slices(factors)])
 
 
-def _squared_norms_of_grads(factors: Factors) -> Tensor:
-    return materialized_squared_norms(
-        _conv_grads(factors) if isinstance(factors, ConvFactors) else grads(factors)
-    )
+def _unrounded_grads(factors: Factors) -> Tensor:
+    """Gradients as the kernel left them: what is only to be reduced need not be in the leaf's dtype."""
+    return factors.grads if isinstance(factors, Direct) else _grads(factors)
 
 
 def materialized_squared_norms(leaf_grads: Tensor) -> Tensor:
     """Squared norms of `[N, *shape]` over all but the first dimension."""
     # the kernel accumulates in at least float32, and makes no squared copy
-    norms = torch.linalg.vector_norm(leaf_grads.flatten(1), dim=1, dtype=wide(leaf_grads.dtype))
-    return norms.square()
+    dtype = accumulation_dtype(leaf_grads.dtype)
+    return torch.linalg.vector_norm(leaf_grads.flatten(1), dim=1, dtype=dtype).square()
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to accumulate in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -206,28 +358,46 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def num_samples(factors: Factors) -> int:
     """N."""
-    if isinstance(factors, Direct):
-        return factors.grads.shape[0]
+    match factors:
+        case Direct():
+            return factors.grads.shape[0]
+        case Derived():
+            return num_samples(factors.factors)
+        case Several():
+            return num_samples(factors.parts[0])
+        case CallFactors():
+            return factors.cotangents[0].shape[0] // factors.views
     return factors.cotangents.shape[0] // factors.views
 
 
 def sample_slices(factors: Factors, max_elements: int = MAX_ELEMENTS) -> list[Factors]:
     """The factors cut into runs of samples, each with at most about `max_elements` gradient entries."""
-    if isinstance(factors, Direct):
-        return [factors]
     n = num_samples(factors)
-    per_sample = factors.weight.numel()
-    step = max(1, max_elements // per_sample)
+    per_sample = factors.grads[:1].numel() if isinstance(factors, Direct) else factors.weight.numel()
+    step = max(1, max_elements // max(per_sample, 1))
     if n <= step:
         return [factors]
-    return [_samples(factors, start, min(start + step, n)) for start in range(0, n, step)]
+    return [samples(factors, start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _samples(factors: ConvFactors | LinearFactors, start: int, stop: int) -> Factors:
-    a, g = (
-        split_views(tensor, factors.views)[:, start:stop].flatten(0, 1)
-        for tensor in (factors.inputs, factors.cotangents)
-    )
+def samples(factors: Factors, start: int, stop: int) -> Factors:
+    """The factors of the samples `start:stop` alone."""
+
+    def cut(tensor: Tensor, views: int) -> Tensor:
+        return split_views(tensor, views)[:, start:stop].flatten(0, 1)
+
+    match factors:
+        case Direct():
+            return Direct(factors.grads[start:stop])
+        case Derived():
+            return factors._replace(factors=samples(factors.factors, start, stop))
+        case Several():
+            return factors._replace(parts=tuple([samples(part, start, stop) for part in factors.parts]))
+        case CallFactors():
+            both = factors.inputs, factors.cotangents
+            inputs, cotangents = (tuple([cut(x, factors.views) for x in tensors]) for tensors in both)
+            return factors._replace(inputs=inputs, cotangents=cotangents)
+    a, g = cut(factors.inputs, factors.views), cut(factors.cotangents, factors.views)
     return factors._replace(inputs=a, cotangents=g)
 
 
@@ -239,28 +409,35 @@ def inner_products(
 ) -> Float[Tensor, "na nb"]:
     """`<gradient_a[i], gradient_b[j]>` of one leaf for two batches.
 
-    "materialize" forms at most about `max_elements` gradient entries at a time: output channels in turn.
+    "materialize" forms at most about `max_elements` gradient entries at a time: output channels in turn where
+    the leaf is a convolution's, samples in turn elsewhere.
     """
     if isinstance(a, LinearFactors) and isinstance(b, LinearFactors):
         return ghost.linear_inner_products(a.inputs, a.cotangents, b.inputs, b.cotangents, a.views)
     if isinstance(a, ConvFactors) and isinstance(b, ConvFactors):
         if way == "ghost":
-            _refuse_standardized(a)
+            if not has_ghost(a):
+                raise ValueError("this convolution has no ghost inner products; use 'materialize'")
             pairs = (a.inputs, a.cotangents), (b.inputs, b.cotangents)
             return ghost.conv_inner_products(a.spec, *pairs, a.views)
-        return _materialized_inner_products(a, b, max_elements)
-    return _matrix_product(grads(a), grads(b))
+        return _conv_inner_products(a, b, max_elements)
+    rows = []
+    for part in sample_slices(a, max_elements // 2):
+        ours = grads(part)
+        columns = [_matrix_product(ours, grads(other)) for other in sample_slices(b, max_elements // 2)]
+        rows.append(torch.cat(columns, 1))
+    return torch.cat(rows)
 
 
-def _materialized_inner_products(a: ConvFactors, b: ConvFactors, max_elements: int) -> Tensor:
+def _conv_inner_products(a: ConvFactors, b: ConvFactors, max_elements: int) -> Tensor:
     n = (a.cotangents.shape[0] + b.cotangents.shape[0]) // a.views
-    per_channel = n * a.weight[0].numel()
+    per_channel = n * prod(a.spec.weight_shape[1:])
     slices = output_channel_slices(a.spec, max(1, max_elements // max(per_channel, 1)))
     products = [_matrix_product(grads(channels(a, *s)), grads(channels(b, *s))) for s in slices]
-    return torch.stack(products).sum(0) if len(products) > 1 else products[0]
+    return _sum(products)
 
 
-def output_channel_slices(spec: Conv, most: int) -> list[tuple[int, int]]:
+def output_channel_slices(spec: ConvSpec, most: int) -> list[tuple[int, int]]:
     """`(start, stop)` ranges of output channels, at most about `most` each, that respect the groups."""
     if spec.groups > 1:  # a slice of a grouped convolution keeps whole groups
         step = max(1, most // (spec.c_out // spec.groups)) * (spec.c_out // spec.groups)
@@ -274,28 +451,18 @@ def channels(factors: ConvFactors, start: int, stop: int) -> ConvFactors:
     spec = factors.spec
     if (start, stop) == (0, spec.c_out):
         return factors
-    per_group_out, per_group_in = spec.c_out // spec.groups, spec.c_in // spec.groups
-    groups = 1 if spec.groups == 1 else (stop - start) // per_group_out
-    c_in = (
-        slice(None)
-        if spec.groups == 1
-        else slice(start // per_group_out * per_group_in, stop // per_group_out * per_group_in)
-    )
-    inputs = factors.inputs[:, c_in]
-    sliced = Conv(
-        inputs.shape[1], stop - start, spec.kernel, spec.stride, spec.padding, spec.dilation, groups,
-        spec.standardize,
-    )  # fmt: skip
-    return ConvFactors(
-        sliced, factors.weight[start:stop], inputs, factors.cotangents[:, start:stop], factors.views
-    )
+    inputs, groups = factors.inputs, 1
+    if spec.groups > 1:
+        per_group_out, per_group_in = spec.c_out // spec.groups, spec.c_in // spec.groups
+        groups = (stop - start) // per_group_out
+        first = start // per_group_out * per_group_in
+        inputs = inputs[:, first : first + groups * per_group_in]
+    shape = (stop - start, *spec.weight_shape[1:])
+    sliced = replace(spec, weight_shape=shape, groups=groups)
+    weight = factors.weight.reshape(spec.weight_shape)[start:stop]
+    return ConvFactors(sliced, weight, inputs, factors.cotangents[:, start:stop], factors.views)
 
 
 def _matrix_product(a: Tensor, b: Tensor) -> Tensor:
-    dtype = wide(a.dtype)
+    dtype = accumulation_dtype(a.dtype)
     return F.linear(a.flatten(1).to(dtype), b.flatten(1).to(dtype))
-
-
-def _refuse_standardized(factors: ConvFactors) -> None:
-    if factors.spec.standardize:
-        raise ValueError("the ghost identity does not see through weight standardisation; use 'materialize'")

@@ -1,4 +1,4 @@
-"""`reduce`: one streaming pass over a data set, any set of quantities together."""
+"""`over_dataset`: one streaming pass over a data set, any set of quantities together."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any, TypeAlias, Unpack
 
 import torch
 from rich.progress import track
-from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.per_sample import quantity
-from resnet_func.per_sample.engine import Options, evaluate, pose
+from resnet_func.per_sample.engine import evaluate
 from resnet_func.per_sample.noise_scale import moments_quantity
+from resnet_func.per_sample.options import Options, check_options
 from resnet_func.per_sample.quantity import Quantity
 from resnet_func.types import LossFn, Model, Params, State
 
-Batches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
+Batches: TypeAlias = Iterable[tuple[Any, Any]]
 
 NAMED: dict[str, Callable[[], Quantity]] = {
     "norms": quantity.norms,
@@ -28,7 +28,7 @@ NAMED: dict[str, Callable[[], Quantity]] = {
 }
 
 
-def reduce(
+def over_dataset(
     model: Model,
     loss_fn: LossFn,
     quantities: Sequence[str] | Mapping[str, str | Quantity],
@@ -54,13 +54,13 @@ def reduce(
         ValueError: an unknown name, no batches, or as in `grads`.
     """
     chosen = _choose(quantities)
-    problem = pose(model, loss_fn, **options)
+    settings = check_options(model, loss_fn, **options)
 
-    def reduce_fn(params: Params, state: State, batches: Batches) -> dict[str, Any]:
+    def over_dataset_fn(params: Params, state: State, batches: Batches) -> dict[str, Any]:
         parts: list[list[Any]] = [[] for _ in chosen]
         shown = track(batches, "per-sample", disable=not progress)
         for x, y in shown:
-            answers = evaluate(problem, list(chosen.values()), params, state, x, y)
+            answers = evaluate(settings, list(chosen.values()), params, state, x, y)
             for i, (wanted, answer) in enumerate(zip(chosen.values(), answers, strict=True)):
                 # sums stay one sum; what has a row for each sample is joined once, at the end
                 parts[i] = _append(wanted, parts[i], answer)
@@ -71,7 +71,7 @@ def reduce(
             for (name, wanted), part in zip(chosen.items(), parts, strict=True)
         }
 
-    return reduce_fn
+    return over_dataset_fn
 
 
 def _choose(quantities: Sequence[str] | Mapping[str, str | Quantity]) -> dict[str, Quantity]:
@@ -85,9 +85,7 @@ def _choose(quantities: Sequence[str] | Mapping[str, str | Quantity]) -> dict[st
 
 
 def _append(wanted: Quantity, parts: list[Any], answer: Any) -> list[Any]:
-    if wanted.name in ("moments", "clipped_sum") and parts:
-        return [wanted.join([parts[0], answer])]
-    if wanted.name in ("moments", "clipped_sum"):
-        return [answer]
+    if wanted.accumulate:
+        return [wanted.join([parts[0], answer])] if parts else [answer]
     on_cpu = tree.map(lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, answer)
     return [*parts, on_cpu]

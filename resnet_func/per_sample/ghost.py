@@ -7,19 +7,53 @@ kernel's offsets d: `<u_t, u'_s> = sum_d <a_(t+d), a'_(s+d)>`. The pixel Gram is
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from resnet_func.models.layers import Conv
-
 Pair = tuple[Tensor, Tensor]
 
 
-def conv_squared_norms(spec: Conv, inputs: Tensor, cotangents: Tensor, views: int = 1) -> Float[Tensor, "n"]:
+@dataclass(frozen=True)
+class ConvSpec:
+    """A convolution's hyper-parameters, a number for each of its spatial dimensions.
+
+    Args:
+        weight_shape: `(c_out, c_in / groups, *kernel)`.
+        stride, padding, dilation: As in `F.conv2d`; padding is the same on both sides.
+        groups: As in `F.conv2d`.
+    """
+
+    weight_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def c_out(self) -> int:
+        return self.weight_shape[0]
+
+    @property
+    def c_in(self) -> int:
+        return self.weight_shape[1] * self.groups
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.weight_shape[2:]
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether an output pixel sees one input pixel."""
+        return all(size == 1 for size in self.kernel) and not any(self.padding)
+
+
+def conv_squared_norms(
+    spec: ConvSpec, inputs: Tensor, cotangents: Tensor, views: int = 1
+) -> Float[Tensor, "n"]:
     """Squared norms of a convolution's per-sample weight gradients.
 
     Args:
@@ -29,7 +63,7 @@ def conv_squared_norms(spec: Conv, inputs: Tensor, cotangents: Tensor, views: in
         views: Views of each sample, whose gradients are summed.
     """
     n = cotangents.shape[0] // views
-    spec, inputs = seen(spec, inputs)
+    spec, inputs = subsample(spec, inputs)
     a, g = (_by_sample_and_group(t, views, spec.groups) for t in (inputs, cotangents))
     pixels = torch.bmm(a.transpose(1, 2), a)
     outputs = torch.bmm(g.transpose(1, 2), g)
@@ -39,10 +73,10 @@ def conv_squared_norms(spec: Conv, inputs: Tensor, cotangents: Tensor, views: in
     return products.reshape(n, -1).sum(1).clamp(min=0)
 
 
-def conv_inner_products(spec: Conv, a: Pair, b: Pair, views: int = 1) -> Float[Tensor, "na nb"]:
+def conv_inner_products(spec: ConvSpec, a: Pair, b: Pair, views: int = 1) -> Float[Tensor, "na nb"]:
     """Inner products of the weight gradients of two batches, each an `(inputs, cotangents)` pair."""
     na, nb = (cotangents.shape[0] // views for _, cotangents in (a, b))
-    (spec, inputs_a), (_, inputs_b) = seen(spec, a[0]), seen(spec, b[0])
+    (spec, inputs_a), (_, inputs_b) = subsample(spec, a[0]), subsample(spec, b[0])
     patches = _patch_products(spec, _cross_pixel_pairs(inputs_a, inputs_b, views, spec.groups))
     products = patches * _cross_pixel_pairs(a[1], b[1], views, spec.groups)
     # dimensions: groups, na, views, nb, views, then the two pixels
@@ -68,28 +102,46 @@ def linear_inner_products(
     return products.reshape(views, na, views, nb).sum((0, 2))
 
 
-def seen(spec: Conv, inputs: Tensor) -> tuple[Conv, Tensor]:
-    """A strided 1x1 convolution without padding sees only every `stride`-th pixel."""
-    if spec.kernel > 1 or spec.padding or spec.stride == 1:
+def embedding_squared_norms(indices: Tensor, cotangents: Tensor, views: int = 1) -> Float[Tensor, "n"]:
+    """Squared norms of an embedding's per-sample gradients: positions of one index add up.
+
+    Args:
+        indices: `[views * N, T]`.
+        cotangents: `[views * N, T, dim]`.
+    """
+    total, dim = indices.shape[0], cotangents.shape[-1]
+    indices = indices.reshape(views, total // views, -1).transpose(0, 1).reshape(total // views, -1)
+    g = _upcast(cotangents).reshape(views, total // views, -1, dim).transpose(0, 1)
+    g = g.reshape(total // views, -1, dim)
+    same = (indices[:, :, None] == indices[:, None]).to(g.dtype)
+    return (torch.bmm(g, g.transpose(1, 2)) * same).sum((1, 2)).clamp(min=0)
+
+
+def subsample(spec: ConvSpec, inputs: Tensor) -> tuple[ConvSpec, Tensor]:
+    """A strided convolution of single pixels sees only every `stride`-th of them."""
+    if not spec.is_pointwise or all(stride == 1 for stride in spec.stride):
         return spec, inputs
-    return replace(spec, stride=1), inputs[:, :, :: spec.stride, :: spec.stride]
+    where = [slice(None), slice(None), *[slice(None, None, stride) for stride in spec.stride]]
+    return replace(spec, stride=(1,) * len(spec.stride)), inputs[tuple(where)]
 
 
-def _patch_products(spec: Conv, pixels: Float[Tensor, "b h w h2 w2"]) -> Float[Tensor, "b ho wo ho2 wo2"]:
+def _patch_products(spec: ConvSpec, pixels: Float[Tensor, "b h w h2 w2"]) -> Float[Tensor, "b ho wo ho2 wo2"]:
     """Patch products from pixel products: both pixels move by the kernel's offsets together."""
-    if spec.padding:
-        pixels = F.pad(pixels, [spec.padding] * 8)
-    rows = [_window(spec, i, pixels.shape[1]) for i in range(spec.kernel)]
-    columns = [_window(spec, j, pixels.shape[2]) for j in range(spec.kernel)]
+    if any(spec.padding):
+        rows, columns = spec.padding
+        pixels = F.pad(pixels, [columns, columns, rows, rows] * 2)
+    rows = [_window(spec, 0, i, pixels.shape[1]) for i in range(spec.kernel[0])]
+    columns = [_window(spec, 1, j, pixels.shape[2]) for j in range(spec.kernel[1])]
     by_row = sum((pixels[:, i, :, i] for i in rows[1:]), pixels[:, rows[0], :, rows[0]])
     return sum((by_row[:, :, j, :, j] for j in columns[1:]), by_row[:, :, columns[0], :, columns[0]])
 
 
-def _window(spec: Conv, offset: int, padded: int) -> slice:
+def _window(spec: ConvSpec, side: int, offset: int, padded: int) -> slice:
     """The padded pixels along one side that the kernel sees at one of its offsets."""
-    outputs = (padded - spec.dilation * (spec.kernel - 1) - 1) // spec.stride + 1
-    start = offset * spec.dilation
-    return slice(start, start + spec.stride * (outputs - 1) + 1, spec.stride)
+    kernel, stride, dilation = spec.kernel[side], spec.stride[side], spec.dilation[side]
+    outputs = (padded - dilation * (kernel - 1) - 1) // stride + 1
+    start = offset * dilation
+    return slice(start, start + stride * (outputs - 1) + 1, stride)
 
 
 def _by_sample_and_group(tensor: Tensor, views: int, groups: int) -> Tensor:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias, Unpack
+from typing import Any, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
 
+from resnet_func import tree
 from resnet_func.losses import logit
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.contract import Direct, Factors, Way
-from resnet_func.per_sample.engine import Options, Problem, as_views, capture_batch, plan_ways, pose
+from resnet_func.per_sample.engine import capture_batch, parts, plan_ways
+from resnet_func.per_sample.options import Options, Settings, check_options
 from resnet_func.per_sample.quantity import by_layer
 from resnet_func.types import LossFn, Model, Params, State
 
-Batch: TypeAlias = tuple[Tensor, Tensor]
+Batch: TypeAlias = tuple[Any, Any]
 
 
 def gram(
@@ -40,9 +42,6 @@ def gram(
 
     def gram_fn(params: Params, state: State, a: Batch, b: Batch | None = None) -> Tensor:
         grams = list(per_layer(params, state, a, b).values())
-        other = a if b is None else b
-        if not grams:
-            return a[0].new_zeros((a[0].shape[0], other[0].shape[0]))
         total = torch.stack(grams).sum(0)
         return _symmetric(total) if b is None else total
 
@@ -55,15 +54,15 @@ def layer_grams(
     **options: Unpack[Options],
 ) -> Callable[..., dict[str, Tensor]]:
     """`gram` of each layer by itself: `{layer path: Tensor [N_a, N_b]}`; they add up to `gram`."""
-    problem = pose(model, loss_fn, **options)
+    settings = check_options(model, loss_fn, **options)
 
     def layer_grams_fn(params: Params, state: State, a: Batch, b: Batch | None = None) -> dict[str, Tensor]:
-        blocks_a = _blocks(problem, a)
-        blocks_b = blocks_a if b is None else _blocks(problem, b)
+        blocks_a = parts(settings, *a)
+        blocks_b = blocks_a if b is None else parts(settings, *b)
         rows = []
         for i, left in enumerate(blocks_a):
             row = [
-                _block(problem, params, state, left, None if b is None and i == j else right)
+                _block(settings, params, state, left, None if b is None and i == j else right)
                 for j, right in enumerate(blocks_b)
             ]
             rows.append({layer: torch.cat([block[layer] for block in row], 1) for layer in row[0]})
@@ -78,19 +77,13 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def _blocks(problem: Problem, batch: Batch) -> list[Batch]:
-    x, y = as_views(*batch)
-    size = problem.microbatch or max(x.shape[0], 1)
-    return [(x[i : i + size], y[i : i + size]) for i in range(0, max(x.shape[0], 1), size)]
-
-
-def _block(problem: Problem, params: Params, state: State, a: Batch, b: Batch | None) -> dict[str, Tensor]:
+def _block(settings: Settings, params: Params, state: State, a: Batch, b: Batch | None) -> dict[str, Tensor]:
     """Layer Gram matrices of two blocks, or of one with itself."""
-    ways = plan_ways(problem, "gram", a[0])
-    left = capture_batch(problem, params, state, *a).factors
-    right = left if b is None else capture_batch(problem, params, state, *b).factors
+    left = capture_batch(settings, params, state, *a).factors
+    right = left if b is None else capture_batch(settings, params, state, *b).factors
+    ways = plan_ways(settings, "gram", left, right)
     # autocast is for the network: what is summed here keeps the parameters' dtype
-    with torch.autocast(a[0].device.type, enabled=False):
+    with torch.autocast(tree.leaves(a[0])[0].device.type, enabled=False):
         products = {}
         for path in list(left):
             factors_a = left.pop(path)

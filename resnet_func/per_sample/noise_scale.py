@@ -49,6 +49,7 @@ def moments_quantity() -> Quantity:
         first, second = [], []
         for part in contract.sample_slices(factors):
             grads = contract.grads(part)
+            grads = grads.to(contract.accumulation_dtype(grads.dtype))
             first.append(grads.sum(0))
             second.append(grads.square().sum(0))
         return torch.stack(first).sum(0), torch.stack(second).sum(0)
@@ -58,7 +59,7 @@ def moments_quantity() -> Quantity:
         second = {path: second for path, (_, second) in answers.items()}
         return _Sums(captured.losses.shape[0], first, second)
 
-    return Quantity("moments", leaf, finish, _join, _final)
+    return Quantity("moments", leaf, finish, _join, _final, accumulate=True)
 
 
 def _join(parts: list[_Sums]) -> _Sums:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from resnet_func.models.config import ResNetConfig
-from resnet_func.models.layers import Conv, Linear
-from resnet_func.per_sample.capture import Trainable, output_sizes, trained_specs
-from resnet_func.per_sample.contract import Way
-from resnet_func.types import Model
+from resnet_func import tree
+from resnet_func.per_sample import contract
+from resnet_func.per_sample.capture import Batch, Trainable, capture, make_task
+from resnet_func.per_sample.contract import ConvFactors, Derived, Factors, LinearFactors, Way
+from resnet_func.types import Logits, Model, Params, PerSample, State
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")
 
@@ -97,51 +99,92 @@ def plan(
     memory_budget: int | None = None,
     *,
     trainable: Trainable | None = None,
+    params: Params | None = None,
+    state: State | None = None,
 ) -> Plan:
     """Choose, layer by layer, how to contract; pass the result to a transform as `method=`.
 
+    The network runs once on the meta device, where tensors have shapes and no values.
+
     Args:
-        model: A model built from a config.
-        input_shape: `[N, C, H, W]`, or `[N, views, C, H, W]`.
+        model: Any network.
+        input_shape: Of a batch, `[N, ...]`; of a network built from a config `[N, C, H, W]`, or
+            `[N, views, C, H, W]`.
         quantity: "grads", "norms", "clipped_sum", "gram", "sketch" or "moments".
         memory_budget: Bytes that the contractions may take beyond the captures; None means what pays. A plan
             goes as low as it can where even that does not fit: use `microbatch=` then.
         trainable: Predicate on a leaf's dotted path; None means every leaf.
+        params, state: Of a network that cannot draw its own (`from_module`); only their shapes are read.
 
     Raises:
-        ValueError: an unknown quantity, a shape of the wrong rank, or a model without a config.
+        ValueError: an unknown quantity, a shape of the wrong rank, or no params for a model that draws none.
+
+    >>> import resnet_func as rf
+    >>> plan = rf.per_sample.plan(rf.resnet20(norm="group"), (64, 3, 32, 32), "norms")
+    >>> plan.ways["layer3.2.conv2.weight"]
+    'ghost'
     """
-    if model.config is None:
-        raise ValueError("a plan needs a model built from a config; for a module use method='vmap'")
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity must be one of {', '.join(QUANTITIES)}; got {quantity!r}")
-    shape = tuple(input_shape)
-    if len(shape) not in (4, 5):
-        raise ValueError(f"expected an input shape [N, C, H, W] or [N, views, C, H, W]; got {list(shape)}")
-    shape = shape if len(shape) == 5 else (shape[0], 1, *shape[1:])
-    return plan_layers(model.config, shape, quantity, trainable or (lambda path: True), 4, memory_budget)
+    shape, views = tuple(input_shape), 1
+    if model.config is not None:
+        if len(shape) not in (4, 5):
+            raise ValueError(
+                f"expected an input shape [N, C, H, W] or [N, views, C, H, W]; got {list(shape)}"
+            )
+        views = shape[1] if len(shape) == 5 else 1
+    samples, rest = shape[0], shape[2:] if views > 1 or (len(shape) == 5 and model.config) else shape[1:]
+    if params is None:
+        try:
+            params, state = model.init(torch.Generator(), device="meta")
+        except NotImplementedError as error:
+            raise ValueError("this model draws no parameters; pass plan(..., params=, state=)") from error
+    shapes, statistics = tree.map(_as_meta, params), tree.map(_as_meta, state or {})
+    first = next(leaf for leaf in tree.leaves(shapes) if leaf.is_floating_point())
+    x = torch.empty(views * samples, *rest, device="meta", dtype=first.dtype)
+    targets = torch.empty(views * samples, device="meta", dtype=torch.float32)
+    task = make_task(model, _any_loss, trainable or (lambda path: True), shapes, statistics)
+    captured = capture(task, Batch(x, targets, samples, views))
+    return plan_factors(captured.factors, quantity, memory_budget, input_shape=shape)
 
 
-def plan_layers(
-    config: ResNetConfig,
-    shape: tuple[int, ...],
+def _as_meta(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(leaf, device="meta")
+
+
+def _any_loss(logits: Logits, targets: torch.Tensor) -> PerSample:
+    return logits.flatten(1).sum(1)
+
+
+def plan_factors(
+    factors: Mapping[str, Factors],
     quantity: str,
-    trainable: Trainable,
-    element_size: int,
     memory_budget: int | None = None,
+    *,
+    other: Mapping[str, Factors] | None = None,
+    input_shape: tuple[int, ...] = (),
 ) -> Plan:
-    """`plan` for a checked shape `(N, views, C, H, W)`; under torch.compile it runs while tracing."""
-    n, views, _, height, width = shape
-    layers = []
-    sizes = output_sizes(config, height, width)
-    for path, (spec, names) in trained_specs(config, trainable).items():
-        if isinstance(spec, Conv | Linear) and "weight" in names:
-            outputs = sizes.get(path, (1, 1))
-            layers.append(_Layer(f"{path}.weight", spec, n, views, outputs, element_size))
+    """The plan of what was captured; `other` are the factors of a second batch, of a Gram matrix.
+
+    Under torch.compile it runs while tracing.
+    """
+    layers = _layers(factors, other or factors)
     entries = [_choose(layer, quantity, memory_budget) for layer in layers]
     if quantity == "clipped_sum":
         entries = _keep_what_pays(layers, entries, memory_budget)
-    return Plan(quantity, shape, tuple(entries))
+    return Plan(quantity, input_shape, tuple(entries))
+
+
+def check_plan(plan: Plan, factors: Mapping[str, Factors]) -> None:
+    """Refuse a plan that was made for another network, other images or other trainable leaves."""
+    ours = {layer.path: (layer.positions, layer.weights) for layer in _layers(factors, factors)}
+    theirs = {entry.path: (entry.positions, entry.weights) for entry in plan.entries}
+    if ours != theirs:
+        wrong = [path for path in {**ours, **theirs} if ours.get(path) != theirs.get(path)]
+        raise ValueError(
+            f"the plan was made for another network or input {list(plan.input_shape)}: {len(wrong)} layers "
+            f"differ, {wrong[0]} first. Make it anew with per_sample.plan"
+        )
 
 
 # --------------------------------------------------------------------------- what each way costs
@@ -149,29 +192,20 @@ def plan_layers(
 
 @dataclass(frozen=True)
 class _Layer:
+    """The sizes of a convolution or linear layer; `pairs` of samples that a ghost Gram matrix takes."""
+
     path: str
-    spec: Conv | Linear
     n: int
-    views: int
-    outputs: tuple[int, int]
+    pairs: int
+    positions: int
+    pixels: int
+    weights: int
+    c_in: int
+    c_out: int
+    groups: int
+    kernel: int
     element_size: int
-
-    @property
-    def positions(self) -> int:
-        return self.views * self.outputs[0] * self.outputs[1]
-
-    @property
-    def pixels(self) -> int:
-        """Input pixels that a ghost norm pairs, over all views, to within the last stride."""
-        stride = self.spec.stride if isinstance(self.spec, Conv) and self.spec.kernel > 1 else 1
-        return self.positions * stride * stride
-
-    @property
-    def weights(self) -> int:
-        if isinstance(self.spec, Linear):
-            return self.spec.c_in * self.spec.c_out
-        c_out, c_in, height, width = self.spec.weight_shape
-        return c_out * c_in * height * width
+    has_ghost: bool
 
     @property
     def gradient_bytes(self) -> int:
@@ -179,8 +213,49 @@ class _Layer:
 
     @property
     def capture_bytes(self) -> int:
-        elements = self.pixels * self.spec.c_in + self.positions * self.spec.c_out
+        elements = self.pixels * self.c_in + self.positions * self.c_out
         return self.n * elements * self.element_size
+
+
+def _layers(factors: Mapping[str, Factors], other: Mapping[str, Factors]) -> list[_Layer]:
+    layers = []
+    for path, leaf in factors.items():
+        inner = leaf.factors if isinstance(leaf, Derived) else leaf
+        if isinstance(inner, ConvFactors | LinearFactors):
+            pairs = _static(contract.num_samples(leaf)) * _static(contract.num_samples(other[path]))
+            layers.append(_layer(path, inner, pairs, ghost=contract.has_ghost(leaf)))
+    return layers
+
+
+def _layer(path: str, factors: ConvFactors | LinearFactors, pairs: int, *, ghost: bool) -> _Layer:
+    n, size = _static(contract.num_samples(factors)), factors.cotangents.element_size()
+    if isinstance(factors, LinearFactors):
+        c_out, c_in = factors.weight.shape
+        return _Layer(
+            path, n, pairs, factors.views, factors.views, c_in * c_out, c_in, c_out, 1, 1, size, ghost
+        )
+    spec = factors.spec
+    positions = factors.views * prod([_static(side) for side in factors.cotangents.shape[2:]])
+    pixels = factors.views * prod([_static(side) for side in factors.inputs.shape[2:]])
+    return _Layer(
+        path,
+        n,
+        pairs,
+        positions,
+        positions if spec.is_pointwise else pixels,
+        prod(spec.weight_shape),
+        spec.c_in,
+        spec.c_out,
+        spec.groups,
+        spec.kernel[0],
+        size,
+        ghost,
+    )
+
+
+def _static(size: int) -> int:
+    """A size as a number: a compiler that has made a symbol of it compiles for this size."""
+    return len(range(size))
 
 
 def _materialize_flops(layer: _Layer) -> int:
@@ -196,23 +271,23 @@ def _weight_pass_cost(layer: _Layer) -> float:
 
 
 def _ghost_pairs(layer: _Layer, quantity: str) -> int:
-    return layer.n**2 if quantity == "gram" else layer.n
+    return layer.pairs if quantity == "gram" else layer.n
 
 
 def _ghost_flops(layer: _Layer, quantity: str) -> int:
-    grams = layer.pixels**2 * layer.spec.c_in + layer.positions**2 * layer.spec.c_out
+    grams = layer.pixels**2 * layer.c_in + layer.positions**2 * layer.c_out
     return 2 * _ghost_pairs(layer, quantity) * grams
 
 
 def _ghost_bytes(layer: _Layer, quantity: str) -> int:
-    groups = layer.spec.groups if isinstance(layer.spec, Conv) else 1
+    groups = layer.groups
     elements = layer.pixels**2 + 2 * layer.positions**2
     return _ghost_pairs(layer, quantity) * groups * elements * max(layer.element_size, 4)
 
 
 def _ghost_cost(layer: _Layer, quantity: str) -> float:
-    kernel = layer.spec.kernel if isinstance(layer.spec, Conv) else 1
-    groups = layer.spec.groups if isinstance(layer.spec, Conv) else 1
+    kernel = layer.kernel
+    groups = layer.groups
     products = layer.pixels**2 + layer.positions**2 * 2 * kernel
     products *= _ghost_pairs(layer, quantity) * groups * max(layer.element_size, 4)
     traffic = products * NS_PER_PIXEL_PRODUCT_BYTE + layer.capture_bytes * NS_PER_CAPTURED_BYTE
@@ -224,16 +299,21 @@ def _choose(layer: _Layer, quantity: str, memory_budget: int | None) -> Entry:
     flops = {"materialize": _materialize_flops(layer)}
     costs = {"materialize": _materialize_cost(layer)}
     sizes = {"materialize": layer.gradient_bytes}
-    standardized = isinstance(layer.spec, Conv) and layer.spec.standardize
-    if quantity in ("norms", "clipped_sum", "gram") and not standardized:
+    if quantity in ("norms", "clipped_sum", "gram") and layer.has_ghost:
         if quantity == "gram":
-            flops["materialize"] += 2 * layer.n**2 * layer.weights
-            costs["materialize"] += 2 * layer.n**2 * layer.weights * NS_PER_MATMUL_FLOP
+            flops["materialize"] += 2 * layer.pairs * layer.weights
+            costs["materialize"] += 2 * layer.pairs * layer.weights * NS_PER_MATMUL_FLOP
         flops["ghost"] = _ghost_flops(layer, quantity)
         costs["ghost"] = _ghost_cost(layer, quantity)
         sizes["ghost"] = _ghost_bytes(layer, quantity)
-    fitting = [way for way in costs if memory_budget is None or sizes[way] <= memory_budget]
-    way: Way = min(fitting, key=lambda w: costs[w]) if fitting else min(sizes, key=lambda w: sizes[w])  # type: ignore[assignment]
+    way: Way = "materialize"
+    if "ghost" in costs:
+        fits = {way: memory_budget is None or size <= memory_budget for way, size in sizes.items()}
+        if fits["ghost"] == fits["materialize"]:
+            by = costs if fits["ghost"] else sizes
+            way = "ghost" if by["ghost"] < by["materialize"] else "materialize"
+        else:
+            way = "ghost" if fits["ghost"] else "materialize"
     return Entry(layer.path, layer.positions, layer.weights, way, flops[way], sizes[way], costs)
 
 

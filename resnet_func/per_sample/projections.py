@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from math import prod
 from typing import Literal, TypeAlias
 
 import torch
@@ -11,16 +12,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from resnet_func.models.layers import Conv
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
-from resnet_func.per_sample.contract import ConvFactors, Direct, Factors, LinearFactors, Way
+from resnet_func.per_sample.contract import ConvFactors, Factors, LinearFactors, Way
+from resnet_func.per_sample.ghost import ConvSpec
 from resnet_func.per_sample.quantity import Quantity
 
 Projection: TypeAlias = Literal["factorized", "dense"]
 
-# signs of a dense projection that exist at a time; part of the definition of the projection
+# signs of a dense projection that exist at a time
 DENSE_CHUNK = 2**22
+MASK = 2**32 - 1
 
 
 def sketch_quantity(dim: int, seed: int, projection: Projection) -> Quantity:
@@ -31,10 +33,13 @@ def sketch_quantity(dim: int, seed: int, projection: Projection) -> Quantity:
         raise ValueError(f"projection must be 'factorized' or 'dense'; got {projection!r}")
 
     def leaf(path: str, factors: Factors, way: Way) -> Tensor:
-        generator = leaf_generator(seed, path)
+        own = leaf_seed(seed, path)
         if projection == "dense":
-            return dense(contract.grads(factors).flatten(1), dim, generator)
-        return factorized(factors, dim, generator)
+            parts = [
+                dense(contract.grads(part).flatten(1), dim, own) for part in contract.sample_slices(factors)
+            ]
+            return torch.cat(parts)
+        return factorized(factors, dim, own)
 
     def finish(answers: dict[str, Tensor], captured: Captured) -> Tensor:
         if not answers:
@@ -44,78 +49,87 @@ def sketch_quantity(dim: int, seed: int, projection: Projection) -> Quantity:
     return Quantity("sketch", leaf, finish, torch.cat)
 
 
-def leaf_generator(seed: int, path: str) -> torch.Generator:
-    """The generator of one leaf's projection: each leaf has its own stream, whatever else is trained."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+@torch.compiler.assume_constant_result
+def leaf_seed(seed: int, path: str) -> int:
+    """The seed of one leaf's projection, 62 bits: each leaf has its own stream, whatever else is trained."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "big") >> 2
 
 
-def signs(rows: int, columns: int, like: Tensor, generator: torch.Generator) -> Float[Tensor, "rows columns"]:
-    """Independent +1 and -1, from integers alone, so that every machine draws the same ones."""
-    words = torch.randint(0, 2**32, (-(-rows * columns // 32),), generator=generator)
-    bits = (words[:, None] >> torch.arange(32)) & 1
-    drawn = bits.flatten()[: rows * columns].reshape(rows, columns)
-    return (2 * drawn - 1).to(like)
+def signs(rows: int, columns: int, like: Tensor, seed: int, first: int = 0) -> Float[Tensor, "rows columns"]:
+    """Independent +1 and -1: bit `first * columns + i` of a stream that any device computes alike.
+
+    Word k of the stream, 32 bits, is a hash of k and the seed (the finalizer "lowbias32" of Wellons 2018,
+    https://nullprogram.com/blog/2018/07/31/, twice), in integers alone; no generator is advanced, so that it
+    compiles, and any part can be drawn by itself.
+    """
+    start, stop = first * columns, (first + rows) * columns
+    words = torch.arange(start // 32, -(-stop // 32), dtype=torch.int64, device=like.device)
+    words = _hash(_hash(words ^ (seed & MASK)) ^ (seed >> 32))
+    bits = (words[:, None] >> torch.arange(32, dtype=torch.int64, device=like.device)) & 1
+    drawn = bits.flatten()[start % 32 : start % 32 + rows * columns].reshape(rows, columns)
+    return (2 * drawn - 1).to(like.dtype)
 
 
-def dense(grads: Float[Tensor, "n d"], dim: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
+def _hash(x: Tensor) -> Tensor:
+    """32 bits of int64 to 32 bits."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & MASK
+    return x ^ (x >> 16)
+
+
+def dense(grads: Float[Tensor, "n d"], dim: int, seed: int) -> Float[Tensor, "n dim"]:
     """`grads @ R / sqrt(dim)` with R of independent signs (Achlioptas 2003), drawn a chunk at a time."""
     total = grads.new_zeros((grads.shape[0], dim))
     step = max(1, DENSE_CHUNK // dim)
     for start in range(0, grads.shape[1], step):
         chunk = grads[:, start : start + step]
-        total = total + chunk @ signs(chunk.shape[1], dim, grads, generator)
+        total = total + chunk @ signs(chunk.shape[1], dim, grads, seed, start)
     return total / math.sqrt(dim)
 
 
-def factorized(factors: Factors, dim: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
+def factorized(factors: Factors, dim: int, seed: int) -> Float[Tensor, "n dim"]:
     """`P gradient Q^T`, flattened: input and cotangent are projected before their outer product.
 
     `rows * columns = dim`. Inner products are unbiased as with a dense projection; their error is larger, and
     falls with the smaller of the two factors (LoGra: Choe et al. 2024, https://arxiv.org/abs/2405.13954).
     Leaves that are vectors are projected densely.
     """
-    if isinstance(factors, ConvFactors):
-        return _factorized_conv(factors, dim, generator)
+    if isinstance(factors, ConvFactors) and factors.spec.groups == 1:
+        return _factorized_conv(factors, dim, seed)
     if isinstance(factors, LinearFactors):
         rows, columns = split_dim(dim)
-        p = signs(rows, factors.cotangents.shape[1], factors.cotangents, generator)
-        q = signs(columns, factors.inputs.shape[1], factors.inputs, generator)
-        a, g = (
-            contract.split_views(t, factors.views) for t in (factors.inputs @ q.T, factors.cotangents @ p.T)
-        )
+        inputs, g = factors.inputs.to(factors.cotangents.dtype), factors.cotangents
+        p, q = signs(rows, g.shape[1], g, seed), signs(columns, inputs.shape[1], g, seed + 1)
+        a, g = (contract.split_views(t, factors.views) for t in (inputs @ q.T, g @ p.T))
         return torch.einsum("knr,knc->nrc", g, a).flatten(1) / math.sqrt(dim)
-    return _factorized_direct(factors, dim, generator)
+    return torch.cat(
+        [_factorized_grads(contract.grads(part), dim, seed) for part in contract.sample_slices(factors)]
+    )
 
 
-def _factorized_direct(factors: Direct, dim: int, generator: torch.Generator) -> Tensor:
-    grads = factors.grads
+def _factorized_grads(grads: Tensor, dim: int, seed: int) -> Tensor:
     if grads.ndim < 3:
-        return dense(grads.flatten(1), dim, generator)
+        return dense(grads.flatten(1), dim, seed)
     grouped = grads.flatten(2)
     rows, columns = split_dim(dim)
-    p = signs(rows, grouped.shape[1], grads, generator)
-    q = signs(columns, grouped.shape[2], grads, generator)
+    p, q = signs(rows, grouped.shape[1], grads, seed), signs(columns, grouped.shape[2], grads, seed + 1)
     return torch.einsum("ro,noi,ci->nrc", p, grouped, q).flatten(1) / math.sqrt(dim)
 
 
-def _factorized_conv(factors: ConvFactors, dim: int, generator: torch.Generator) -> Tensor:
+def _factorized_conv(factors: ConvFactors, dim: int, seed: int) -> Tensor:
     spec, views = factors.spec, factors.views
-    if spec.standardize or spec.groups > 1:
-        # a gradient through the standardisation is no outer product, and a grouped layer's is small
-        return _factorized_direct(Direct(contract.grads(factors)), dim, generator)
     rows, columns = split_dim(dim)
     g = factors.cotangents
-    p = signs(rows, spec.c_out, g, generator)
-    q = signs(columns, spec.c_in * spec.kernel**2, g, generator).reshape(columns, *spec.weight_shape[1:])
-    inputs = _convolve(spec, factors.inputs.to(g.dtype), q)
+    p, q = signs(rows, spec.c_out, g, seed), signs(columns, prod(spec.weight_shape[1:]), g, seed + 1)
+    inputs = _convolve(spec, factors.inputs.to(g.dtype), q.reshape(columns, *spec.weight_shape[1:]))
     cotangents = torch.einsum("ro,not->nrt", p, g.flatten(2))
     a, g = (contract.split_views(t.flatten(2), views) for t in (inputs, cotangents))
     return torch.einsum("knrt,knct->nrc", g, a).flatten(1) / math.sqrt(dim)
 
 
-def _convolve(spec: Conv, x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation)
+def _convolve(spec: ConvSpec, x: Tensor, weight: Tensor) -> Tensor:
+    convolve = F.conv3d if len(spec.kernel) == 3 else F.conv2d
+    return convolve(x, weight, None, spec.stride, spec.padding, spec.dilation)
 
 
 def split_dim(dim: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from resnet_func import tree
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
+from resnet_func.per_sample.checks import can_read
 from resnet_func.per_sample.contract import Direct, Factors, Way
 
 Clipping: TypeAlias = Literal["flat", "per_layer", "automatic"]
@@ -31,7 +32,18 @@ class Quantity(NamedTuple):
     `leaf(path, factors, way)` looks at one trainable leaf, whose factors are freed afterwards unless it
     returns them; `finish(answers, captured)` puts the leaves of a batch together; `join` puts batches
     together, in order; `final` makes the result. `name` is what `plan` calls it; "" means that `leaf` is
-    never called.
+    never called. `accumulate` says that `join` adds up, so that a pass over a data set holds one part only.
+
+    The largest entry of every sample's gradient, for instance:
+
+    >>> import torch
+    >>> from resnet_func.per_sample import Quantity, contract
+    >>> largest = Quantity(
+    ...     name="grads",
+    ...     leaf=lambda path, factors, way: contract.grads(factors).flatten(1).abs().amax(1),
+    ...     finish=lambda answers, captured: torch.stack(list(answers.values())).amax(0),
+    ...     join=torch.cat,
+    ... )
     """
 
     name: str
@@ -39,6 +51,7 @@ class Quantity(NamedTuple):
     finish: Callable[[dict[str, Any], Captured], Any]
     join: Callable[[list[Any]], Any]
     final: Callable[[Any], Any] = identity
+    accumulate: bool = False
 
 
 # --------------------------------------------------------------------------- gradients and norms
@@ -102,56 +115,94 @@ def by_layer(leaves: dict[str, Any]) -> dict[str, list[str]]:
 # --------------------------------------------------------------------------- clipped sums
 
 
-class _Looked(NamedTuple):
-    """A leaf after the first look: its squared norms, and what the sum is to be made from."""
+class _FirstPass(NamedTuple):
+    """A leaf after the first pass: its squared norms, and what the sum is to be made from."""
 
     squares: Tensor
     factors: Factors
 
 
-def clipped_sum(max_norm: float, clipping: Clipping) -> Quantity:
+def clipped_sum(max_norm: float | Mapping[str, float], clipping: Clipping) -> Quantity:
     """`(sum of clipped gradients, norms [N])`."""
 
-    def leaf(path: str, factors: Factors, way: Way) -> _Looked:
+    def leaf(path: str, factors: Factors, way: Way) -> _FirstPass:
         if way == "keep":
             factors = Direct(contract.grads(factors))
-        return _Looked(contract.squared_norms(factors, way), factors)
+        return _FirstPass(contract.squared_norms(factors, way), factors)
 
-    def finish(answers: dict[str, _Looked], captured: Captured) -> tuple[dict[str, Tensor], Tensor]:
+    def finish(answers: dict[str, _FirstPass], captured: Captured) -> tuple[dict[str, Sum], Tensor]:
         norms = total_norm({path: answer.squares for path, answer in answers.items()}, captured)
         finite = norms.isfinite()
         mask = not _known_true(finite)
-        clip = _clip_factors(answers, norms, captured)
+        clip = _factors_by_leaf(answers, norms, captured, max_norm, clipping)
         sums = {}
         for path in list(answers):
             factors = answers.pop(path).factors
             if mask:
                 factors = contract.masked(factors, finite)
-            sums[path] = contract.weighted_sum(factors, torch.where(finite, clip[path], 0))
+            total = contract.weighted_sum(factors, torch.where(finite, clip[path], 0))
+            sums[path] = Sum(total.to(contract.accumulation_dtype(total.dtype)), total.dtype)
         return sums, norms
 
-    def _clip_factors(answers: dict[str, _Looked], norms: Tensor, captured: Captured) -> dict[str, Tensor]:
-        if clipping != "per_layer":
-            rule = automatic_factors if clipping == "automatic" else clip_factors
-            return dict.fromkeys(answers, rule(norms, max_norm))
-        layers = by_layer(answers)
-        share = max_norm / len(layers) ** 0.5
-        factors = {}
-        for paths in layers.values():
-            norm = total_norm({path: answers[path].squares for path in paths}, captured)
-            factors |= dict.fromkeys(paths, clip_factors(norm, share))
-        return factors
-
-    def join(parts: list[tuple[dict[str, Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    def join(parts: list[tuple[dict[str, Sum], Tensor]]) -> tuple[dict[str, Sum], Tensor]:
         total = dict(parts[0][0])
         for sums, _ in parts[1:]:
-            total = {path: total[path] + sums[path] for path in total}
+            total = {path: Sum(total[path].value + sums[path].value, total[path].dtype) for path in total}
         return total, torch.cat([norms for _, norms in parts])
 
-    def final(result: tuple[dict[str, Tensor], Tensor]) -> tuple[dict[str, Any], Tensor]:
-        return tree.unflatten(result[0]), result[1]
+    def final(result: tuple[dict[str, Sum], Tensor]) -> tuple[dict[str, Any], Tensor]:
+        return tree.unflatten({path: sum.value.to(sum.dtype) for path, sum in result[0].items()}), result[1]
 
-    return Quantity("clipped_sum", leaf, finish, join, final)
+    return Quantity("clipped_sum", leaf, finish, join, final, accumulate=True)
+
+
+class Sum(NamedTuple):
+    """A sum in at least float32, and the dtype of what is summed."""
+
+    value: Tensor
+    dtype: torch.dtype
+
+
+def _factors_by_leaf(
+    answers: dict[str, _FirstPass],
+    norms: Tensor,
+    captured: Captured,
+    max_norm: float | Mapping[str, float],
+    clipping: Clipping,
+) -> dict[str, Tensor]:
+    """Every leaf's clip factors `[N]`."""
+    if isinstance(max_norm, Mapping):
+        groups = by_prefix(list(answers), max_norm)
+        bounds = {prefix: (max_norm[prefix], paths) for prefix, paths in groups.items()}
+    elif clipping == "per_layer":
+        layers = by_layer(answers)
+        bounds = {layer: (max_norm / len(layers) ** 0.5, paths) for layer, paths in layers.items()}
+    else:
+        rule = automatic_factors if clipping == "automatic" else clip_factors
+        return dict.fromkeys(answers, rule(norms, max_norm))
+    found = {}
+    for bound, paths in bounds.values():
+        norm = total_norm({path: answers[path].squares for path in paths}, captured)
+        found |= dict.fromkeys(paths, clip_factors(norm, bound))
+    return found
+
+
+def by_prefix(paths: list[str], prefixes: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The leaves below each prefix; the longest that fits has a leaf, and "" fits all.
+
+    Raises:
+        ValueError: a leaf has no prefix, or a prefix no leaf.
+    """
+    groups: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    for path in paths:
+        fitting = [p for p in prefixes if p == "" or path == p or path.startswith(f"{p}.")]
+        if not fitting:
+            raise ValueError(f'max_norm has no bound for {path}; give one by a prefix of it, or by ""')
+        groups[max(fitting, key=len)].append(path)
+    empty = [prefix for prefix, found in groups.items() if not found]
+    if empty:
+        raise ValueError(f"max_norm bounds {', '.join(map(repr, empty))}, where no trainable leaf is")
+    return groups
 
 
 def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
@@ -170,12 +221,7 @@ def automatic_factors(norms: Tensor, max_norm: float) -> Tensor:
 
 def _known_true(condition: Tensor) -> bool:
     """Whether all of it is True, as far as values may be read here: compiled code and `vmap` cannot."""
-    if torch.compiler.is_compiling():
-        return False
-    try:
-        return bool(condition.all())
-    except RuntimeError:
-        return False
+    return can_read(condition) and bool(condition.all())
 
 
 # --------------------------------------------------------------------------- of the logits alone
@@ -191,6 +237,9 @@ def el2n() -> Quantity:
 
     def scores(captured: Captured) -> Tensor:
         logits = captured.logits
+        if not len(logits):
+            return captured.losses
+        _check_class_indices("el2n", captured)
         errors = logits.softmax(1) - F.one_hot(captured.targets, logits.shape[1]).to(logits.dtype)
         return contract.split_views(torch.linalg.vector_norm(errors, dim=1), captured.views).mean(0)
 
@@ -201,10 +250,23 @@ def correct() -> Quantity:
     """The share of each sample's views whose top logit is the target, `[N]`."""
 
     def shares(captured: Captured) -> Tensor:
+        if not len(captured.logits):
+            return captured.losses
+        _check_class_indices("correct", captured)
         hits = (captured.logits.argmax(1) == captured.targets).to(captured.logits.dtype)
         return contract.split_views(hits, captured.views).mean(0)
 
     return _of_logits(shares)
+
+
+def _check_class_indices(name: str, captured: Captured) -> None:
+    targets, logits = captured.targets, captured.logits
+    if not isinstance(targets, Tensor) or targets.shape != logits.shape[:1] or targets.is_floating_point():
+        shown = list(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(
+            f"{name} needs class indices [N], int64, and logits [N, classes]; got targets {shown} and logits "
+            f"{list(logits.shape)}"
+        )
 
 
 def _of_logits(compute: Callable[[Captured], Tensor]) -> Quantity:

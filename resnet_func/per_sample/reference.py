@@ -6,52 +6,49 @@ They know nothing of layers. The contractions are proven equal to them, and user
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.per_sample.capture import Captured, Trainable, check_losses, fold_views
-from resnet_func.per_sample.contract import Direct, Factors
-from resnet_func.types import LossFn, Model, Params, State
+from resnet_func.losses import check_per_sample
+from resnet_func.per_sample.capture import Batch, Captured, Task
+from resnet_func.per_sample.contract import Direct, Factors, split_views
+
+# `(trained, x, y) -> (gradients, (loss, logits))` of one sample; the leaves of x lead with its views.
+GradientOfOne: TypeAlias = Callable[
+    [dict[str, Tensor], Any, Any], tuple[dict[str, Tensor], tuple[Tensor, Tensor]]
+]
 
 
-def reference(
-    model: Model,
-    loss_fn: LossFn,
-    trainable: Trainable,
-    params: Params,
-    state: State,
-    x: Tensor,
-    y: Tensor,
-    *,
-    how: Literal["vmap", "loop"],
-) -> Captured:
-    """What `capture` returns, with every gradient materialised, for `x [N, views, C, H, W]`."""
-    flat = tree.flatten(params)
-    trained = {path: leaf for path, leaf in flat.items() if trainable(path)}
-    one = _gradient_of_one(model, loss_fn, flat, state)
+def reference(task: Task, batch: Batch, *, how: Literal["vmap", "loop"]) -> Captured:
+    """What `capture` returns, with every gradient materialised."""
+    # [N, views, ...]: what belongs to one sample
+    x = tree.map(lambda leaf: split_views(leaf, batch.views).transpose(0, 1), batch.x)
+    y = tree.map(lambda leaf: split_views(leaf, batch.views).transpose(0, 1), batch.y)
+    one = _gradient_of_one(task)
     if how == "vmap":
-        grads, (losses, logits) = torch.vmap(one, in_dims=(None, 0, 0))(trained, x, y)
+        grads, (losses, logits) = torch.vmap(one, in_dims=(None, 0, 0))(task.trained, x, y)
     else:
-        results = [one(trained, x[i], y[i]) for i in range(x.shape[0])]
-        grads = {path: torch.stack([grad[path] for grad, _ in results]) for path in trained}
+        results = [one(task.trained, _sample(x, i), _sample(y, i)) for i in range(batch.samples)]
+        grads = {path: torch.stack([grad[path] for grad, _ in results]) for path in task.trained}
         losses = torch.stack([loss for _, (loss, _) in results])
         logits = torch.stack([logits for _, (_, logits) in results])
-    factors: dict[str, Factors] = {path: Direct(grads[path]) for path in trained}
-    return Captured(losses, logits.transpose(0, 1).flatten(0, 1), fold_views(x, y)[1], factors, x.shape[1])
+    factors: dict[str, Factors] = {path: Direct(grads[path]) for path in task.trained}
+    return Captured(losses, logits.transpose(0, 1).flatten(0, 1), batch.y, factors, batch.views)
 
 
-def _gradient_of_one(
-    model: Model, loss_fn: LossFn, params: dict[str, Tensor], state: State
-) -> Callable[[dict[str, Tensor], Tensor, Tensor], tuple[dict[str, Tensor], tuple[Tensor, Tensor]]]:
-    """`(trained, x [views, C, H, W], y) -> (gradients, (loss, logits))` of one sample."""
+def _sample(batch: Any, index: int) -> Any:
+    return tree.map(lambda leaf: leaf[index], batch)
 
-    def loss(trained: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        logits, _ = model.apply(tree.unflatten({**params, **trained}), state, x, train=False)
-        losses = loss_fn(logits, y.expand(x.shape[0], *y.shape))
-        check_losses(losses, x.shape[0])
+
+def _gradient_of_one(task: Task) -> GradientOfOne:
+    def loss(trained: dict[str, Tensor], x: Any, y: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        params = tree.unflatten({**task.frozen, **trained})
+        logits, _ = task.model.apply(params, task.state, x, train=False)
+        losses = task.loss_fn(logits, y)
+        check_per_sample(losses, logits.shape[0])
         return losses.mean(), (losses.mean(), logits)
 
     return torch.func.grad(loss, has_aux=True)

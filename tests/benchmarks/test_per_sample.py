@@ -28,7 +28,7 @@ def test_both_ways_of_each_layer(tmp_path: Path) -> None:
     assert main(["per-sample", "--quick", "--layers", "--results", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("layers-resnet8-*.json")
     rows = json.loads(path.read_text())["layers"]
-    assert [row["layer"] for row in rows][:2] == ["conv1", "layer1.0.conv1"]
+    assert [row["layer"] for row in rows][:2] == ["conv1.weight", "layer1.0.conv1.weight"]
     assert all(row["plan"] in contractions.WAYS for row in rows)
     assert list(tmp_path.iterdir()) == [path]
 

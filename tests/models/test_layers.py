@@ -1,10 +1,9 @@
-"""Each layer against its formula, in float64, and its taps."""
+"""Each layer against its formula, in float64."""
 
 from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from parity.compare import generator, randn
 from resnet_func.models import layers
-from resnet_func.models.layers import BatchNorm, Conv, GroupNorm, Linear, Pad
+from resnet_func.models.layers import Conv, GroupNorm, Linear, Pad
 
 FP64 = torch.float64
 
@@ -53,8 +52,7 @@ def test_conv_is_its_definition(
 ) -> None:
     spec = Conv(4, 8, kernel, stride, padding, dilation, groups)
     weight, x = double(*spec.weight_shape, seed=seed), double(2, 4, 9, 11, seed=seed + 1)
-    y, state = layers.conv2d(spec, {"weight": weight}, x)
-    assert state == {}
+    y = layers.conv2d(spec, {"weight": weight}, x)
     torch.testing.assert_close(y, convolve(spec, weight, x), rtol=1e-10, atol=1e-11)
 
 
@@ -121,29 +119,6 @@ def test_group_norm_is_its_formula(groups: int, seed: int) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["group", "batch"])
-def test_one_affine_for_each_sample(kind: str) -> None:
-    x = double(3, 4, 5, 5, seed=0)
-    weight, bias = double(3, 4, seed=1), double(3, 4, seed=2)
-    spec = GroupNorm(4, 2) if kind == "group" else BatchNorm(4)
-    state = {
-        "running_mean": double(4, seed=3),
-        "running_var": double(4, seed=4).exp(),
-        "num_batches_tracked": torch.tensor(1),
-    }
-    state = state if kind == "batch" else {}
-
-    def at(i: int) -> Tensor:
-        params = {"weight": weight[i], "bias": bias[i]}
-        return layers.apply_layer(spec, params, state, x[i : i + 1], train=False)[0]
-
-    got, _ = layers.apply_layer(spec, {"weight": weight, "bias": bias}, state, x, train=False)
-    torch.testing.assert_close(got, torch.cat([at(i) for i in range(3)]), rtol=1e-12, atol=1e-13)
-    if kind == "batch":
-        with pytest.raises(ValueError, match="norm='group'"):
-            layers.apply_layer(spec, {"weight": weight, "bias": bias}, state, x, train=True)
-
-
 def test_pad_shortcut_keeps_every_other_pixel() -> None:
     x = double(2, 3, 5, 6, seed=0)
     y = layers.pad_shortcut(Pad(3, 8, 2), x)
@@ -151,29 +126,6 @@ def test_pad_shortcut_keeps_every_other_pixel() -> None:
     assert torch.equal(y[:, 2:5], x[:, :, ::2, ::2])
     assert not y[:, :2].any()
     assert not y[:, 5:].any()
-
-
-@pytest.mark.parametrize(
-    ("spec", "shape"), [(Conv(2, 3, 3, 2, 1), (4, 2, 7, 7)), (Linear(5, 3), (4, 5))], ids=["conv", "linear"]
-)
-def test_a_tap_captures_the_input_and_receives_the_cotangent(
-    spec: Conv | Linear, shape: tuple[int, ...]
-) -> None:
-    x = double(*shape, seed=0)
-    params, _ = layers.init_layer(spec, generator(1), torch.device("cpu"))
-    params = {name: leaf.double() for name, leaf in params.items()}
-    plain, state = layers.apply_layer(spec, params, {}, x, train=True)
-    assert state == {}
-    cotangent = double(*plain.shape, seed=2)
-
-    def loss(tap: Tensor) -> tuple[Tensor, Tensor]:
-        y, captured = layers.apply_layer(spec, {**params, "tap": tap}, {}, x, train=True)
-        return (y * cotangent).sum(), captured["input"]
-
-    tap = torch.zeros((), dtype=FP64).expand(plain.shape)
-    g, captured = torch.func.grad(loss, has_aux=True)(tap)
-    assert torch.equal(g, cotangent)
-    assert torch.equal(captured, x)
 
 
 def test_init_follows_torchvision() -> None:

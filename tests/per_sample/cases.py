@@ -11,7 +11,7 @@ from torch import Tensor
 import resnet_func as rf
 from parity.compare import generator
 from resnet_func import tree
-from resnet_func.models.layers import Conv
+from resnet_func.per_sample.ghost import ConvSpec
 from resnet_func.types import Model, Params, State
 
 CLASSES = 3
@@ -39,22 +39,18 @@ def configs(draw: st.DrawFn, norms: tuple[str, ...] = ("group", "none", "batch")
 
 
 @st.composite
-def convolutions(draw: st.DrawFn) -> tuple[Conv, int, int]:
+def convolutions(draw: st.DrawFn) -> tuple[ConvSpec, int, int]:
     """A convolution, and the height and width of an image at least as large as its kernel."""
     groups = draw(st.sampled_from([1, 1, 2, 3]))
-    kernel, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    spec = Conv(
-        c_in=groups * draw(st.integers(1, 3)),
-        c_out=groups * draw(st.integers(1, 3)),
-        kernel=kernel,
-        stride=draw(st.integers(1, 3)),
-        padding=draw(st.integers(0, 2)),
-        dilation=dilation,
-        groups=groups,
-        standardize=draw(st.booleans()) and kernel > 1,  # a single weight has no variance
-    )
-    least = dilation * (kernel - 1) + 1
-    return spec, draw(st.integers(least, least + 4)), draw(st.integers(least, least + 4))
+
+    def pair(least: int, most: int) -> tuple[int, int]:
+        return draw(st.integers(least, most)), draw(st.integers(least, most))
+
+    kernel, dilation = pair(1, 3), pair(1, 2)
+    shape = (groups * draw(st.integers(1, 3)), draw(st.integers(1, 3)), *kernel)
+    spec = ConvSpec(shape, pair(1, 3), pair(0, 2), dilation, groups)
+    height, width = (d * (k - 1) + 1 + draw(st.integers(0, 4)) for d, k in zip(dilation, kernel, strict=True))
+    return spec, height, width
 
 
 def network(

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resnet_func.models.layers import Conv, standardize
 from resnet_func.per_sample import contract
-from resnet_func.per_sample.contract import ConvFactors, Direct, LinearFactors
+from resnet_func.per_sample.contract import ConvFactors, Derived, Direct, LinearFactors, Several
+from resnet_func.per_sample.ghost import ConvSpec
 from tests.per_sample.cases import convolutions, generator
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -21,8 +21,16 @@ def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
 
 
-def conv_factors(spec: Conv, height: int, width: int, n: int, views: int, seed: int) -> ConvFactors:
-    outputs = (spec.output_size(height), spec.output_size(width))
+def conv(
+    c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
+) -> ConvSpec:
+    shape = (c_out, c_in // groups, kernel, kernel)
+    return ConvSpec(shape, (stride, stride), (padding, padding), (dilation, dilation), groups)
+
+
+def conv_factors(spec: ConvSpec, height: int, width: int, n: int, views: int, seed: int) -> ConvFactors:
+    image, weight = torch.empty(1, spec.c_in, height, width), torch.empty(spec.weight_shape)
+    outputs = F.conv2d(image, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups).shape[2:]
     return ConvFactors(
         spec,
         random(seed, *spec.weight_shape),
@@ -38,11 +46,10 @@ def conv_oracle(factors: ConvFactors) -> Tensor:
     total = []
     for i in range(n):
         weight = factors.weight.clone().requires_grad_()
-        used = standardize(weight) if spec.standardize else weight
         loss = torch.zeros((), dtype=torch.float64)
         for view in range(factors.views):
             a, g = factors.inputs[view * n + i], factors.cotangents[view * n + i]
-            y = F.conv2d(a[None], used, None, spec.stride, spec.padding, spec.dilation, spec.groups)
+            y = F.conv2d(a[None], weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)
             loss = loss + (y[0] * g).sum()
         total.append(torch.autograd.grad(loss, weight)[0])
     return torch.stack(total)
@@ -56,7 +63,9 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(case=convolutions(), n=st.integers(1, 3), views=st.integers(1, 2), seed=SEEDS)
-def test_conv_contractions_match_autograd(case: tuple[Conv, int, int], n: int, views: int, seed: int) -> None:
+def test_conv_contractions_match_autograd(
+    case: tuple[ConvSpec, int, int], n: int, views: int, seed: int
+) -> None:
     factors = conv_factors(*case, n, views, seed)
     expected = conv_oracle(factors)
     flat = expected.flatten(1)
@@ -66,24 +75,22 @@ def test_conv_contractions_match_autograd(case: tuple[Conv, int, int], n: int, v
     close(contract.weighted_sum(factors, weights), torch.einsum("n,n...->...", weights, expected))
     gram = flat @ flat.T
     close(contract.inner_products(factors, factors, "materialize", max_elements=1), gram)
-    if not case[0].standardize:
-        close(contract.squared_norms(factors, "ghost"), flat.square().sum(1))
-        close(contract.inner_products(factors, factors, "ghost"), gram)
+    close(contract.squared_norms(factors, "ghost"), flat.square().sum(1))
+    close(contract.inner_products(factors, factors, "ghost"), gram)
 
 
 @pytest.mark.parametrize(
     ("spec", "side"),
     [
-        (Conv(2, 8, kernel=3, padding=1), 2),
-        (Conv(3, 8, kernel=3, stride=2, padding=1), 4),
-        (Conv(2, 18, kernel=3, padding=2, dilation=2), 3),
-        (Conv(4, 16, kernel=3, padding=1, groups=2), 2),
-        (Conv(2, 8, kernel=3), 4),
-        (Conv(2, 8, kernel=2, standardize=True), 3),
-        (Conv(4, 2, kernel=1, stride=2, groups=2), 5),
+        (conv(2, 8, kernel=3, padding=1), 2),
+        (conv(3, 8, kernel=3, stride=2, padding=1), 4),
+        (conv(2, 18, kernel=3, padding=2, dilation=2), 3),
+        (conv(4, 16, kernel=3, padding=1, groups=2), 2),
+        (conv(2, 8, kernel=3), 4),
+        (conv(4, 2, kernel=1, stride=2, groups=2), 5),
     ],
 )
-def test_few_pixels_are_contracted_by_a_product(spec: Conv, side: int) -> None:
+def test_few_pixels_are_contracted_by_a_product(spec: ConvSpec, side: int) -> None:
     factors = conv_factors(spec, side, side, 3, 1, seed=0)
     assert contract._fits_product(factors)
     close(contract.grads(factors), conv_oracle(factors))
@@ -91,13 +98,12 @@ def test_few_pixels_are_contracted_by_a_product(spec: Conv, side: int) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(case=convolutions(), n=st.integers(1, 3), m=st.integers(1, 3), seed=SEEDS)
-def test_inner_products_of_two_batches(case: tuple[Conv, int, int], n: int, m: int, seed: int) -> None:
+def test_inner_products_of_two_batches(case: tuple[ConvSpec, int, int], n: int, m: int, seed: int) -> None:
     a, b = conv_factors(*case, n, 2, seed), conv_factors(*case, m, 2, seed + 7)
     b = b._replace(weight=a.weight)
     expected = conv_oracle(a).flatten(1) @ conv_oracle(b).flatten(1).T
     close(contract.inner_products(a, b, "materialize"), expected)
-    if not case[0].standardize:
-        close(contract.inner_products(a, b, "ghost"), expected)
+    close(contract.inner_products(a, b, "ghost"), expected)
 
 
 @pytest.mark.parametrize("views", [1, 3])
@@ -117,7 +123,7 @@ def test_linear_contractions_match_autograd(views: int) -> None:
 
 
 def test_materialized_norms_do_not_depend_on_the_slices() -> None:
-    factors = conv_factors(Conv(2, 3, 3, padding=1), 5, 6, 7, 2, seed=0)
+    factors = conv_factors(conv(2, 3, 3, padding=1), 5, 6, 7, 2, seed=0)
     whole = contract.sample_slices(factors)
     slices = contract.sample_slices(factors, max_elements=3 * factors.weight.numel())
     assert [contract.num_samples(part) for part in whole] == [7]
@@ -127,20 +133,35 @@ def test_materialized_norms_do_not_depend_on_the_slices() -> None:
 
 @pytest.mark.parametrize(("groups", "most", "expected"), [(1, 2, 2), (3, 1, 2), (3, 5, 4), (1, 99, 6)])
 def test_output_channel_slices_respect_groups(groups: int, most: int, expected: int) -> None:
-    slices = contract.output_channel_slices(Conv(3, 6, 3, groups=groups), most)
+    slices = contract.output_channel_slices(conv(3, 6, 3, groups=groups), most)
     assert slices[0] == (0, expected)
     assert [stop for _, stop in slices[:-1]] == [start for start, _ in slices[1:]]
     assert slices[-1][1] == 6
 
 
-def test_ghost_refuses_standardized_weights() -> None:
-    factors = conv_factors(Conv(2, 3, 3, standardize=True), 5, 5, 2, 1, seed=0)
-    with pytest.raises(ValueError, match="standardisation"):
-        contract.squared_norms(factors, "ghost")
+def test_what_has_no_ghost_norm_says_so() -> None:
+    factors = conv_factors(conv(2, 3, 3), 5, 5, 2, 1, seed=0)
+    derived = Derived(lambda weight: 2 * weight, factors.weight, factors)
+    assert contract.has_ghost(factors)
+    assert not contract.has_ghost(derived)
+    with pytest.raises(ValueError, match="no ghost norm"):
+        contract.squared_norms(derived, "ghost")
+
+
+def test_a_derived_leaf_is_pulled_back_and_several_uses_add_up() -> None:
+    factors = conv_factors(conv(2, 3, 3), 5, 5, 3, 1, seed=0)
+    doubled = Derived(lambda weight: 2 * weight, factors.weight, factors)
+    both = Several(factors.weight, (factors, doubled))
+    weights = torch.rand(3, generator=generator(1), dtype=torch.float64)
+    expected = 3 * conv_oracle(factors)
+    close(contract.grads(both), expected)
+    close(contract.squared_norms(both, "materialize"), expected.flatten(1).square().sum(1))
+    close(contract.weighted_sum(both, weights), torch.einsum("n,n...->...", weights, expected))
+    close(contract.inner_products(both, both, "materialize"), expected.flatten(1) @ expected.flatten(1).T)
 
 
 def test_masked_zeroes_what_is_not_finite() -> None:
-    factors = conv_factors(Conv(2, 3, 3), 4, 4, 3, 2, seed=0)
+    factors = conv_factors(conv(2, 3, 3), 4, 4, 3, 2, seed=0)
     factors.inputs[1] = torch.nan
     factors.cotangents[1 + 3] = torch.inf
     keep = torch.tensor([True, False, True])

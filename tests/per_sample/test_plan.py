@@ -6,31 +6,14 @@ import io
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 
 import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
-from resnet_func.models.layers import Conv
-from resnet_func.per_sample.capture import capture, output_sizes
-from resnet_func.per_sample.contract import ConvFactors
-from tests.per_sample.cases import configs, network, small
+from tests.per_sample.cases import batch, network, small
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")
-
-
-@settings(max_examples=15, deadline=None)
-@given(config=configs(), height=st.integers(8, 19), width=st.integers(8, 19))
-def test_output_sizes_are_what_the_network_makes(config: rf.ResNetConfig, height: int, width: int) -> None:
-    model, params, state = network(config, 0)
-    x = torch.zeros(1, 1, 3, height, width, dtype=torch.float64)
-    captured = capture(model, losses.logit(0), lambda path: True, params, state, x, torch.zeros(1))
-    convs = {path: f for path, f in captured.factors.items() if isinstance(f, ConvFactors)}
-    sizes = {path.removesuffix(".weight"): tuple(f.cotangents.shape[2:]) for path, f in convs.items()}
-    assert output_sizes(config, height, width) == sizes
-    assert all(isinstance(f.spec, Conv) for f in convs.values())
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
@@ -116,12 +99,38 @@ def test_explain_prints_every_layer() -> None:
         assert header in text
 
 
+def test_a_network_from_a_module_has_the_plan_of_its_config() -> None:
+    config = rf.build(small())
+    params, state = config.init(torch.Generator().manual_seed(0))
+    function = rf.Model(None, config.init, config.apply)
+    of_config = ps.plan(config, (4, 3, 8, 8), "clipped_sum")
+    assert ps.plan(function, (4, 3, 8, 8), "clipped_sum", params=params, state=state) == of_config
+    assert of_config.entries
+
+
+def test_a_plan_of_another_network_or_image_is_refused() -> None:
+    model, params, state = network(small(), 0)
+    x, y = batch(4, 1)
+    for other in (
+        ps.plan(rf.resnet20(norm="group"), x.shape, "norms"),
+        ps.plan(model, (4, 3, 6, 6), "norms"),
+    ):
+        with pytest.raises(ValueError, match="another network or input"):
+            ps.norms(model, losses.cross_entropy, method=other)(params, state, x, y)
+    fits = ps.plan(model, (9, *x.shape[1:]), "norms")  # another number of samples is no other plan
+    ps.norms(model, losses.cross_entropy, method=fits)(params, state, x, y)
+
+
 def test_mistakes_of_plans_are_named() -> None:
     model = rf.build(small())
+
+    def refuse(*_: object, **__: object) -> tuple[dict[str, object], dict[str, object]]:
+        raise NotImplementedError
+
     for arguments, message in (
         ((model, (4, 3, 8, 8), "norm"), "quantity must be one of"),
         ((model, (3, 8, 8), "norms"), "expected an input shape"),
-        ((rf.Model(None, model.init, model.apply), (4, 3, 8, 8), "norms"), "method='vmap'"),
+        ((rf.Model(None, refuse, model.apply), (4, 3, 8, 8), "norms"), "params="),
     ):
         with pytest.raises(ValueError, match=message):
             ps.plan(*arguments)

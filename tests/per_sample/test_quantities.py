@@ -14,9 +14,9 @@ from torch import Tensor
 import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
-from resnet_func.per_sample.projections import leaf_generator, signs, split_dim
+from resnet_func.per_sample.projections import leaf_seed, signs, split_dim
 from resnet_func.types import Params
-from tests.per_sample.cases import CLASSES, assert_trees_close, batch, configs, generator, network, small
+from tests.per_sample.cases import CLASSES, assert_trees_close, batch, configs, network, small
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -160,17 +160,19 @@ def test_inner_products_of_sketches_are_unbiased(projection: Any, block: Any) ->
 
 def test_the_projection_is_the_same_on_every_machine() -> None:
     """Golden signs: drawn from integers alone, a stream for each leaf."""
-    drawn = signs(3, 40, torch.zeros(()), leaf_generator(0, "conv1.weight"))
+    drawn = signs(3, 40, torch.zeros(()), leaf_seed(0, "conv1.weight"))
     assert drawn.abs().eq(1).all()
     words = [int("".join("1" if s > 0 else "0" for s in row.tolist()), 2) for row in drawn]
     assert words == GOLDEN
-    other = signs(3, 40, torch.zeros(()), leaf_generator(0, "fc.weight"))
+    other = signs(3, 40, torch.zeros(()), leaf_seed(0, "fc.weight"))
     assert not torch.equal(drawn, other)
-    many = signs(300, 300, torch.zeros(()), generator(0))
+    whole = signs(30, 7, torch.zeros(()), 5)
+    assert torch.equal(signs(11, 7, torch.zeros(()), 5, first=13), whole[13:24])
+    many = signs(300, 300, torch.zeros(()), 0)
     assert abs(many.mean().item()) < 4 / 300
 
 
-GOLDEN = [36531539738, 275122484895, 659304457500]
+GOLDEN = [682873895011, 406537984486, 102610482888]
 
 
 def test_split_dim() -> None:
@@ -231,7 +233,7 @@ def test_one_sample_has_no_noise_scale() -> None:
 # --------------------------------------------------------------------------- reduce
 
 
-def test_reduce_is_every_quantity_of_the_whole_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+def test_over_dataset_is_every_quantity_of_the_whole_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     model, params, state = network(small(), 0)
     x, y = batch(7, 1)
     batches = [(x[i : i + 3], y[i : i + 3]) for i in range(0, 7, 3)]
@@ -245,7 +247,7 @@ def test_reduce_is_every_quantity_of_the_whole_data_set(capsys: pytest.CaptureFi
         "moments": "moments",
         "sketch": ps.sketch_quantity(8, 1, "factorized"),
     }
-    result = ps.reduce(model, loss, wanted, progress=True)(params, state, iter(batches))
+    result = ps.over_dataset(model, loss, wanted, progress=True)(params, state, iter(batches))
     assert "per-sample" in capsys.readouterr().out
     assert list(result) == list(wanted)
     logits = model.apply(params, state, x, train=False)[0]
@@ -261,22 +263,26 @@ def test_reduce_is_every_quantity_of_the_whole_data_set(capsys: pytest.CaptureFi
     close(result["moments"].noise_scale.value, moments.noise_scale.value, 1e-9)
 
 
-def test_reduce_averages_over_views() -> None:
+def test_over_dataset_averages_over_views() -> None:
     model, params, state = network(small(), 0)
     x, y = batch(3, 1, views=2)
-    result = ps.reduce(model, losses.cross_entropy, ("loss", "el2n", "correct"))(params, state, [(x, y)])
+    result = ps.over_dataset(model, losses.cross_entropy, ("loss", "el2n", "correct"))(
+        params, state, [(x, y)]
+    )
     each = [
-        ps.reduce(model, losses.cross_entropy, ("loss", "el2n", "correct"))(params, state, [(x[:, k], y)])
+        ps.over_dataset(model, losses.cross_entropy, ("loss", "el2n", "correct"))(
+            params, state, [(x[:, k], y)]
+        )
         for k in range(2)
     ]
     for name, value in result.items():
         torch.testing.assert_close(value, (each[0][name] + each[1][name]) / 2)
 
 
-def test_mistakes_of_reduce_are_named() -> None:
+def test_mistakes_of_over_dataset_are_named() -> None:
     model, params, state = network(small(), 0)
     for wrong in (("norm",), ()):
         with pytest.raises(ValueError, match="expected quantities among"):
-            ps.reduce(model, losses.cross_entropy, wrong)
+            ps.over_dataset(model, losses.cross_entropy, wrong)
     with pytest.raises(ValueError, match="at least one batch"):
-        ps.reduce(model, losses.cross_entropy, ("norms",))(params, state, [])
+        ps.over_dataset(model, losses.cross_entropy, ("norms",))(params, state, [])

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
-from resnet_func.per_sample.engine import evaluate, pose
+from resnet_func.per_sample.engine import evaluate
+from resnet_func.per_sample.options import check_options
 from resnet_func.per_sample.quantity import Quantity, clip_factors
 from resnet_func.types import Model, Params, State
 from tests.per_sample.cases import (
@@ -136,14 +137,18 @@ def test_any_per_sample_loss() -> None:
         assert_trees_close(results[0], results[2], rtol=1e-10)
 
 
-def test_a_module_like_model_goes_through_vmap() -> None:
+def test_a_function_is_as_good_as_a_config() -> None:
     model, params, state = network(small(), 0)
     x, y = batch(3, 1)
     opaque = Model(None, model.init, model.apply)
-    expected = ps.grads(model, losses.cross_entropy)(params, state, x, y)
-    assert_trees_close(ps.grads(opaque, losses.cross_entropy)(params, state, x, y), expected, rtol=1e-10)
-    with pytest.raises(ValueError, match="method='vmap'"):
-        ps.grads(opaque, losses.cross_entropy, method="contract")
+    for transform, more in ((ps.grads, {}), (ps.norms, {}), (ps.clipped_sum, {"max_norm": 0.5})):
+        expected = transform(model, losses.cross_entropy, **more)(params, state, x, y)
+        actual = transform(opaque, losses.cross_entropy, **more)(params, state, x, y)
+        assert_trees_equal(dict(enumerate_leaves(actual)), dict(enumerate_leaves(expected)))
+
+
+def enumerate_leaves(result: Any) -> list[tuple[str, Tensor]]:
+    return [(str(index), leaf) for index, leaf in enumerate(tree.leaves(result))]
 
 
 # --------------------------------------------------------------------------- exact data
@@ -327,7 +332,6 @@ PREDICATES = {
     "biases": lambda path: path.endswith(".bias"),
     "norm-weights": lambda path: "bn" in path and path.endswith("weight"),
     "one-conv": lambda path: path == "layer2.0.conv1.weight",
-    "nothing": lambda path: False,
 }
 
 
@@ -345,9 +349,16 @@ def test_only_trainable_leaves_come_back(name: str) -> None:
         for path, leaf in actual.items():
             torch.testing.assert_close(leaf, expected[path], rtol=1e-10, atol=1e-12)
         norms = ps.norms(model, losses.cross_entropy, **more)(params, state, x, y)
-        squares = [leaf.flatten(1).square().sum(1) for leaf in expected.values()]
-        want = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(3, dtype=torch.float64)
+        want = torch.stack([leaf.flatten(1).square().sum(1) for leaf in expected.values()]).sum(0).sqrt()
         torch.testing.assert_close(norms, want, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("method", ["contract", "vmap"])
+def test_a_predicate_that_selects_nothing_is_refused(method: Any) -> None:
+    model, params, state = network(small(), 0)
+    norms = ps.norms(model, losses.cross_entropy, trainable=lambda path: "layer9" in path, method=method)
+    with pytest.raises(ValueError, match="selects no leaf; the leaves are conv1.weight"):
+        norms(params, state, *batch(3, 1))
 
 
 def test_frozen_leaves_cost_nothing() -> None:
@@ -356,7 +367,8 @@ def test_frozen_leaves_cost_nothing() -> None:
     with FlopCounterMode(display=False) as forward:
         model.apply(params, state, x, train=False)
     with FlopCounterMode(display=False) as last_layer:
-        ps.grads(model, losses.cross_entropy, trainable=PREDICATES["fc"])(params, state, x, y)
+        only = PREDICATES["fc"]
+        ps.grads(model, losses.cross_entropy, trainable=only, check=False)(params, state, x, y)
     assert last_layer.get_total_flops() < 1.01 * forward.get_total_flops()
 
 
@@ -370,7 +382,7 @@ def test_factors_are_freed_once_contracted() -> None:
             alive.append(weakref.ref(factors.cotangents))
 
     watch = Quantity("norms", leaf, lambda answers, captured: None, lambda parts: None)
-    evaluate(pose(model, losses.cross_entropy), [watch], params, state, *batch(3, 1))
+    evaluate(check_options(model, losses.cross_entropy), [watch], params, state, *batch(3, 1))
     assert len(alive) == 7
 
 
@@ -421,8 +433,8 @@ def test_batch_norm_in_training_mode_is_refused() -> None:
     for transform, more in ((ps.norms, {}), (ps.clipped_sum, {"max_norm": 1.0}), (ps.gram, {})):
         with pytest.raises(ValueError, match=r"train=False .* norm='group'"):
             transform(model, losses.cross_entropy, **more)
-    for norm in ("batch", "group"):
-        with pytest.raises(ValueError, match="BatchNorm in training mode"):
+    for norm, message in (("batch", "BatchNorm in training mode"), ("group", "evaluation mode, whatever")):
+        with pytest.raises(ValueError, match=message):
             ps.norms(rf.build(small(norm=norm)), losses.cross_entropy, train=True)
     _, params, state = network(small(norm="batch"), 0)
     opaque = Model(None, model.init, model.apply)

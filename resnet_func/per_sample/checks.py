@@ -1,0 +1,115 @@
+"""Comparisons with the definition, where values can be read: never a silent wrong number."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.func import debug_unwrap
+
+from resnet_func import tree
+from resnet_func.per_sample import contract
+from resnet_func.per_sample.capture import Batch, Captured, Task, capture
+from resnet_func.per_sample.reference import reference
+
+COMPARED = 2  # samples
+
+
+class Checks:
+    """What a transform compares after a pass: once (None), every time (True) or never (False)."""
+
+    def __init__(self, wanted: bool | None) -> None:
+        self.wanted = wanted
+        self.done = False
+
+    def after(self, task: Task, batch: Batch, captured: Captured) -> None:
+        """Compare the loss, and the gradients of two samples, with what the samples give alone.
+
+        Raises:
+            ValueError: they differ: the loss is not per-sample, or samples are coupled.
+        """
+        if self.wanted is False or (self.done and self.wanted is None) or torch.compiler.is_compiling():
+            return
+        tensors = [*task.trained.values(), *tree.leaves((batch.x, batch.y, task.state)), captured.losses]
+        if not all(can_read(tensor) for tensor in tensors):
+            return
+        with torch.no_grad():
+            _check_loss(task, batch, captured)
+            _check_gradients(task, batch)
+        self.done = True
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether a tensor has values that may be looked at: not in compiled code, under a transform, on meta."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return plain and debug_unwrap(tensor, recurse=False) is tensor
+
+
+def _check_loss(task: Task, batch: Batch, captured: Captured) -> None:
+    """The first sample's loss alone against its entry, on the logits."""
+    if batch.samples * batch.views < 2:
+        return
+    whole = task.loss_fn(captured.logits, batch.y)[:1]
+    alone = task.loss_fn(captured.logits[:1], tree.map(lambda leaf: leaf[:1], batch.y))
+    if _differ(whole, alone, _finite_norm(whole), _coarsest(captured)):
+        raise ValueError(
+            f"loss_fn is not per-sample: the first sample's loss is {float(alone):.6g} alone and "
+            f"{float(whole):.6g} in its batch. Do logits {list(captured.logits.shape)} and targets "
+            f"{[list(leaf.shape) for leaf in tree.leaves(batch.y)]} broadcast?"
+        )
+
+
+def _check_gradients(task: Task, batch: Batch) -> None:
+    """The gradients of two samples together against those of each alone."""
+    few = _first_samples(batch, COMPARED)
+    with torch.enable_grad():
+        ours = capture(task, few)
+        alone = reference(task, few, how="loop").factors
+    scale = math.hypot(*[_finite_norm(contract.grads(factors)) for factors in alone.values()])
+    dtype = _coarsest(ours)
+    for path, factors in alone.items():
+        if _differ(contract.grads(ours.factors[path]), contract.grads(factors), scale, dtype):
+            raise ValueError(
+                f"the gradient of {path} is another in a batch of {few.samples} than sample by sample. Are "
+                "samples coupled (attention or statistics across the batch), or is the network random? "
+                "Use method='vmap' if each sample's own gradient is meant"
+            )
+
+
+def _finite_norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(torch.where(tensor.isfinite(), tensor, 0).double()))
+
+
+def _first_samples(batch: Batch, count: int) -> Batch:
+    count = min(count, batch.samples)
+
+    def first(leaf: Tensor) -> Tensor:
+        return contract.split_views(leaf, batch.views)[:, :count].flatten(0, 1)
+
+    return Batch(tree.map(first, batch.x), tree.map(first, batch.y), count, batch.views)
+
+
+def _differ(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> bool:
+    """Whether tensors differ by more than rounding of that dtype explains; what is odd in both agrees.
+
+    Half of the digits must agree; in half precision, where layers leave few, a quarter.
+    """
+    if a.shape != b.shape:
+        return True
+    eps = torch.finfo(dtype).eps
+    allowed = scale * (math.sqrt(eps) if dtype in (torch.float32, torch.float64) else eps**0.25)
+    both_odd = ~a.isfinite() & ~b.isfinite()
+    return bool((~((a.double() - b.double()).abs() <= allowed) & ~both_odd).any())
+
+
+def _coarsest(captured: Captured) -> torch.dtype:
+    """The dtype of least precision that the pass computed in."""
+    dtypes = [captured.losses.dtype, captured.logits.dtype]
+    for factors in captured.factors.values():
+        dtypes += [tensor.dtype for tensor in tree.leaves(tuple(factors)) if isinstance(tensor, Tensor)]
+    return max(
+        (dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps
+    )

@@ -1,0 +1,253 @@
+"""Interception: which function calls of a network's forward pass take a trainable leaf.
+
+A `TorchFunctionMode` around the forward pass sees every call of a torch function, whatever wrote the network.
+What is computed from leaves alone (a standardised weight, a transposed one) is *derived*: the calls that made
+it are kept, so that a gradient can be pulled back. Where a leaf or what derives from it meets the batch, that
+is a `Call`: one place where the loss depends on the leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+EXPANDING = (Tensor.expand, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile, Tensor.tile)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor without samples comes from: the leaves it depends on, and the step that made it.
+
+    A leaf depends on itself, and no step made it (-1); a constant depends on no leaf.
+    """
+
+    paths: tuple[str, ...]
+    step: int = -1
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call on tensors without samples."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[Source]
+    outputs: list[Tensor]
+
+
+class Output(NamedTuple):
+    """What a call returned, to differentiate by: its gradient edge (None with taps), shape and dtype."""
+
+    edge: GradientEdge | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call in which leaves, or what derives from them, meet the batch.
+
+    Args:
+        func, args, kwargs: As the network called.
+        parameters: The tensors that hang on trainable leaves, each with its source.
+        indices: Which of what it returned are tensors (0 where it returned one tensor alone).
+        outputs: Those.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parameters: list[tuple[Tensor, Source]]
+    indices: list[int]
+    outputs: list[Output]
+
+
+@dataclass
+class Calls:
+    """What a forward pass did with its leaves.
+
+    Args:
+        leaves: The trainable leaves by their dotted paths, the very tensors the network is given.
+        constants: Other tensors without samples: frozen leaves, buffers.
+        batch: Samples times views: the first dimension of every tensor that carries samples.
+        taps: Zeros to add to the calls' outputs, one each; None keeps the outputs' gradient edges instead.
+        edges: Whether to keep those: not where only shapes are asked for.
+    """
+
+    leaves: Mapping[str, Tensor]
+    constants: list[Tensor]
+    batch: int
+    taps: list[Tensor] | None = None
+    edges: bool = True
+    calls: list[Call] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    sources: dict[Tensor, Source] = field(default_factory=dict)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        for path, leaf in self.leaves.items():
+            self.sources[leaf] = Source((path,))
+        for constant in self.constants:
+            self.sources[constant] = Source(())
+
+    def outputs(self) -> list[Output]:
+        """Those of all calls, in order."""
+        return [output for call in self.calls for output in call.outputs]
+
+    def meet(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call, and keep what it says about the leaves."""
+        tensors = tensors_of(args, kwargs)
+        refuse_coupling(func, args, kwargs, self.sources)
+        known = [(tensor, self.sources[tensor]) for tensor in tensors if tensor in self.sources]
+        parameters = [(tensor, source) for tensor, source in known if source.paths]
+        if len(known) == len(tensors) and not (parameters and self._expands(func, args, kwargs)):
+            return self._derive(func, args, kwargs, parameters)
+        if not parameters:
+            return func(*args, **kwargs)
+        before = args
+        if is_in_place(func):  # what comes in is overwritten: keep it as it was
+            before = (args[0].clone(), *args[1:])
+        result = func(*args, **kwargs)
+        alone = isinstance(result, Tensor)
+        outputs = [result] if alone else list(result) if isinstance(result, tuple) else []
+        indices = [i for i, one in enumerate(outputs) if isinstance(one, Tensor) and one.is_floating_point()]
+        if not indices:
+            return result
+        kept = [self._keep(outputs, index) for index in indices]
+        self.calls.append(Call(func, before, kwargs, parameters, indices, kept))
+        return outputs[0] if alone else type(result)(outputs)
+
+    def _keep(self, outputs: list[Any], index: int) -> Output:
+        """One output of a call: its edge, or, with taps, the output plus its tap in its place."""
+        output: Tensor = outputs[index]
+        edge = None
+        if self.taps is not None:
+            output = outputs[index] = output + self.taps[self.count]
+        elif self.edges:
+            edge = get_gradient_edge(output)  # not the tensor: a later call may overwrite it
+        self.count += 1
+        return Output(edge, tuple(output.shape), output.dtype)
+
+    def _expands(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a leaf becomes a batch here, as a class token does."""
+        if func not in EXPANDING or self.batch == 1:
+            return False
+        sizes = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
+        first = sizes[0] if sizes else next(iter(kwargs.values()))[0]
+        before = args[0].shape[0] if args[0].ndim == len(sizes) else 1
+        return first == self.batch and before == 1
+
+    def _derive(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        parameters: list[tuple[Tensor, Source]],
+    ) -> Any:
+        result = func(*args, **kwargs)
+        outputs = tensors_of((result,), {})
+        if outputs:
+            paths = tuple(dict.fromkeys([path for _, source in parameters for path in source.paths]))
+            for output in outputs:
+                if output not in self.sources or is_in_place(func):  # `contiguous` may return its argument
+                    self.sources[output] = Source(paths, len(self.steps) if paths else -1)
+            if paths:
+                self.steps.append(Step(func, args, kwargs, [source for _, source in parameters], outputs))
+        return result
+
+
+class Interception(TorchFunctionMode):
+    """Hands every call to `calls`."""
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.calls.meet(func, args, kwargs or {})
+
+
+def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among a call's arguments, and in lists and tuples among them."""
+    found = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found.extend([one for one in value if isinstance(one, Tensor)])
+    return found
+
+
+def is_in_place(func: Callable[..., Any]) -> bool:
+    """Whether a function overwrites its first argument: `add_`, `__iadd__`."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__init__")
+    return name.endswith("_")
+
+
+def refuse_coupling(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sources: Mapping[Tensor, Source]
+) -> None:
+    """Refuse normalisation by the statistics of the batch."""
+    if func is not F.batch_norm and func is not torch.batch_norm:
+        return
+    position = 5
+    training = args[position] if len(args) > position else kwargs.get("training", False)
+    if training and args[0] not in sources:
+        raise ValueError(
+            "a batch normalisation of this network uses the statistics of the batch (training mode, or "
+            "track_running_stats=False), which couples samples: per-sample gradients do not exist. "
+            "Use running statistics, or GroupNorm"
+        )
+
+
+def derivation(
+    calls: Calls, tensor: Tensor, source: Source, path: str, leaves: Mapping[str, Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """The function from the leaf `path` to a derived tensor, with the other leaves as in `leaves`."""
+    needed = _ancestors(calls, source)
+
+    def derive(leaf: Tensor) -> Tensor:
+        values: dict[Tensor, Tensor] = {own: leaves[name] for name, own in calls.leaves.items()}
+        values[calls.leaves[path]] = leaf
+        for step in needed:
+            args, kwargs = substitute((step.args, step.kwargs), values)
+            outputs = tensors_of((step.func(*args, **kwargs),), {})
+            for before, after in zip(step.outputs, outputs, strict=True):
+                values[before] = after
+        return values[tensor]
+
+    return derive
+
+
+def _ancestors(calls: Calls, source: Source) -> list[Step]:
+    """The steps that a derived tensor is made by, in order."""
+    wanted, indices = [source], []
+    while wanted:
+        index = wanted.pop().step
+        if index >= 0 and index not in indices:
+            indices.append(index)
+            wanted.extend(calls.steps[index].inputs)
+    return [calls.steps[index] for index in sorted(indices)]
+
+
+def substitute(value: Any, values: Mapping[Tensor, Tensor]) -> Any:
+    """Arguments with tensors exchanged."""
+    if isinstance(value, Tensor):
+        return values.get(value, value)
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple([substitute(one, values) for one in value])
+    if isinstance(value, list):
+        return [substitute(one, values) for one in value]
+    if isinstance(value, dict):
+        return {key: substitute(one, values) for key, one in value.items()}
+    return value
