@@ -107,7 +107,7 @@ def totals(rows: Sequence[LayerRow]) -> Totals:
 
 
 class _Recorder(TorchFunctionMode):
-    """Records the shape of what the call returns in which a leaf, or what derives from it, meets the images."""
+    """Records the shape of what a call returns in which a leaf, or what derives from it, meets images."""
 
     def __init__(self, leaves: dict[str, Tensor]) -> None:
         super().__init__()
