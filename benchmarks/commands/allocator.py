@@ -36,7 +36,7 @@ from benchmarks.harness.report import RESULTS, Row
 from benchmarks.harness.statistics import Rule, interleave, until_steady
 from parity import environment
 from resnet_func.app import runtime
-from resnet_func.app.run import as_computed
+from resnet_func.app.experiment import compute_by
 from resnet_func.losses import cross_entropy
 from resnet_func.train import arrange, init_train_state, make_train_step
 
@@ -211,7 +211,7 @@ def make_stock_step(case: Case) -> Callable[[], float]:
 def make_our_step(case: Case, threads: int | None, backend: str | None) -> Callable[[], float]:
     """The step of `resnet-func train`, compiled if there is a back end to do it."""
     machine = runtime.configure(device="cpu", threads=threads, compile="on" if backend else "off")
-    train_step = make_train_step(as_computed(case.model, machine), cross_entropy, make_optimizer())
+    train_step = make_train_step(compute_by(machine, case.model), cross_entropy, make_optimizer())
     if backend:
         train_step = conditions.compiled(train_step, backend)
     train_state = init_train_state(arrange(case.params, machine.memory_format), case.state, make_optimizer())

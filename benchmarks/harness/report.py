@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness.statistics import Ratio, Seconds, ratio
+from resnet_func import files
 
 RESULTS = Path(__file__).parents[1] / "results"
 WIDE = 140
@@ -127,9 +127,7 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
     options = {k: v for k, v in result.get("options", {}).items() if k not in ("write", "results")}
     result = {**result, "options": options} if options else result
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     picture = path.with_suffix(".png")
     say(f"written: {_shown(path)}{f' and {picture.name}' if picture.exists() else ''}")
 

@@ -7,10 +7,8 @@ nothing is removed before that is durable. The same tree and meta give the same 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +18,8 @@ import optree
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from resnet_func import files
 
 Tree = TypeVar("Tree")
 _KIND = {"format": "resnet_func.app.checkpoint", "version": 1}
@@ -145,7 +145,10 @@ def _named_leaves(tree: Any) -> tuple[dict[str, Tensor], Any]:
 def _serialize(leaves: dict[str, Tensor]) -> bytes:
     # Fresh row-major copies: safetensors refuses shared memory, and would write a lazy conjugate's or
     # negative's memory for its values. It sorts its header, so the bytes do not depend on our order.
-    copies = {path: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for path, t in leaves.items()}
+    copies = {
+        path: torch.empty(t.shape, dtype=t.dtype, device="cpu").copy_(t.detach())
+        for path, t in leaves.items()
+    }
     try:
         return safetensors.torch.save(copies)
     except KeyError as error:
@@ -239,15 +242,14 @@ def _read_bytes(path: Path) -> bytes:
 
 def _commit(current: Path, manifest: bytes, tensors: Path, data: bytes) -> None:
     folder, previous = current.parent, current.with_suffix(".previous.json")
-    _make_folder(folder)
+    files.make_folder(folder)
     demoted = _worth_keeping(current, tensors)
     # What needs space comes first, while every manifest still says what it said.
-    renames = [(_write(tensors, data), tensors), (_write(current, manifest), current)]
+    renames = [(files.stage(tensors, data), tensors), (files.stage(current, manifest), current)]
     if demoted is not None:
-        renames.append((_write(previous, demoted), previous))
+        renames.append((files.stage(previous, demoted), previous))
     for temporary, path in renames:  # the second is the commit
-        os.replace(temporary, path)
-        _sync_folder(folder)
+        files.put_in_place(temporary, path)
     # Saved and durable: failing to tidy up is not failing to save, and the next save tidies again.
     with suppress(OSError):
         _remove_unnamed(folder, current.stem)
@@ -260,35 +262,6 @@ def _worth_keeping(current: Path, tensors: Path) -> bytes | None:
     except (_DamagedError, CheckpointError):
         return None
     return None if manifest["file"] == tensors.name else _encode(manifest)
-
-
-def _make_folder(folder: Path) -> None:
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in absent:
-        _sync_folder(path.parent)
-
-
-def _write(path: Path, data: bytes) -> Path:
-    """`data` to the disk itself, under a temporary name, which is returned."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: a rename is not, until its folder is synced."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and say so
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _remove_unnamed(folder: Path, name: str, *, only: str | None = None) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 import traceback
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     RESNET_FUNC_TRACEBACK=1 an error also shows where it was raised.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is escaped, not fatal
+            stream.reconfigure(errors="backslashreplace")
     try:
         command = _parse(argv)
         ACTIONS[type(command)](command)
@@ -67,8 +73,12 @@ EXPECTED = (run_folder.RunError, run.TrainingError, checkpoint.CheckpointError, 
 def _fail(message: str, code: int, error: Exception | None = None) -> int:
     if error is not None and os.environ.get("RESNET_FUNC_TRACEBACK"):
         traceback.print_exception(error)
-    print("resnet-func: " + " ".join(message.split()), file=sys.stderr)
+    _warn(message)
     return code
+
+
+def _warn(message: str) -> None:
+    print("resnet-func: " + re.sub(r"\s*[\r\n]\s*", " ", message.strip()), file=sys.stderr)
 
 
 # --------------------------------------------------------------------------- options
@@ -92,28 +102,24 @@ def _parse(argv: list[str]) -> Train | Evaluate | Predict | Summary:
     return parsed
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """The options that others' defaults depend on."""
+
+    dataset: str = "digits"
+    recipe: str = "fast"
+    resume: Path | None = None
+
+
 def _train_defaults(argv: list[str]) -> Train:
-    resume = _peek(argv, "--resume")
-    if resume is not None:
-        described, _ = experiment.from_description(run_folder.read_config(Path(resume)))
-        return Train(
-            dataset=described.dataset,
-            data_dir=None if described.data_dir is None else Path(described.data_dir),
-            seed=described.seed,
-            hyper=described.recipe,
-        )
-    dataset, recipe = _peek(argv, "--dataset") or "digits", _peek(argv, "--recipe") or "fast"
-    return Train(hyper=recipes.recipe(recipe, dataset))
-
-
-def _peek(argv: list[str], flag: str) -> str | None:
-    """The value of a flag, read before parsing since other flags' defaults depend on it."""
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
+    # read by the parser itself, so that a flag given twice, or with "=", means the same to both
+    words = [word for word in argv[1:] if word not in ("-h", "--help")]
+    choice, _ = tyro.cli(_Choice, args=words, prog="resnet-func train", return_unknown_args=True)
+    if choice.resume is None:
+        return Train(hyper=recipes.recipe(choice.recipe, choice.dataset))
+    saved, _ = run_folder.read_config(choice.resume)
+    data_dir = None if saved.data_dir is None else Path(saved.data_dir)
+    return Train(dataset=saved.dataset, data_dir=data_dir, seed=saved.seed, hyper=saved.recipe)
 
 
 def _check_resume(options: Train, saved: Train) -> None:
@@ -131,49 +137,47 @@ def _check_resume(options: Train, saved: Train) -> None:
 
 
 def _train(options: Train) -> None:
-    output = Console()
-    resume = options.resume is not None
-    recipe = options.hyper
+    output, recipe = _console(), options.hyper
     data_dir = None if options.data_dir is None else str(options.data_dir.resolve())
     described = Experiment(options.dataset, data_dir, options.seed, recipe)
     machine = _configure(options.machine)
     splits = experiment.load_data(described, download=options.download)
-    machine = _settle_compile(options.machine, machine, described, splits)
-    folder = options.resume or run_folder.new(options.run_dir, f"{options.dataset}-{recipe.model}")
-    _say(output, runtime.describe(machine))
-    _say(output, _describe_data(options.dataset, splits))
-    done = len(run_folder.read_metrics(folder)) if resume else 0
-    try:
-        with console.ConsoleReporter(output, recipe.epochs, done) as reporter:
-            records = run.train(described, splits, folder, machine, reporter, resume=resume)
-    except Interrupted:
-        raise Interrupted(f"the run is saved; go on with: resnet-func train --resume {folder}") from None
+    if options.machine.compile == "auto" and machine.compile:
+        # where the choice is ours, only what runs long enough to win the compilation's time back
+        machine = replace(machine, compile=experiment.training_flops(described, splits) > COMPILE_ABOVE_FLOPS)
+    name = f"{options.dataset}-{recipe.model}"
+    with nullcontext(options.resume) if options.resume else run_folder.new(options.run_dir, name) as folder:
+        _say(output, runtime.describe(machine))
+        _say(output, _describe_data(options.dataset, splits))
+        try:
+            with console.ConsoleReporter(output, recipe.epochs) as reporter:
+                resume = options.resume is not None
+                result = run.train(described, splits, folder, machine, reporter, resume=resume)
+        except Interrupted:
+            raise Interrupted(f"the run is saved; go on with: resnet-func train --resume {folder}") from None
     title = f"{recipe.model} on {options.dataset}"
-    plots.curves(records, folder / "curves.png", title)
-    trained = inference.load_trained(folder, "last", machine)
-    evaluation = inference.evaluate_trained(trained, splits.test, machine)
-    report.write_pictures(evaluation, splits.test, trained.task.classes, folder, title)
+    plots.curves(result.records, folder / "curves.png", title)
+    report.write_pictures(result.evaluation, splits.test, result.trained.task.classes, folder, title)
     _say(
         output,
-        f"test accuracy {evaluation.accuracy:.2%} after {len(records)} epochs; see {folder}/curves.png",
+        f"test accuracy {result.evaluation.accuracy:.2%}, loss {result.evaluation.loss:.4f} "
+        f"after {len(result.records)} epochs; see {folder}/curves.png",
     )
 
 
 def _evaluate(options: Evaluate) -> None:
-    output = Console()
-    folder = options.run_dir or run_folder.latest()
+    output, folder = _console(), options.run_dir or run_folder.latest()
     machine = _configure(options.machine)
-    trained = inference.load_trained(folder, options.checkpoint, machine, flips=options.flips)
-    described = trained.experiment
+    trained = _load(folder, options.checkpoint, machine, flips=options.flips)
+    described, classes = trained.experiment, trained.task.classes
     if options.data_dir is not None:
         described = replace(described, data_dir=str(options.data_dir))
     source = experiment.load_data(described).test
-    if source.classes != trained.task.classes:
-        raise data.DataError(f"{source.name} has other classes than the network of {folder} was trained on")
+    experiment.check_classes(trained.task, source)
     evaluation = inference.evaluate_trained(trained, source, machine)
-    output.print(report.class_table(evaluation, trained.task.classes))
+    output.print(report.class_table(evaluation, classes))
     title = f"{described.recipe.model} on {described.dataset}"
-    report.write_pictures(evaluation, source, trained.task.classes, folder, title)
+    report.write_pictures(evaluation, source, classes, folder, title)
     _say(
         output,
         f"accuracy {evaluation.accuracy:.2%}, loss {evaluation.loss:.4f} on {source.num_samples} images",
@@ -184,16 +188,22 @@ def _evaluate(options: Evaluate) -> None:
 def _predict(options: Predict) -> None:
     if not options.images:
         raise UsageError("predict needs an image file or more: resnet-func predict IMAGE...")
-    machine = _configure(options.machine)
-    trained = inference.load_trained(options.run_dir or run_folder.latest(), options.checkpoint, machine)
-    images = [inference.read_image(path, trained.task) for path in options.images]
-    output = Console()
+    output, machine = _console(), _configure(options.machine)
+    trained = _load(options.run_dir or run_folder.latest(), options.checkpoint, machine)
+    images = (inference.read_image(path, trained) for path in options.images)
     for path, logits in zip(options.images, inference.predict(trained, images, machine), strict=True):
         best = logits.softmax(0).topk(min(5, len(logits)))
         table = Table(str(path), "probability", box=None)
         for share, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             table.add_row(trained.task.classes[index], f"{share:.1%}")
         output.print(table)
+
+
+def _load(folder: Path, which: str, machine: runtime.Runtime, *, flips: bool = False) -> inference.Trained:
+    trained, warning = inference.load_trained(folder, which, machine, flips=flips)
+    if warning:
+        _warn(warning)
+    return trained
 
 
 def _summary(options: Summary) -> None:
@@ -204,7 +214,7 @@ def _summary(options: Summary) -> None:
         changes["num_classes"] = options.num_classes
     config = zoo.config(options.model, **changes)
     size = options.image_size or (224 if config.stem == "imagenet" else 32)
-    Console().print(summary.table(summary.summarize(build(config), size)))
+    _console().print(summary.table(summary.summarize(build(config), size)))
 
 
 ACTIONS = {Train: _train, Evaluate: _evaluate, Predict: _predict, Summary: _summary}
@@ -221,15 +231,6 @@ def _configure(machine: Machine) -> runtime.Runtime:
     )
 
 
-def _settle_compile(
-    options: Machine, machine: runtime.Runtime, described: Experiment, splits: data.Splits
-) -> runtime.Runtime:
-    """Where the choice is ours, compile only what runs long enough to win the compilation's time back."""
-    if options.compile != "auto" or not machine.compile:
-        return machine
-    return replace(machine, compile=experiment.training_flops(described, splits) > COMPILE_ABOVE_FLOPS)
-
-
 def _describe_data(name: str, splits: data.Splits) -> str:
     channels, height, width = splits.train.image_shape
     return (
@@ -238,8 +239,13 @@ def _describe_data(name: str, splits: data.Splits) -> str:
     )
 
 
+def _console() -> Console:
+    """A console that prints what a user named as it is: "[old]" is no markup, ":cat:" no picture."""
+    return Console(markup=False, emoji=False, highlight=False)
+
+
 def _say(output: Console, text: str) -> None:
-    output.print(text, highlight=False, soft_wrap=True)
+    output.print(text, soft_wrap=True)
 
 
 if __name__ == "__main__":

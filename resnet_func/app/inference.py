@@ -1,7 +1,9 @@
-"""A run's trained network: load it, test it, ask it about images."""
+"""A trained network: load it from its run, test it, ask it about images."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,21 +15,25 @@ from resnet_func.app.experiment import (
     Experiment,
     Preparer,
     Task,
-    from_description,
+    evaluation_batches,
     make_network,
     make_optimizer,
-    test_batches,
 )
-from resnet_func.app.run import tested
 from resnet_func.app.runtime import Runtime
 from resnet_func.losses import cross_entropy
-from resnet_func.models import winograd
-from resnet_func.train import Evaluation, average_flips, evaluate, init_train_state, make_eval_step
-from resnet_func.types import Model, Params, State
+from resnet_func.train import (
+    Evaluation,
+    arrange,
+    average_flips,
+    evaluate,
+    init_train_state,
+    make_eval_step,
+)
+from resnet_func.types import Model, Params, State, TrainState
 
 
 class Trained(NamedTuple):
-    """A run's network with its parameters, and what it is for."""
+    """A network as its machine computes it, with its parameters, and what it is for."""
 
     model: Model
     params: Params
@@ -36,53 +42,89 @@ class Trained(NamedTuple):
     experiment: Experiment
 
 
-def load_trained(folder: Path, which: str, runtime: Runtime, *, flips: bool = False) -> Trained:
-    """The network of a run at its "last" or "best" checkpoint; `flips` averages over mirrored images.
+def parameters_to_test(train_state: TrainState) -> tuple[Params, State]:
+    """The parameters and state to evaluate: the moving averages where they are kept.
+
+    >>> parameters_to_test(TrainState({"w": 1}, {}, None, ema_params={"w": 2}, ema_state={}))
+    ({'w': 2}, {})
+    """
+    if train_state.ema_params is None or train_state.ema_state is None:
+        return train_state.params, train_state.state
+    return train_state.ema_params, train_state.ema_state
+
+
+def load_trained(
+    folder: Path, which: str, runtime: Runtime, *, flips: bool = False
+) -> tuple[Trained, str | None]:
+    """The network of a run at its "last" or "best" checkpoint, and a warning.
+
+    Args:
+        folder: The run folder.
+        which: "last" or "best".
+        runtime: The machine; as in training, it decides algorithm, precision and memory format.
+        flips: Average the logits over each image and its mirror image.
+
+    Returns:
+        The network, and None or one line: its newest checkpoint is damaged, and the one before it was loaded.
 
     Raises:
         RunError: the folder is not a run's.
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        CheckpointError: there is no such checkpoint, or none intact.
     """
-    experiment, task = from_description(run_folder.read_config(folder))
-    model = make_network(experiment.recipe, task)
-    if runtime.winograd:
-        model = winograd.wrap(model)
-    params, state = model.init(torch.Generator(), device=runtime.device)
-    checkpoints = run_folder.checkpoints(folder)
+    experiment, task = run_folder.read_config(folder)
+    recipe, checkpoints = experiment.recipe, run_folder.checkpoints(folder)
+    model = make_network(recipe, task, runtime)
+    like = model.init(torch.Generator("cpu"), device="meta")
     if which == "best":
-        (params, state), _, _ = checkpoint.load(checkpoints, "best", (params, state))
+        (params, state), _, warning = checkpoint.load(checkpoints, which, like, device=runtime.device)
     else:
-        optimizer = make_optimizer(experiment.recipe, total_steps=2)
-        like = init_train_state(params, state, optimizer, ema=experiment.recipe.ema > 0)
-        params, state = tested(checkpoint.load(checkpoints, "last", like)[0])
-    return Trained(average_flips(model) if flips else model, params, state, task, experiment)
+        # the optimizer's state has the same structure whatever the number of steps
+        start = init_train_state(*like, make_optimizer(recipe, total_steps=2), ema=recipe.ema > 0)
+        saved, _, warning = checkpoint.load(checkpoints, which, start, device=runtime.device)
+        params, state = parameters_to_test(saved)
+    params = arrange(params, runtime.memory_format)
+    return Trained(average_flips(model) if flips else model, params, state, task, experiment), warning
 
 
-def evaluate_trained(trained: Trained, source: data.Source, runtime: Runtime) -> Evaluation:
-    """Losses and logits of a trained network on a source."""
-    eval_step = make_eval_step(trained.model, cross_entropy)
-    last = trained.experiment.recipe.epochs - 1  # at full size
-    batches = test_batches(trained.experiment, source, Preparer(trained.task, runtime), last)
-    return evaluate(eval_step, trained.params, trained.state, batches)
+def evaluate_trained(
+    trained: Trained, source: data.Source, runtime: Runtime, *, epoch: int | None = None
+) -> Evaluation:
+    """Losses and logits of a network on a source; for the same options the same to the bit as in the run.
+
+    Args:
+        trained: The network.
+        source: Images and labels of the network's task.
+        runtime: The machine that the network was made or loaded for.
+        epoch: Test at the image size of this epoch (from 0); None is the last.
+    """
+    recipe = trained.experiment.recipe
+    epoch = recipe.epochs - 1 if epoch is None else epoch
+    batches = evaluation_batches(recipe, source, Preparer(trained.task, runtime), epoch)
+    return evaluate(make_eval_step(trained.model, cross_entropy), trained.params, trained.state, batches)
 
 
-def predict(trained: Trained, images: list[Tensor], runtime: Runtime) -> Tensor:
-    """Logits `[K, classes]` on the CPU of K images, uint8 `[C, H, W]` of the task's channels."""
-    prepare = Preparer(trained.task, runtime)
-    with torch.no_grad():
-        x = torch.cat([prepare(image[None]) for image in images])
-        logits, _ = trained.model.apply(trained.params, trained.state, x, train=False)
-    return logits.cpu()
-
-
-def read_image(path: Path, task: Task) -> Tensor:
-    """One image file as uint8 `[C, H, W]` of the task's channels and size.
+def read_image(path: Path, trained: Trained) -> Tensor:
+    """One image file as uint8 `[C, H, W]` of the task's channels, decoded as in training.
 
     Raises:
         DataError: the file is missing or no image.
     """
-    rgb = torch.from_numpy(data.decode(str(path), task.image_size).copy())
+    rgb = torch.from_numpy(data.decode(str(path), trained.experiment.decode_size).copy())
+    if trained.task.in_channels != 1:
+        return rgb
     # ITU-R 601, as Pillow turns colour to grey
-    weights = torch.tensor([0.299, 0.587, 0.114])
-    grey = (rgb * weights[:, None, None]).sum(0, keepdim=True).round().to(torch.uint8)
-    return grey if task.in_channels == 1 else rgb
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device="cpu")
+    return (rgb * weights[:, None, None]).sum(0, keepdim=True).round().to(torch.uint8)
+
+
+def predict(trained: Trained, images: Iterable[Tensor], runtime: Runtime) -> Tensor:
+    """Logits `[K, classes]` on the CPU of K >= 1 images, uint8 `[C, H, W]` of the task's channels.
+
+    Images of any size; as many are held at a time as `evaluate_trained` takes.
+    """
+    prepare, logits, images = Preparer(trained.task, runtime), [], iter(images)
+    with torch.no_grad():
+        while batch := list(islice(images, trained.experiment.recipe.evaluation_batch)):
+            x = torch.cat([prepare(image[None]) for image in batch])
+            logits.append(trained.model.apply(trained.params, trained.state, x, train=False)[0].cpu())
+    return torch.cat(logits)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from resnet_func.app.data.augment import Augment
-from resnet_func.losses import cross_entropy, smoothed_cross_entropy
-from resnet_func.types import LossFn
+from resnet_func.models import zoo
+from resnet_func.models.config import ResNetConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -70,22 +72,54 @@ class Recipe:
     normalization: Literal["data", "imagenet"] = "data"
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "microbatches")
-        natural = ("crop", "cutout", "image_size", "clip_norm", "weight_decay")
-        for names, least in ((positive, 1), (natural, 0)):
-            for name in names:
-                if not getattr(self, name) >= least:
-                    raise ValueError(f"{name} must be {least} or more; got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of the steps, in [0, 1); got {self.warmup}")
+        for name in ("epochs", "batch_size", "microbatches"):
+            self._check(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("crop", "cutout", "image_size", "clip_norm"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("learning_rate", "rest_learning_rate", "weight_decay"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
+        for name in ("momentum", "label_smoothing", "ema"):
+            self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._check("warmup", 0 <= self.warmup < 1, "a share of the steps, in [0, 1)")
         if any(not (0 < scale <= 1 and 0 <= share <= 1) for scale, share in self.early_scales):
             raise ValueError(
                 "early_scales are pairs (scale in (0, 1], share of the epochs in [0, 1]); "
                 f"got {self.early_scales}. Try 0.5 0.6 0.75 0.2"
             )
+        zoo.config(self.model, norm=self.norm, stem=self.stem)
+
+    def _check(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} must be {expected}; got {getattr(self, name)}")
+
+    def network(self, num_classes: int, in_channels: int) -> ResNetConfig:
+        """The network's config for so many classes and channels."""
+        return zoo.config(
+            self.model, norm=self.norm, stem=self.stem, num_classes=num_classes, in_channels=in_channels
+        )
+
+    @cached_property
+    def augment(self) -> Augment:
+        """What is done to training images."""
+        return Augment(crop=self.crop, flip=self.flip, cutout=self.cutout)
+
+    @cached_property
+    def evaluation_batch(self) -> int:
+        """Images that are evaluated or predicted at a time: those of a micro-batch, 500 at most.
+
+        What trains in memory so evaluates in it, too; and the run, `evaluate` and `predict` agree to the bit.
+
+        >>> Recipe(batch_size=128, microbatches=3).evaluation_batch
+        43
+        """
+        return min(500, math.ceil(self.batch_size / self.microbatches))
 
     def scale_at(self, epoch: int) -> float:
-        """By how much the training images of an epoch (from 0) are scaled."""
+        """By how much the images of an epoch (from 0) are scaled.
+
+        >>> [Recipe(epochs=4, early_scales=((0.5, 0.5),)).scale_at(epoch) for epoch in range(4)]
+        [0.5, 0.5, 1.0, 1.0]
+        """
         end = 0.0
         for scale, share in self.early_scales:
             end += share
@@ -118,7 +152,7 @@ ARTICLE = Recipe(
     schedule="constant",
     weight_decay=0.0,
     crop=0,
-    flip=True,
+    flip=False,
     image_size=224,
     normalization="imagenet",
 )
@@ -126,19 +160,13 @@ ARTICLE = Recipe(
 
 
 def recipe(name: str, dataset: str) -> Recipe:
-    """The named recipe as it is for a data set."""
+    """The named recipe as it is for a data set: "fast" or "article".
+
+    >>> recipe("fast", "mnist").flip
+    False
+    """
     if name == "article":
         return ARTICLE
     if dataset == "digits":
         return DIGITS
     return replace(FAST, flip=False) if dataset == "mnist" else FAST
-
-
-def make_augment(recipe: Recipe) -> Augment:
-    """What the recipe does to training images."""
-    return Augment(crop=recipe.crop, flip=recipe.flip, cutout=recipe.cutout)
-
-
-def make_loss(recipe: Recipe) -> LossFn:
-    """The recipe's training loss."""
-    return smoothed_cross_entropy(recipe.label_smoothing) if recipe.label_smoothing else cross_entropy

@@ -4,45 +4,43 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from resnet_func import optim
-from resnet_func.app import checkpoint, data, recipes, run_folder
+from resnet_func.app import checkpoint, data, run_folder
 from resnet_func.app.experiment import (
     Experiment,
     Preparer,
-    describe,
+    Task,
+    check_classes,
+    describe_changes,
     make_generator,
     make_network,
     make_optimizer,
     make_task,
-    test_batches,
     train_batches,
 )
+from resnet_func.app.inference import Trained, evaluate_trained, parameters_to_test
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
-from resnet_func.losses import cross_entropy
-from resnet_func.models import winograd
+from resnet_func.losses import smoothed_cross_entropy
+from resnet_func.optim import Optimizer
 from resnet_func.train import (
-    EvalStep,
     Evaluation,
     Progress,
     Step,
     arrange,
-    autocast,
-    evaluate,
     init_train_state,
-    make_eval_step,
     make_train_step,
     train_epoch,
 )
-from resnet_func.types import Model, Params, State, TrainState
+from resnet_func.types import Model, TrainState
 
 
 class TrainingError(Exception):
@@ -61,6 +59,14 @@ class Reporter(Protocol):
     def epoch(self, record: run_folder.Record) -> None: ...
 
 
+class Result(NamedTuple):
+    """What a run has made: the network, its evaluation, and the records of metrics.jsonl."""
+
+    trained: Trained
+    evaluation: Evaluation
+    records: list[dict[str, float]]
+
+
 def train(
     experiment: Experiment,
     splits: data.Splits,
@@ -69,11 +75,10 @@ def train(
     reporter: Reporter,
     *,
     resume: bool = False,
-) -> list[dict[str, float]]:
+) -> Result:
     """Train the experiment in its folder, from the start or from its last checkpoint.
 
-    Returns:
-        The records of metrics.jsonl.
+    Outside the main thread, where Python has no signal handlers, signals are left to their usual ways.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the run is saved after the step it was in.
@@ -81,90 +86,73 @@ def train(
         CheckpointError, DataError, RunError: as their modules say.
     """
     recipe = experiment.recipe
-    task = make_task(recipe, splits)
-    steps_per_epoch = splits.train.num_samples // recipe.batch_size
-    if not steps_per_epoch:
+    epoch_samples = splits.train.num_samples // recipe.batch_size * recipe.batch_size
+    if not epoch_samples:
         raise TrainingError(
             f"batch_size {recipe.batch_size} is more than the {splits.train.num_samples} training images; "
             f"try --batch-size {min(32, splits.train.num_samples)}"
         )
-    optimizer = make_optimizer(recipe, recipe.epochs * steps_per_epoch)
-    model = make_network(recipe, task)
-    step, eval_step = _make_steps(model, recipe, optimizer, runtime)
-    train_state = _init(model, experiment, optimizer, runtime)
-    progress, records = Progress(), []
+    task = make_task(recipe, splits)
     if resume:
-        train_state, progress = _restore(folder, train_state, reporter)
-        records = run_folder.read_metrics(folder)[: progress.epoch]
+        task = _recorded_task(folder, task, splits, reporter)
+    model = make_network(recipe, task, runtime)
+    optimizer = make_optimizer(recipe, recipe.epochs * (task.train_images // recipe.batch_size))
+    step = _make_step(model, optimizer, recipe, runtime)
+    params, state = model.init(make_generator("cpu", experiment.seed, 0), device=runtime.device)
+    params = arrange(params, runtime.memory_format)
+    train_state = init_train_state(params, state, optimizer, ema=recipe.ema > 0)
+    progress, records, evaluation = Progress(), [], None
+    if resume:
+        train_state, progress, records = _restore(folder, train_state, reporter)
     else:
-        run_folder.write_config(folder, describe(experiment, task))
+        run_folder.write_config(folder, experiment, task)
+
     prepare = Preparer(task, runtime)
     with _deferred_interrupt() as interrupted:
         for epoch in range(progress.epoch, recipe.epochs):
             batches = train_batches(experiment, splits.train, prepare, epoch, progress.batch)
             steps = train_epoch(step, train_state, batches, progress, time.perf_counter)
             for train_state, progress in steps:
-                reporter.batch(progress, steps_per_epoch * recipe.batch_size)
+                reporter.batch(progress, epoch_samples)
                 _check_finite(progress, recipe)
                 if interrupted():
-                    _save(folder, train_state, progress)
+                    _save(folder, train_state, progress, records)
                     raise Interrupted
-            evaluation = evaluate(
-                eval_step, *tested(train_state), test_batches(experiment, splits.test, prepare, epoch)
-            )
-            records.append(_record(epoch, progress, evaluation))
+            trained = Trained(model, *parameters_to_test(train_state), task, experiment)
+            evaluation = evaluate_trained(trained, splits.test, runtime, epoch=epoch)
+            records = [*records, _record(epoch, progress, evaluation)]
             progress = Progress(epoch + 1)
-            _finish_epoch(folder, train_state, progress, records)
+            _save(folder, train_state, progress, records)
             reporter.epoch(records[-1])
             if interrupted() and epoch + 1 < recipe.epochs:
                 raise Interrupted
-    return records
+    trained = Trained(model, *parameters_to_test(train_state), task, experiment)
+    return Result(trained, evaluation or evaluate_trained(trained, splits.test, runtime), records)
 
 
-def _finish_epoch(
-    folder: Path, train_state: TrainState, progress: Progress, records: list[dict[str, float]]
-) -> None:
-    # metrics first: a crash in between leaves a line too many, which a resumed run drops and writes again
-    run_folder.write_metrics(folder, records)
-    _save(folder, train_state, progress)
-    if records[-1]["test_accuracy"] >= max(record["test_accuracy"] for record in records):
-        meta = {"epoch": progress.epoch}
-        checkpoint.save(run_folder.checkpoints(folder), "best", tested(train_state), meta=meta)
-
-
-def tested(train_state: TrainState) -> tuple[Params, State]:
-    """The parameters and state to evaluate: the moving averages where they are kept."""
-    if train_state.ema_params is None or train_state.ema_state is None:
-        return train_state.params, train_state.state
-    return train_state.ema_params, train_state.ema_state
-
-
-def as_computed(model: Model, runtime: Runtime) -> Model:
-    """The model by the algorithm and in the precision of the runtime."""
-    if runtime.winograd:
-        model = winograd.wrap(model)
-    return autocast(model, runtime.device.type, torch.bfloat16) if runtime.precision == "bf16" else model
-
-
-def _make_steps(
-    model: Model, recipe: Recipe, optimizer: optim.Optimizer, runtime: Runtime
-) -> tuple[Step, EvalStep]:
-    model = as_computed(model, runtime)
+def _make_step(model: Model, optimizer: Optimizer, recipe: Recipe, runtime: Runtime) -> Step:
     step = make_train_step(
         model,
-        recipes.make_loss(recipe),
+        smoothed_cross_entropy(recipe.label_smoothing),
         optimizer,
         microbatches=recipe.microbatches,
         ema_decay=recipe.ema or None,
     )
-    compiled = torch.compile(step, fullgraph=True, dynamic=False) if runtime.compile else step
-    return compiled, make_eval_step(model, cross_entropy)
+    return torch.compile(step, fullgraph=True, dynamic=False) if runtime.compile else step
 
 
-def _init(model: Model, experiment: Experiment, optimizer: optim.Optimizer, runtime: Runtime) -> TrainState:
-    params, state = model.init(make_generator("cpu", experiment.seed, 0), device=runtime.device)
-    params = arrange(params, runtime.memory_format)
-    return init_train_state(params, state, optimizer, ema=experiment.recipe.ema > 0)
+def _recorded_task(folder: Path, found: Task, splits: data.Splits, reporter: Reporter) -> Task:
+    """The task that config.json holds, which the run goes on with; says how the data differ from it."""
+    _, task = run_folder.read_config(folder)
+    check_classes(task, splits.train)
+    changes = describe_changes(task, found)
+    if changes:
+        reporter.note(f"{changes}; going on with the sizes, the normalisation and the schedule recorded then")
+    return (
+        task
+        if task.train_images
+        else found._replace(mean=task.mean, std=task.std, image_size=task.image_size)
+    )
 
 
 def _check_finite(progress: Progress, recipe: Recipe) -> None:
@@ -187,21 +175,39 @@ def _record(epoch: int, progress: Progress, evaluation: Evaluation) -> dict[str,
     }
 
 
-def _save(folder: Path, train_state: TrainState, progress: Progress) -> None:
-    meta = {"progress": progress._asdict()}
-    checkpoint.save(run_folder.checkpoints(folder), "last", train_state, meta=meta)
+def _save(folder: Path, train_state: TrainState, progress: Progress, records: list[dict[str, float]]) -> None:
+    """Save the run; after an epoch (progress.batch is 0) first as the best, if it is."""
+    checkpoints, meta = run_folder.checkpoints(folder), {"progress": progress._asdict(), "records": records}
+    accuracies = [record["test_accuracy"] for record in records]
+    if progress.batch == 0 and accuracies[-1] >= max(accuracies):
+        checkpoint.save(checkpoints, "best", parameters_to_test(train_state), meta={"epoch": progress.epoch})
+    checkpoint.save(checkpoints, "last", train_state, meta=meta)
+    run_folder.write_metrics(folder, records)
 
 
-def _restore(folder: Path, like: TrainState, reporter: Reporter) -> tuple[TrainState, Progress]:
+def _restore(
+    folder: Path, like: TrainState, reporter: Reporter
+) -> tuple[TrainState, Progress, list[dict[str, float]]]:
     train_state, meta, warning = checkpoint.load(run_folder.checkpoints(folder), "last", like)
     if warning:
         reporter.note(warning)
-    return train_state, Progress(**meta["progress"])
+    try:
+        progress, records = Progress(**meta["progress"]), meta["records"]
+    except (KeyError, TypeError) as error:
+        raise run_folder.RunError(
+            f"the checkpoint in {folder} is not of this version: {error}. Start a new run"
+        ) from error
+    if run_folder.write_metrics(folder, records) and records and not warning:
+        reporter.note("metrics.jsonl was not what the checkpoint holds, and is written again from it")
+    return train_state, progress, records
 
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT or SIGTERM into a flag, so that the step it falls in is finished and saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
@@ -214,4 +220,5 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(received)
     finally:
         for number, handler in old.items():
-            signal.signal(number, handler)
+            # None: the handler was not set by Python, which cannot put it back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+from resnet_func import files
+from resnet_func.app import checkpoint
+from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.recipes import Recipe
 
 Record = Mapping[str, float]
 
@@ -15,43 +22,107 @@ class RunError(Exception):
     """A run folder cannot be used as asked; the message is one line with the way out."""
 
 
-def new(folder: Path | None, name: str) -> Path:
-    """Make a run folder; without one given, the first free of runs/NAME, runs/NAME-2, ...
+# --------------------------------------------------------------------------- folders
+
+
+@contextmanager
+def new(folder: Path | None, name: str) -> Iterator[Path]:
+    """Make a run folder, which no other run gets; one that holds no checkpoint in the end is removed again.
+
+    Args:
+        folder: The folder, absent or empty; None is the first free of runs/NAME, runs/NAME-2, ...
+        name: See `folder`.
 
     Raises:
         RunError: the folder holds something already, or cannot be made.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as parent, new(Path(parent) / "run", "digits") as folder:
+    ...     checkpoints(folder).is_dir()
+    True
     """
-    if folder is None:
-        candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10_000))
-        folder = next(path for path in candidates if not path.exists())
+    free_names = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in count(1))
+    for path in [folder] if folder else free_names:
+        absent = [place for place in (path, *path.parents) if not place.exists()]
+        if _claim(path):
+            break
+    else:
+        raise RunError(
+            f"{folder} exists already. Go on with it by --resume {folder}, or choose another --run-dir"
+        )
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(
-                f"{folder} exists already. Go on with it by --resume {folder}, or choose another --run-dir"
-            )
+        yield path
+    except BaseException:
+        if not any(checkpoint.exists(checkpoints(path), which) for which in ("best", "last")):
+            (path / "config.json").unlink(missing_ok=True)
+            for place in (checkpoints(path), *absent):
+                with suppress(OSError):  # not empty: it has become another's
+                    place.rmdir()
+        raise
+
+
+def _claim(folder: Path) -> bool:
+    """Make the folder, or take an empty one; False where it is taken."""
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            return False
+        checkpoints(folder).mkdir()  # fails where it exists: of two runs at once, one gets the folder
+    except (FileExistsError, FileNotFoundError):  # taken, or removed by the run that had it
+        return False
     except OSError as error:
         raise RunError(
             f"cannot make the run folder {folder}: {error.strerror}. Choose another --run-dir"
         ) from error
-    return folder
+    return True
 
 
 def checkpoints(folder: Path) -> Path:
-    """Where the run's checkpoints lie."""
+    """Where the run's checkpoints lie.
+
+    >>> str(checkpoints(Path("runs/digits-resnet20")))
+    'runs/digits-resnet20/checkpoints'
+    """
     return folder / "checkpoints"
 
 
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json in one piece."""
+def latest() -> Path:
+    """The run below runs/ that was begun last, of those that have a checkpoint.
+
+    Raises:
+        RunError: there is none.
+    """
+    configs = [
+        path
+        for path in Path("runs").glob("*/config.json")
+        if checkpoint.exists(checkpoints(path.parent), "last")
+    ]
+    if not configs:
+        raise RunError(
+            "there is no run with a checkpoint below runs/. Make one with: resnet-func train, "
+            "or name one with --run-dir"
+        )
+    return max(configs, key=lambda path: path.stat().st_mtime).parent
+
+
+# --------------------------------------------------------------------------- files
+
+
+def write_config(folder: Path, experiment: Experiment, task: Task) -> None:
+    """Write config.json: enough to resume, evaluate and predict.
+
+    Raises:
+        RunError: the disk refuses; the old file, if any, is kept.
+    """
+    config = {"experiment": asdict(experiment), "task": task._asdict()}
     _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json holds.
+def read_config(folder: Path) -> tuple[Experiment, Task]:
+    """What `write_config` wrote.
 
     Raises:
-        RunError: the folder is not a run's, or the file is damaged.
+        RunError: the folder is not a run's, or the file is damaged or of another version.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -64,52 +135,35 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path} is damaged: {error}. Restore it from a copy") from error
     if not isinstance(config, dict):
         raise RunError(f"{path} is damaged: it holds no object. Restore it from a copy")
-    return config
-
-
-def write_metrics(folder: Path, records: Sequence[Record]) -> None:
-    """Write metrics.jsonl in one piece, an object a line."""
-    _write(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The objects of metrics.jsonl; none where there is no such file.
-
-    Raises:
-        RunError: a line is damaged.
-    """
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}. Restore it from a copy, or start a new run") from error
+        fields = dict(config["experiment"])
+        recipe = Recipe(**{name: _tuples(value) for name, value in fields.pop("recipe").items()})
+        task = Task(**{name: _tuples(value) for name, value in config["task"].items()})
+        return Experiment(**fields, recipe=recipe), task
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"config.json is not of this version: {error}. Start a new run") from error
 
 
-def latest() -> Path:
-    """The run folder below runs/ that was written last.
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def write_metrics(folder: Path, records: Sequence[Record]) -> bool:
+    """Make metrics.jsonl hold the records, an object a line; whether it did not already.
 
     Raises:
-        RunError: there is none.
+        RunError: the disk refuses; the old file, if any, is kept.
     """
-    configs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-    if not configs:
-        raise RunError(
-            "there is no run below runs/. Make one with: resnet-func train, or name one with --run-dir"
-        )
-    return configs[-1].parent
+    path, text = folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records)
+    if path.is_file() and path.read_bytes() == text.encode():
+        return False
+    _write(path, text)
+    return True
 
 
 def _write(path: Path, text: str) -> None:
-    # to a temporary file first, so that a crash or a full disk leaves the old one whole
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        files.write_whole(path, text.encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror}. The old file, if any, is kept") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,3 +24,8 @@ def make_image_folder(root: Path, *, train: int = 8, test: int = 3, size: int = 
                 pixels[..., channel] += 120
                 Image.fromarray(pixels).save(folder / f"{i:03d}.png")
     return root
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resnet_func import tree
+from resnet_func import files, tree
 from resnet_func.app import checkpoint
 from resnet_func.app.checkpoint import CheckpointError
 from resnet_func.types import TrainState
@@ -529,7 +529,7 @@ class Disk:
 
     def run(self, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "open", self.open, raising=False)
+            patch.setattr(files, "open", self.open, raising=False)
             for name in ("fsync", "replace"):
                 patch.setattr(os, name, self.wrap(name, getattr(os, name)))
             for name in ("unlink", "mkdir"):
@@ -608,7 +608,8 @@ def test_a_crash_between_any_two_steps_leaves_a_loadable_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, history: Callable[[Path], int]
 ) -> None:
     for folder, old, step, what in each_step(tmp_path, monkeypatch, history):
-        disk = failing(lambda *now, step=step: now == (step, "after"), Crash())
+        # from then on every step fails: nothing that would tidy up runs in a process that is gone
+        disk = failing(lambda now, when, step=step: now > step or (now, when) == (step, "after"), Crash())
         with pytest.raises(Crash):
             disk.run(monkeypatch, lambda folder=folder: save_epoch(folder, 3))
         assert load_epoch(folder)[0] in (old, 3), (step, what)
@@ -767,3 +768,34 @@ def test_an_interrupt_in_the_middle_of_a_save_passes_through(
     with pytest.raises(KeyboardInterrupt):
         disk.run(monkeypatch, lambda: save_epoch(tmp_path, 2))
     assert load_epoch(tmp_path) == (1, None)
+
+
+def test_a_system_on_which_no_folder_can_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows: os.open of a folder is EACCES."""
+    real_open = os.open
+
+    def refuse_folders(path, flags, *args, **kwargs):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real_open(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse_folders)
+    save_epoch(tmp_path / "run", 1)
+    assert load_epoch(tmp_path / "run") == (1, None)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_global_defaults_change_nothing(tmp_path: Path, device: str) -> None:
+    saved = state_at(3)
+    checkpoint.save(tmp_path / "plain", "last", saved, meta={})
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device(device)
+        checkpoint.save(tmp_path / "changed", "last", saved, meta={})
+        got, _, _ = checkpoint.load(tmp_path / "plain", "last", saved)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+    assert contents(tmp_path / "plain") == contents(tmp_path / "changed")
+    assert_same(saved, got)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 from resnet_func.app import checkpoint, recipes
 from resnet_func.app.cli import main
 from resnet_func.models import zoo
-from tests.app.image_folder import make_image_folder
+from tests.app.image_folder import make_image_folder, read_metrics
 
 TINY = ("--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1")
 
@@ -42,10 +41,6 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def records(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_train_fills_the_run_folder(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
@@ -56,8 +51,8 @@ def test_train_fills_the_run_folder(trained):
         "mistakes.png",
         "checkpoints",
     }
-    assert [record["epoch"] for record in records(trained)] == [1, 2]
-    assert set(records(trained)[0]) == {
+    assert [record["epoch"] for record in read_metrics(trained)] == [1, 2]
+    assert set(read_metrics(trained)[0]) == {
         "epoch",
         "train_loss",
         "train_accuracy",
@@ -73,7 +68,7 @@ def test_train_fills_the_run_folder(trained):
 def test_evaluate_repeats_the_last_epoch(trained, capsys):
     assert main(["evaluate", "--run-dir", str(trained), "--threads", "1"]) == 0
     printed = capsys.readouterr().out
-    assert f"accuracy {records(trained)[-1]['test_accuracy']:.2%}" in printed
+    assert f"accuracy {read_metrics(trained)[-1]['test_accuracy']:.2%}" in printed
     assert all(name in printed for name in ("blue", "green", "red", "recall"))
 
 
@@ -110,7 +105,7 @@ def test_resume_of_a_finished_run_changes_nothing(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     assert main(["train", "--resume", str(copy)]) == 0
-    assert records(copy) == records(trained)
+    assert read_metrics(copy) == read_metrics(trained)
     for name in ("last.json", "best.json"):
         path = Path("checkpoints") / name
         assert (copy / path).read_bytes() == (trained / path).read_bytes()
@@ -139,7 +134,11 @@ USAGE = {
     "epochs-not-a-number": (["train", "--epochs", "many"], "many"),
     "epochs-zero": (["train", "--epochs", "0"], "epochs must be 1 or more; got 0"),
     "batch-size-negative": (["train", "--batch-size", "-4"], "batch_size must be 1 or more; got -4"),
-    "warmup-above-one": (["train", "--warmup", "1.5"], "warmup is a share of the steps"),
+    "warmup-above-one": (["train", "--warmup", "1.5"], "warmup must be a share of the steps"),
+    "no-such-model": (
+        ["train", "--model", "resnet19"],
+        "no network is called 'resnet19'; the zoo has resnet18",
+    ),
     "predict-nothing": (["predict"], "IMAGE"),
 }
 
@@ -153,10 +152,6 @@ def test_wrong_usage_exits_2(call, says, capsys):
 
 
 FAILURES = {
-    "no-such-model": (
-        ["train", "--model", "resnet19"],
-        "no network is called 'resnet19'; the zoo has resnet18",
-    ),
     "summary-of-no-such-model": (["summary", "vgg"], "no network is called 'vgg'"),
     "no-such-folder": (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
     "folder-without-data-dir": (["train", "--dataset", "folder"], "data_dir"),
@@ -166,7 +161,7 @@ FAILURES = {
     "crop-larger-than-image": (["train", "--crop", "9"], "padding"),
     "norm-groups-do-not-fit": (["train", "--model", "resnet20", "--norm", "group", "--crop", "99"], "99"),
     "colour-statistics-for-grey": (["train", "--normalization", "imagenet"], "normalization='imagenet'"),
-    "evaluate-without-a-run": (["evaluate"], "there is no run below runs/"),
+    "evaluate-without-a-run": (["evaluate"], "there is no run with a checkpoint below runs/"),
     "evaluate-no-run-folder": (["evaluate", "--run-dir", "."], "has no config.json"),
     "resume-no-run-folder": (["train", "--resume", "nowhere"], "nowhere"),
     "no-network": (["train", "--dataset", "cifar10", "--data-dir", "empty", "--no-download"], "cifar10"),

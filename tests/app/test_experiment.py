@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +10,11 @@ import torch
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.app import data, run_folder, runtime
+from resnet_func.app import data, runtime
 from resnet_func.app.experiment import (
     Experiment,
     Preparer,
-    Task,
-    describe,
-    from_description,
+    evaluation_batches,
     load_data,
     make_generator,
     make_network,
@@ -26,7 +23,6 @@ from resnet_func.app.experiment import (
     train_batches,
     training_flops,
 )
-from resnet_func.app.experiment import test_batches as batches_to_test
 from resnet_func.app.recipes import ARTICLE, FAST
 from tests.app.image_folder import CLASSES, make_image_folder
 
@@ -47,21 +43,6 @@ def splits(experiment: Experiment) -> data.Splits:
 @pytest.fixture(scope="module")
 def prepare(splits: data.Splits) -> Preparer:
     return Preparer(make_task(RECIPE, splits), runtime.configure(device="cpu", threads=1, compile="off"))
-
-
-@pytest.mark.parametrize("recipe", [FAST, ARTICLE, RECIPE], ids=["fast", "article", "own"])
-def test_json_and_back(recipe) -> None:
-    described = Experiment("cifar10", None, 7, recipe)
-    task = Task(("a", "b"), 3, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), 32)
-    assert from_description(json.loads(json.dumps(describe(described, task)))) == (described, task)
-
-
-@pytest.mark.parametrize("damage", ["experiment", "task"])
-def test_a_config_of_another_version(damage: str, experiment: Experiment, prepare: Preparer) -> None:
-    config = json.loads(json.dumps(describe(experiment, prepare.task)))
-    config[damage]["unheard_of"] = 1
-    with pytest.raises(run_folder.RunError, match="not of this version.*unheard_of.*Start a new run"):
-        from_description(config)
 
 
 def collect(
@@ -97,7 +78,7 @@ def test_early_epochs_are_small_in_training_and_testing(
     for epoch, size in enumerate((4, 4, 8, 8)):
         (x, _), (u, _) = (
             collect(experiment, splits, prepare, epoch)[0],
-            next(batches_to_test(experiment, splits.test, prepare, epoch)),
+            next(evaluation_batches(experiment.recipe, splits.test, prepare, epoch)),
         )
         assert x.shape[2:] == u.shape[2:] == (size, size)
 
@@ -105,7 +86,7 @@ def test_early_epochs_are_small_in_training_and_testing(
 def test_testing_sees_every_image_once_in_order(
     experiment: Experiment, splits: data.Splits, prepare: Preparer
 ) -> None:
-    labels = torch.cat([y for _, y in batches_to_test(experiment, splits.test, prepare, 3)])
+    labels = torch.cat([y for _, y in evaluation_batches(experiment.recipe, splits.test, prepare, 3)])
     assert labels.tolist() == sorted([0, 1, 2] * 3)
 
 
@@ -124,7 +105,7 @@ def test_imagenets_normalisation_needs_colour(splits: data.Splits) -> None:
 
 
 def test_the_network_fits_the_task(prepare: Preparer) -> None:
-    config = make_network(RECIPE, prepare.task).config
+    config = make_network(RECIPE, prepare.task, prepare.runtime).config
     assert config is not None
     assert (config.num_classes, config.in_channels, config.stem) == (3, 3, "cifar")
 
@@ -135,7 +116,7 @@ def test_the_network_fits_the_task(prepare: Preparer) -> None:
 def test_decay_reaches_convolutions_and_the_head_that_muon_leaves_to_sgd(
     prepare: Preparer, name: Any, head: set[str]
 ) -> None:
-    model = make_network(replace(RECIPE, model="resnet18"), prepare.task)
+    model = make_network(replace(RECIPE, model="resnet18"), prepare.task, prepare.runtime)
     params, _ = model.init(make_generator("cpu", 0))
     changes: dict[str, Any] = {"schedule": "constant", "momentum": 0.0, "weight_decay": 0.5}
     optimizer = make_optimizer(replace(RECIPE, optimizer=name, **changes), 10)

@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from resnet_func.app import data, run, run_folder, runtime
 from resnet_func.app.experiment import Experiment, load_data
 from resnet_func.app.recipes import FAST, Recipe
 from resnet_func.app.run import Interrupted
 from resnet_func.train import Progress
-from tests.app.image_folder import CLASSES, make_image_folder
+from tests.app.image_folder import CLASSES, make_image_folder, read_metrics
 
 RECIPE = replace(
     FAST,
@@ -67,9 +66,8 @@ def train(
 ) -> list[dict[str, float]]:
     experiment = Experiment("folder", str(images), 3, recipe)
     folder.mkdir(exist_ok=True)
-    return run.train(
-        experiment, load_data(experiment), folder, machine(), reporter or Silent(), resume=resume
-    )
+    splits = load_data(experiment)
+    return run.train(experiment, splits, folder, machine(), reporter or Silent(), resume=resume).records
 
 
 def weights(folder: Path) -> bytes:
@@ -100,7 +98,7 @@ def test_a_run_stopped_after_any_step_and_resumed_is_the_whole_run(
         train(images, tmp_path, Silent(stop_after))
     records = timeless(train(images, tmp_path, resume=True))
     assert (records, weights(tmp_path)) == whole
-    assert timeless(run_folder.read_metrics(tmp_path)) == whole[0]
+    assert timeless(read_metrics(tmp_path)) == whole[0]
 
 
 def test_stopped_twice_and_by_sigterm(
@@ -137,7 +135,7 @@ def test_another_seed_is_another_run(
     images: Path, tmp_path: Path, whole: tuple[list[dict[str, float]], bytes]
 ) -> None:
     experiment = Experiment("folder", str(images), 4, RECIPE)
-    records = run.train(experiment, load_data(experiment), tmp_path, machine(), Silent())
+    records = run.train(experiment, load_data(experiment), tmp_path, machine(), Silent()).records
     assert timeless(records) != whole[0]
 
 
@@ -157,10 +155,3 @@ def test_divergence_is_named_and_the_checkpoint_before_it_kept(images: Path, tmp
     with pytest.raises(run.TrainingError, match=r"training diverged. Lower --learning-rate \(it is 1e\+30\)"):
         run.train(wild, splits, tmp_path, machine(), Silent(), resume=True)
     assert weights(tmp_path) == kept
-
-
-def test_the_moving_average_is_what_gets_tested() -> None:
-    params, state = torch.zeros(1), torch.ones(1)
-    averaged = run.TrainState({"w": params}, {}, None, {"w": state}, {})
-    assert run.tested(averaged)[0]["w"] is state
-    assert run.tested(averaged._replace(ema_params=None, ema_state=None))[0]["w"] is params

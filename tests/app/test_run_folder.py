@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from resnet_func.app import run_folder
+from resnet_func.app import checkpoint, run_folder
+from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.recipes import ARTICLE, FAST, Recipe
 from resnet_func.app.run_folder import RunError
 
 
@@ -17,42 +22,147 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
 
 
+EXPERIMENT = Experiment("cifar10", None, 7, FAST)
+TASK = Task(("a", "[b]"), 3, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), 32, 50, 10)
+RECORDS = [{"epoch": 1, "train_loss": 0.1}, {"epoch": 2, "train_loss": float("inf")}]
+
+
+def keep(folder: Path | None, name: str) -> Path:
+    """A new run folder."""
+    with run_folder.new(folder, name) as made:
+        return made
+
+
+def save_checkpoint(folder: Path) -> None:
+    checkpoint.save(run_folder.checkpoints(folder), "last", {}, meta={})
+
+
 def test_the_first_free_name() -> None:
-    assert [run_folder.new(None, "a") for _ in range(3)] == [
-        Path("runs/a"),
-        Path("runs/a-2"),
-        Path("runs/a-3"),
-    ]
+    assert [keep(None, "a") for _ in range(3)] == [Path("runs/a"), Path("runs/a-2"), Path("runs/a-3")]
 
 
 def test_an_empty_folder_may_be_used_and_a_full_one_not(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "run"
-    assert run_folder.new(folder, "a") == run_folder.new(folder, "a") == folder
+    folder.mkdir(parents=True)
+    assert keep(folder, "a") == folder
     (folder / "kept").write_text("mine")
     with pytest.raises(
         RunError, match=re.escape(f"{folder} exists already. Go on with it by --resume {folder}")
     ):
-        run_folder.new(folder, "a")
+        keep(folder, "a")
     assert (folder / "kept").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [None, "run"])
+def test_of_runs_started_at_once_each_gets_its_own_folder(name: str | None) -> None:
+    got: list[Path] = []
+    refused: list[RunError] = []
+    start = threading.Barrier(16)
+
+    def begin() -> None:
+        start.wait()
+        try:
+            got.append(keep(name and Path(name), "a"))
+        except RunError as error:
+            refused.append(error)
+
+    for _ in range(10):
+        threads = [threading.Thread(target=begin) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(set(got)) == len(got) == (1 if name else 160)
+    assert len(got) + len(refused) == 160
+
+
+@pytest.mark.parametrize("error", [RunError("refused"), KeyboardInterrupt()], ids=["refused", "stopped"])
+@pytest.mark.parametrize("name", [None, "deep/run"])
+def test_a_run_that_ends_before_its_first_checkpoint_leaves_nothing(
+    tmp_path: Path, name: str | None, error: BaseException
+) -> None:
+    def fail() -> None:
+        with run_folder.new(name and Path(name), "a") as folder:
+            run_folder.write_config(folder, EXPERIMENT, TASK)
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_there_before_a_failed_run_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    keep(None, "a")
+
+    def fail(folder: Path | None, *, name: str = "a") -> None:
+        with run_folder.new(folder, name) as made:
+            (made / "note").write_text("written by someone else")
+            raise RunError
+
+    for folder in (Path("mine"), None):
+        with pytest.raises(RunError):
+            fail(folder)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
+        *("mine", "mine/note", "runs", "runs/a", "runs/a/checkpoints", "runs/a-2", "runs/a-2/note")
+    }
+
+
+def test_a_run_that_fails_after_its_first_checkpoint_is_kept(tmp_path: Path) -> None:
+    def fail() -> None:
+        with run_folder.new(None, "a") as folder:
+            run_folder.write_config(folder, EXPERIMENT, TASK)
+            save_checkpoint(folder)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert run_folder.latest() == Path("runs/a")
+    assert run_folder.read_config(Path("runs/a")) == (EXPERIMENT, TASK)
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot make the run folder .*Choose another --run-dir"):
-        run_folder.new(tmp_path / "file" / "run", "a")
+        keep(tmp_path / "file" / "run", "a")
+    with pytest.raises(RunError, match="exists already"):
+        keep(tmp_path / "file", "a")
 
 
-def test_config_and_metrics_come_back(tmp_path: Path) -> None:
-    run_folder.write_config(tmp_path, {"a": [1, None]})
-    records = [{"epoch": 1, "train_loss": 0.1}, {"epoch": 2, "train_loss": float("inf")}]
-    run_folder.write_metrics(tmp_path, records)
-    assert run_folder.read_config(tmp_path) == {"a": [1, None]}
-    assert run_folder.read_metrics(tmp_path) == records
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
+@pytest.mark.parametrize("recipe", [FAST, ARTICLE], ids=["fast", "article"])
+def test_the_config_comes_back(tmp_path: Path, recipe: Recipe) -> None:
+    described = replace(EXPERIMENT, recipe=recipe)
+    run_folder.write_config(tmp_path, described, TASK)
+    assert run_folder.read_config(tmp_path) == (described, TASK)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_no_metrics_yet(tmp_path: Path) -> None:
-    assert run_folder.read_metrics(tmp_path) == []
+def test_a_config_that_does_not_know_how_many_images_there_were(tmp_path: Path) -> None:
+    run_folder.write_config(tmp_path, EXPERIMENT, TASK)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["task"]["train_images"], config["task"]["test_images"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run_folder.read_config(tmp_path)[1] == TASK._replace(train_images=0, test_images=0)
+
+
+@pytest.mark.parametrize("damage", ["experiment", "task"])
+def test_a_config_of_another_version(tmp_path: Path, damage: str) -> None:
+    run_folder.write_config(tmp_path, EXPERIMENT, TASK)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[damage]["unheard_of"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="not of this version.*unheard_of.*Start a new run"):
+        run_folder.read_config(tmp_path)
+
+
+def test_metrics_are_written_where_they_differ(tmp_path: Path) -> None:
+    assert run_folder.write_metrics(tmp_path, RECORDS)
+    assert not run_folder.write_metrics(tmp_path, RECORDS)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == RECORDS
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
+    assert run_folder.write_metrics(tmp_path, RECORDS)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
 
 
 @pytest.mark.parametrize("text", ["{", "[]", ""], ids=["cut", "list", "empty"])
@@ -62,28 +172,25 @@ def test_a_damaged_config(tmp_path: Path, text: str) -> None:
         run_folder.read_config(tmp_path)
 
 
-def test_a_damaged_line_of_metrics(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
-    with pytest.raises(RunError, match="metrics.jsonl is damaged"):
-        run_folder.read_metrics(tmp_path)
-
-
 def test_not_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run folder: it has no config.json"):
         run_folder.read_config(tmp_path)
 
 
-def test_the_latest_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="there is no run below runs/"):
+def test_the_latest_run_is_of_those_with_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is no run with a checkpoint below runs/"):
         run_folder.latest()
-    for age, name in ((100, "a"), (300, "b"), (200, "c")):
-        run_folder.write_config(run_folder.new(None, name), {})
+    for age, name in ((100, "a"), (300, "b"), (200, "c"), (400, "refused")):
+        folder = keep(None, name)
+        run_folder.write_config(folder, EXPERIMENT, TASK)
+        if name != "refused":
+            save_checkpoint(folder)
         os.utime(tmp_path / "runs" / name / "config.json", (age, age))
     assert run_folder.latest() == Path("runs/b")
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_folder.write_config(tmp_path, {"old": 1})
+    run_folder.write_config(tmp_path, EXPERIMENT, TASK)
 
     def fail(fd: int) -> None:
         raise OSError(28, "No space left on device")
@@ -92,7 +199,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(
         RunError, match="cannot write .*No space left on device. The old file, if any, is kept"
     ):
-        run_folder.write_config(tmp_path, {"new": 2})
+        run_folder.write_config(tmp_path, replace(EXPERIMENT, seed=8), TASK)
     monkeypatch.undo()
-    assert run_folder.read_config(tmp_path) == {"old": 1}
+    assert run_folder.read_config(tmp_path) == (EXPERIMENT, TASK)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -3,6 +3,7 @@
 from resnet_func.app.data.augment import normalize
 from resnet_func.app.data.sources import (
     NAMES,
+    STREAM_STATISTICS_IMAGES,
     Dataset,
     Source,
     Splits,
@@ -15,6 +16,7 @@ from resnet_func.app.data.streaming import LAYOUT, DataError, ImageBatch, Stream
 __all__ = [
     "LAYOUT",
     "NAMES",
+    "STREAM_STATISTICS_IMAGES",
     "DataError",
     "Dataset",
     "ImageBatch",

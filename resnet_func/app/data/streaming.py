@@ -7,11 +7,9 @@ import hashlib
 import json
 import logging
 import os
-import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +22,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from resnet_func.files import replacing
 
 SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 CACHE_FOLDER = ".resnet_func_cache"
@@ -209,23 +209,14 @@ def _read_cache(path: Path, fingerprint: str) -> Tensor | None:
 
 
 def _write_cache(path: Path, fingerprint: str, images: Tensor) -> Exception | None:
-    """Write beside, then rename: a reader sees a whole cache or none. Returns what went wrong, if at all."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    """Write the cache whole or not at all. Returns what went wrong, if at all."""
     metadata = {"fingerprint": fingerprint, "crc32": _crc32(images)}
     try:
         path.parent.mkdir(exist_ok=True)
-        temporary.touch()
-        mode = (
-            temporary.stat().st_mode
-        )  # what the umask grants; safetensors leaves 0600, for no colleague to read
-        save_file({"images": images}, temporary, metadata=metadata)
-        temporary.chmod(mode)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({"images": images}, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         return error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return None
 
 
