@@ -177,7 +177,9 @@ def _record(epoch: int, progress: Progress, evaluation: Evaluation) -> dict[str,
 
 def _save(folder: Path, train_state: TrainState, progress: Progress, records: list[dict[str, float]]) -> None:
     """Save the run; after an epoch (progress.batch is 0) first as the best, if it is."""
-    checkpoints, meta = run_folder.checkpoints(folder), {"progress": progress._asdict(), "records": records}
+    checkpoints = run_folder.checkpoints(folder)
+    # a record as its pairs: the checkpoint sorts the keys of an object
+    meta = {"progress": progress._asdict(), "records": [list(record.items()) for record in records]}
     accuracies = [record["test_accuracy"] for record in records]
     if progress.batch == 0 and accuracies[-1] >= max(accuracies):
         checkpoint.save(checkpoints, "best", parameters_to_test(train_state), meta={"epoch": progress.epoch})
@@ -192,8 +194,8 @@ def _restore(
     if warning:
         reporter.note(warning)
     try:
-        progress, records = Progress(**meta["progress"]), meta["records"]
-    except (KeyError, TypeError) as error:
+        progress, records = Progress(**meta["progress"]), [dict(pairs) for pairs in meta["records"]]
+    except (KeyError, TypeError, ValueError) as error:
         raise run_folder.RunError(
             f"the checkpoint in {folder} is not of this version: {error}. Start a new run"
         ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -151,22 +152,21 @@ def init_layer(spec: LayerSpec, generator: torch.Generator, device: torch.device
     Convolutions: Kaiming normal, fan-out (He et al. 2015). Linear: `U(-1/sqrt(c_in), 1/sqrt(c_in))`.
     `device` is the generator's, or meta for the shapes alone, which draws nothing.
     """
+    empty = partial(torch.empty, dtype=torch.float32, device=device)
     match spec:
         case Conv():
-            weight = torch.empty(spec.weight_shape, device=device)
             fan_out = spec.c_out * spec.kernel**2
-            return {"weight": weight.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)}, {}
+            weight = empty(spec.weight_shape).normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
+            return {"weight": weight}, {}
         case Linear():
             bound = 1 / math.sqrt(spec.c_in)
-            weight = torch.empty(spec.c_out, spec.c_in, device=device).uniform_(
-                -bound, bound, generator=generator
-            )
-            bias = torch.empty(spec.c_out, device=device).uniform_(-bound, bound, generator=generator)
+            weight = empty(spec.c_out, spec.c_in).uniform_(-bound, bound, generator=generator)
+            bias = empty(spec.c_out).uniform_(-bound, bound, generator=generator)
             return {"weight": weight, "bias": bias}, {}
         case BatchNorm():
             statistics = {
-                "running_mean": torch.zeros(spec.channels, device=device),
-                "running_var": torch.ones(spec.channels, device=device),
+                "running_mean": empty(spec.channels).zero_(),
+                "running_var": empty(spec.channels).fill_(1),
                 "num_batches_tracked": torch.zeros((), dtype=torch.int64, device=device),
             }
             return _init_affine(spec.channels, device), statistics
@@ -177,4 +177,7 @@ def init_layer(spec: LayerSpec, generator: torch.Generator, device: torch.device
 
 
 def _init_affine(channels: int, device: torch.device) -> Params:
-    return {"weight": torch.ones(channels, device=device), "bias": torch.zeros(channels, device=device)}
+    return {
+        "weight": torch.ones(channels, dtype=torch.float32, device=device),
+        "bias": torch.zeros(channels, dtype=torch.float32, device=device),
+    }

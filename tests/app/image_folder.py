@@ -1,26 +1,38 @@
-"""Small image folders that a network can learn, for tests of the training program."""
+"""What tests of the training program share: image folders that a network can learn, and global defaults."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 CLASSES = ("blue", "green", "red")
 
 
-def make_image_folder(root: Path, *, train: int = 8, test: int = 3, size: int = 8, seed: int = 0) -> Path:
-    """`root/train/<class>/*.png` and `root/test/...`: noisy images, each class in its own colour."""
+def make_image_folder(
+    root: Path,
+    *,
+    train: int = 8,
+    test: int = 3,
+    size: int = 8,
+    width: int | None = None,
+    seed: int = 0,
+    classes: tuple[str, ...] = CLASSES,
+) -> Path:
+    """`root/train/<class>/*.png` and `root/test/...`: noisy images, three classes, a colour each."""
     rng = np.random.default_rng(seed)
     for split, count in (("train", train), ("test", test)):
-        for channel, name in enumerate(reversed(CLASSES)):
+        for channel, name in enumerate(reversed(classes)):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = rng.integers(0, 90, (size, size, 3), dtype=np.uint8)
+                pixels = rng.integers(0, 90, (size, width or size, 3), dtype=np.uint8)
                 pixels[..., channel] += 120
                 Image.fromarray(pixels).save(folder / f"{i:03d}.png")
     return root
@@ -29,3 +41,16 @@ def make_image_folder(root: Path, *, train: int = 8, test: int = 3, size: int = 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def global_defaults(dtype: torch.dtype = torch.float32, device: str | None = None) -> Iterator[None]:
+    """Inside, tensors are created in this dtype and on this device where nothing else is said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)

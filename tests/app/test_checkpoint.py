@@ -25,6 +25,7 @@ from resnet_func import files, tree
 from resnet_func.app import checkpoint
 from resnet_func.app.checkpoint import CheckpointError
 from resnet_func.types import TrainState
+from tests.app.image_folder import global_defaults
 
 DTYPES = [
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
@@ -788,14 +789,8 @@ def test_a_system_on_which_no_folder_can_be_opened(tmp_path: Path, monkeypatch: 
 def test_global_defaults_change_nothing(tmp_path: Path, device: str) -> None:
     saved = state_at(3)
     checkpoint.save(tmp_path / "plain", "last", saved, meta={})
-    dtype = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float64)
-        torch.set_default_device(device)
+    with global_defaults(torch.float64, device):
         checkpoint.save(tmp_path / "changed", "last", saved, meta={})
         got, _, _ = checkpoint.load(tmp_path / "plain", "last", saved)
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(dtype)
     assert contents(tmp_path / "plain") == contents(tmp_path / "changed")
     assert_same(saved, got)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.app import data, runtime
+from resnet_func.app import data, inference, runtime
 from resnet_func.app.experiment import (
     Experiment,
     Preparer,
+    Task,
+    describe_changes,
     evaluation_batches,
     load_data,
     make_generator,
@@ -24,7 +29,7 @@ from resnet_func.app.experiment import (
     training_flops,
 )
 from resnet_func.app.recipes import ARTICLE, FAST
-from tests.app.image_folder import CLASSES, make_image_folder
+from tests.app.image_folder import CLASSES, global_defaults, make_image_folder
 
 RECIPE = replace(FAST, epochs=4, batch_size=5, early_scales=((0.5, 0.5),))
 
@@ -143,3 +148,94 @@ def test_small_epochs_count_for_less(experiment: Experiment, splits: data.Splits
     assert training_flops(experiment, splits) == pytest.approx(
         training_flops(full, splits) * (2 * 0.25 + 2) / 4
     )
+
+
+SHAPES = {"square": (8, 8), "wide": (8, 13), "tall": (12, 7)}
+
+
+@pytest.mark.parametrize("image_size", [0, 6])
+@pytest.mark.parametrize(("height", "width"), SHAPES.values(), ids=SHAPES)
+def test_a_file_gives_the_same_tensor_in_training_evaluation_and_prediction(
+    tmp_path: Path, height: int, width: int, image_size: int
+) -> None:
+    images = make_image_folder(tmp_path, train=2, test=2, size=height, width=width)
+    recipe = replace(RECIPE, image_size=image_size, crop=0, flip=False, early_scales=(), batch_size=6)
+    experiment = Experiment("folder", str(images), 3, recipe)
+    splits = load_data(experiment)
+    here = runtime.configure(device="cpu", threads=1, compile="off")
+    prepare = Preparer(make_task(recipe, splits), here)
+    assert prepare.task.image_size == image_size or min(height, width)
+    # the test folder again as a training set, in a shuffled order
+    trained = torch.cat([x for x, _ in train_batches(experiment, splits.test, prepare, 0, 0)])
+    evaluated = torch.cat([x for x, _ in evaluation_batches(recipe, splits.test, prepare, 0)])
+    network = inference.Trained(make_network(recipe, prepare.task, here), {}, {}, prepare.task, experiment)
+    files = sorted((images / "test").rglob("*.png"))
+    for file, tensor in zip(files, evaluated, strict=True):
+        predicted = prepare(inference.read_image(file, network)[None])[0]
+        assert torch.equal(predicted, tensor)
+        assert any(torch.equal(tensor, x) for x in trained)
+
+
+def test_what_is_not_square_is_cut_and_not_stretched(prepare: Preparer) -> None:
+    image = torch.arange(3 * 8 * 14, dtype=torch.int64).remainder(251).to(torch.uint8).view(1, 3, 8, 14)
+    assert torch.equal(prepare(image), prepare(image[..., 3:11]))
+    assert torch.equal(prepare(image.mT), prepare(image[..., 3:11].mT))
+
+
+def test_global_defaults_change_no_tensor(
+    experiment: Experiment, splits: data.Splits, prepare: Preparer
+) -> None:
+    want, task = collect(experiment, splits, prepare, 2), prepare.task
+    model = make_network(RECIPE, task, prepare.runtime)
+    drawn = model.init(make_generator("cpu", 0))
+    for dtype, device in ((torch.float64, None), (torch.float32, "meta")):
+        with global_defaults(dtype, device):
+            again = Preparer(task, prepare.runtime)
+            assert same(collect(experiment, splits, again, 2), want)
+            redrawn = make_network(RECIPE, task, prepare.runtime).init(make_generator("cpu", 0))
+        for part, other in zip(drawn, redrawn, strict=True):
+            leaves = tree.flatten(other)
+            for path, leaf in tree.flatten(part).items():
+                assert leaf.dtype == leaves[path].dtype, path
+                assert torch.equal(leaf, leaves[path]), path
+
+
+def test_statistics_do_not_depend_on_the_default_dtype(splits: data.Splits) -> None:
+    want = make_task(RECIPE, splits)
+    with global_defaults(torch.float64):
+        assert make_task(RECIPE, splits) == want
+
+
+def test_a_run_of_one_step_speaks_of_the_options(prepare: Preparer) -> None:
+    recipe = replace(RECIPE, schedule="one-cycle")
+    with pytest.raises(ValueError, match="one-cycle needs 2 steps.*--epochs.*--batch-size.*--schedule"):
+        make_optimizer(recipe, 1)
+    for schedule in ("cosine", "step", "constant"):
+        make_optimizer(replace(recipe, schedule=schedule), 1)
+
+
+@given(
+    count=st.integers(1, 40), channels=st.sampled_from([1, 3]), size=st.integers(1, 64), mean=st.floats(0, 1)
+)
+def test_a_changed_data_set_is_described_and_the_same_is_not(
+    count: int, channels: int, size: int, mean: float
+) -> None:
+    task = Task(("a", "b"), channels, (mean,) * channels, (0.5,) * channels, size, count, count)
+    assert describe_changes(task, task) is None
+    changed = [
+        task._replace(train_images=count + 1),
+        task._replace(test_images=count + 1),
+        task._replace(image_size=size + 1),
+        task._replace(mean=(*task.mean[:-1], mean + 1e-3)),
+        task._replace(std=(*task.std[:-1], 0.6)),
+    ]
+    lines = [describe_changes(task, other) for other in changed]
+    assert None not in lines
+    assert len(set(lines)) == len(lines) - 1  # mean and standard deviation in the same words
+
+
+def test_a_stream_measures_a_part_of_many_images() -> None:
+    many = data.STREAM_STATISTICS_IMAGES + 1
+    task = Task(("a", "b"), 1, (0.5,), (0.2,), 32, many, 10)
+    assert describe_changes(task, task._replace(mean=(0.505,))) is None
+    assert describe_changes(task, task._replace(mean=(0.52,))) is not None

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 
-from resnet_func.app import data, run, run_folder, runtime
+from resnet_func import tree
+from resnet_func.app import checkpoint, data, inference, run, run_folder, runtime
 from resnet_func.app.experiment import Experiment, load_data
 from resnet_func.app.recipes import FAST, Recipe
 from resnet_func.app.run import Interrupted
 from resnet_func.train import Progress
-from tests.app.image_folder import CLASSES, make_image_folder, read_metrics
+from tests.app.image_folder import CLASSES, global_defaults, make_image_folder, read_metrics
 
 RECIPE = replace(
     FAST,
@@ -52,8 +57,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_image_folder(tmp_path_factory.mktemp("images"), train=6, test=2)
 
 
-def machine() -> runtime.Runtime:
-    return runtime.configure(device="cpu", threads=1, precision="fp32", compile="off")
+def machine(precision: Literal["fp32", "bf16"] = "fp32") -> runtime.Runtime:
+    return runtime.configure(device="cpu", threads=1, precision=precision, compile="off")
 
 
 def train(
@@ -155,3 +160,207 @@ def test_divergence_is_named_and_the_checkpoint_before_it_kept(images: Path, tmp
     with pytest.raises(run.TrainingError, match=r"training diverged. Lower --learning-rate \(it is 1e\+30\)"):
         run.train(wild, splits, tmp_path, machine(), Silent(), resume=True)
     assert weights(tmp_path) == kept
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_record_the_result_and_a_later_evaluation_agree_to_the_bit(
+    images: Path, tmp_path: Path, precision: Literal["fp32", "bf16"]
+) -> None:
+    # not one batch of all: how images are put into batches can change bits
+    experiment = Experiment("folder", str(images), 3, replace(RECIPE, epochs=2, microbatches=2))
+    splits, here = load_data(experiment), machine(precision)
+    result = run.train(experiment, splits, tmp_path, here, Silent())
+    trained, _ = inference.load_trained(tmp_path, "last", here)
+    again = inference.evaluate_trained(trained, splits.test, here)
+    resumed = run.train(experiment, splits, tmp_path, here, Silent(), resume=True)
+    record = read_metrics(tmp_path)[-1]
+    for evaluation in (result.evaluation, again, resumed.evaluation):
+        assert (evaluation.loss, evaluation.accuracy) == (record["test_loss"], record["test_accuracy"])
+        assert torch.equal(evaluation.logits, result.evaluation.logits)
+    other = machine("bf16" if precision == "fp32" else "fp32")
+    trained, _ = inference.load_trained(tmp_path, "last", other)
+    elsewhere = inference.evaluate_trained(trained, splits.test, other)
+    assert not torch.equal(elsewhere.logits, again.logits), "the precision asked for is the one computed in"
+
+
+def test_what_was_trained_is_returned(images: Path, tmp_path: Path) -> None:
+    experiment = Experiment("folder", str(images), 3, replace(RECIPE, epochs=1))
+    result = run.train(experiment, load_data(experiment), tmp_path, machine(), Silent())
+    saved, _ = inference.load_trained(tmp_path, "last", machine())
+    assert (result.trained.task, result.trained.experiment) == (saved.task, saved.experiment)
+    for mine, stored in ((result.trained.params, saved.params), (result.trained.state, saved.state)):
+        want = tree.flatten(stored)
+        for path, leaf in tree.flatten(mine).items():
+            assert torch.equal(leaf, want[path]), path
+            assert leaf.stride() == want[path].stride(), path
+
+
+def test_outside_the_main_thread_signals_are_left_alone(images: Path, tmp_path: Path) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(train, images, tmp_path, recipe=replace(RECIPE, epochs=1))
+        assert len(future.result()) == 1
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_a_handler_that_python_did_not_set(images: Path, tmp_path: Path, monkeypatch) -> None:
+    real_signal = signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: real_signal(number, handler) and None)
+    try:
+        train(images, tmp_path, recipe=replace(RECIPE, epochs=1))
+    finally:
+        monkeypatch.undo()
+        real_signal(signal.SIGINT, signal.default_int_handler)
+
+
+# --------------------------------------------------------------------------- resumed on other data
+
+
+def interrupted(images: Path, folder: Path) -> Path:
+    """A run stopped in its second epoch."""
+    with pytest.raises(Interrupted):
+        train(images, folder, Silent(STEPS + 1))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def rename_class(root: Path, old: str, new: str) -> None:
+    for split in ("train", "test"):
+        (root / split / old).rename(root / split / new)
+
+
+def add_class(root: Path) -> None:
+    for split in ("train", "test"):
+        shutil.copytree(root / split / "red", root / split / "purple")
+
+
+def remove_class(root: Path) -> None:
+    for split in ("train", "test"):
+        shutil.rmtree(root / split / "red")
+
+
+REFUSED = {
+    "renamed": (lambda root: rename_class(root, "red", "azure"), "it has azure and it lacks red"),
+    "added": (add_class, "it has purple"),
+    "removed": (remove_class, "it lacks red"),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), REFUSED.values(), ids=REFUSED)
+def test_a_run_is_not_resumed_with_other_classes(tmp_path: Path, change, says: str) -> None:
+    images = make_image_folder(tmp_path / "images", train=6, test=2)
+    folder = interrupted(images, tmp_path / "run")
+    before = contents(folder)
+    change(images)
+    with pytest.raises(data.DataError, match=f"other classes.*{says}.*start a new run") as error:
+        train(images, folder, resume=True)
+    assert "\n" not in str(error.value)
+    assert contents(folder) == before
+
+
+def test_classes_in_another_order_and_other_channels_are_refused(images: Path, tmp_path: Path) -> None:
+    folder = interrupted(images, tmp_path)
+    before = contents(folder)
+    experiment = Experiment("folder", str(images), 3, RECIPE)
+    splits = load_data(experiment)
+    assert isinstance(splits.train, data.Dataset)
+    turned = replace(splits.train, classes=splits.train.classes[::-1])
+    grey = replace(splits.train, images=splits.train.images[:, :1])
+    for train_set, says in ((turned, "another order"), (grey, "1 channel.*made for 3")):
+        with pytest.raises(data.DataError, match=says):
+            run.train(experiment, splits._replace(train=train_set), folder, machine(), Silent(), resume=True)
+    assert contents(folder) == before
+
+
+def half_the_files(root: Path) -> None:
+    for path in sorted((root / "train").rglob("*.png"))[::2]:
+        path.unlink()
+
+
+def other_pixels(root: Path) -> None:
+    path = root / "train" / "red" / "000.png"
+    path.write_bytes((root / "train" / "blue" / "000.png").read_bytes())
+
+
+def another_size(root: Path) -> None:
+    shutil.rmtree(root)
+    make_image_folder(root, train=6, test=2, size=12)
+
+
+CHANGED = {
+    "half": (half_the_files, "9 training images instead of 18, other pixels on average"),
+    "pixels": (other_pixels, "began: other pixels on average;"),
+    "size": (another_size, "12 pixels a side instead of 8"),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), CHANGED.values(), ids=CHANGED)
+def test_changed_data_are_said_in_a_line_and_what_was_recorded_is_used(
+    tmp_path: Path, monkeypatch, change, says: str
+) -> None:
+    images = make_image_folder(tmp_path / "images", train=6, test=2)
+    folder = interrupted(images, tmp_path / "run")
+    config = (folder / "config.json").read_bytes()
+    _, recorded = run_folder.read_config(folder)
+    change(images)
+    total_steps, make_optimizer = [], run.make_optimizer
+    monkeypatch.setattr(
+        run,
+        "make_optimizer",
+        lambda recipe, steps: total_steps.append(steps) or make_optimizer(recipe, steps),
+    )
+    reporter, experiment = Silent(), Experiment("folder", str(images), 3, RECIPE)
+    result = run.train(experiment, load_data(experiment), folder, machine(), reporter, resume=True)
+    (note,) = reporter.notes
+    assert note.startswith("the data have changed since the run began")
+    assert says in note
+    assert "\n" not in note
+    assert result.trained.task == recorded
+    assert total_steps == [RECIPE.epochs * STEPS]
+    assert (folder / "config.json").read_bytes() == config
+    assert len(result.records) == RECIPE.epochs
+
+
+def test_unchanged_data_are_not_spoken_of(images: Path, tmp_path: Path) -> None:
+    reporter = Silent()
+    train(images, interrupted(images, tmp_path), reporter, resume=True)
+    assert reporter.notes == []
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text('{"epoch": 1}\n{"ep')])
+def test_metrics_that_are_lost_come_back_from_the_checkpoint(
+    images: Path, tmp_path: Path, whole: tuple[list[dict[str, float]], bytes], damage
+) -> None:
+    folder, reporter = interrupted(images, tmp_path), Silent()
+    damage(folder / "metrics.jsonl")
+    assert timeless(train(images, folder, reporter, resume=True)) == whole[0]
+    assert timeless(read_metrics(folder)) == whole[0]
+    assert reporter.notes == ["metrics.jsonl was not what the checkpoint holds, and is written again from it"]
+
+
+def test_a_checkpoint_of_another_version(images: Path, tmp_path: Path) -> None:
+    folder = interrupted(images, tmp_path)
+    like, meta, _ = checkpoint.load_flat(folder / "checkpoints", "last")
+    checkpoint.save(folder / "checkpoints", "last", tree.unflatten(like), meta={"progress": meta["progress"]})
+    with pytest.raises((run_folder.RunError, checkpoint.CheckpointError)) as error:
+        train(images, folder, resume=True)
+    assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------- global defaults
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adam", "sgd"])
+def test_another_default_dtype_changes_no_bit_of_a_run(
+    images: Path, tmp_path: Path, optimizer: Literal["muon", "adam", "sgd"]
+) -> None:
+    recipe = replace(RECIPE, epochs=1, optimizer=optimizer)
+    want = train(images, tmp_path / "plain", recipe=recipe)
+    with global_defaults(torch.float64):
+        got = train(images, tmp_path / "other", recipe=recipe)
+    assert weights(tmp_path / "other") == weights(tmp_path / "plain")
+    for name in ("train_loss", "test_loss", "test_accuracy"):
+        assert [record[name] for record in got] == [record[name] for record in want]
