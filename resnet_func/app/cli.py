@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from resnet_func.app import (
     checkpoint,
@@ -193,7 +193,8 @@ def _predict(options: Predict) -> None:
     images = (inference.read_image(path, trained) for path in options.images)
     for path, logits in zip(options.images, inference.predict(trained, images, machine), strict=True):
         best = logits.softmax(0).topk(min(5, len(logits)))
-        table = Table(str(path), "probability", box=None)
+        _say(output, str(path))
+        table = Table(Column("class", overflow="fold"), "probability", box=None)
         for share, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             table.add_row(trained.task.classes[index], f"{share:.1%}")
         output.print(table)

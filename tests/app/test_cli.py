@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_func.app import checkpoint, recipes
+from resnet_func.app import checkpoint, cli, recipes
 from resnet_func.app.cli import main
+from resnet_func.app.options import Train
 from resnet_func.models import zoo
 from tests.app.image_folder import make_image_folder, read_metrics
 
@@ -228,6 +230,104 @@ def test_a_full_disk_is_one_line(images, monkeypatch, capsys):
     call = ["train", "--dataset", "folder", "--data-dir", str(images), *TINY, "--run-dir", "run"]
     assert exit_code(call) == 1
     assert capsys.readouterr().err == "resnet-func: cannot save: No space left on device\n"
+
+
+def test_of_equal_flags_all_take_the_last(images, monkeypatch):
+    parsed = []
+    monkeypatch.setitem(cli.ACTIONS, Train, parsed.append)
+    for call, dataset, recipe in (
+        (["--dataset", "cifar10", "--dataset", "digits"], "digits", recipes.DIGITS),
+        (["--dataset", "digits", "--dataset=cifar10"], "cifar10", recipes.FAST),
+        (["--recipe=fast", "--recipe", "article"], "digits", recipes.ARTICLE),
+        (["--recipe", "article", "--recipe", "fast", "--dataset", "mnist"], "mnist", None),
+    ):
+        assert main(["train", *call]) == 0
+        options = parsed.pop()
+        assert (options.dataset, options.hyper) == (dataset, recipe or recipes.recipe("fast", "mnist"))
+
+
+def test_resume_twice_takes_the_last(trained, tmp_path, monkeypatch):
+    parsed = []
+    monkeypatch.setitem(cli.ACTIONS, Train, parsed.append)
+    assert main(["train", "--resume", "nowhere", "--resume", str(trained)]) == 0
+    assert (parsed[0].resume, parsed[0].dataset, parsed[0].hyper.epochs) == (trained, "folder", 2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_last_record_the_printed_line_and_evaluate_agree(images, capsys, precision):
+    machine = ["--threads", "1", "--precision", precision]
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), *TINY, "--run-dir", "run", *machine]
+    assert main(call) == 0
+    record = read_metrics(Path("run"))[-1]
+    numbers = f"accuracy {record['test_accuracy']:.2%}, loss {record['test_loss']:.4f}"
+    assert f"test {numbers} after 2 epochs" in capsys.readouterr().out
+    assert main(["evaluate", "--run-dir", "run", *machine]) == 0
+    assert f"{numbers} on 9 images" in capsys.readouterr().out
+
+
+def test_a_run_that_was_refused_is_not_the_latest(images, capsys):
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), *TINY, "--epochs", "1"]
+    assert main(call) == 0
+    assert exit_code([*call, "--crop", "99"]) == 1
+    killed = Path("runs") / "killed"  # without a chance to tidy up
+    (killed / "checkpoints").mkdir(parents=True)
+    shutil.copy(Path("runs") / "folder-resnet20" / "config.json", killed)
+    capsys.readouterr()
+    assert main(["evaluate"]) == 0
+    assert "runs/folder-resnet20/confusion.png" in capsys.readouterr().out
+
+
+def test_a_fallback_is_said_on_stderr(trained, images, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    newest = max((run / "checkpoints").glob("last.*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    for call in (["evaluate"], ["predict", str(images / "test" / "red" / "000.png")]):
+        assert main([*call, "--run-dir", str(run)]) == 0
+        printed = capsys.readouterr()
+        assert printed.err.startswith("resnet-func: checkpoint 'last' is damaged")
+        assert printed.err.endswith("loaded the one before it\n")
+        assert printed.err.count("\n") == 1
+        assert "%" in printed.out
+
+
+NAMES_ON_DISK = ("[b] :cat:", "[old]", "[red]x")
+
+
+def test_names_are_printed_as_they_are(tmp_path, capsys):
+    images = make_image_folder(tmp_path / "data [bold]", classes=NAMES_ON_DISK)
+    run = tmp_path / "run [2] :dog:"
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), *TINY, "--epochs", "1"]
+    assert main([*call, "--run-dir", str(run)]) == 0
+    assert f"see {run}/curves.png" in capsys.readouterr().out
+    assert main(["evaluate", "--run-dir", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert f"wrote {run}/confusion.png" in printed
+    assert all(name in printed for name in NAMES_ON_DISK)
+    photo = shutil.copy(next((images / "test").rglob("*.png")), tmp_path / "photo [i]1[b] :cat:.png")
+    os.chdir(tmp_path)
+    assert main(["predict", photo.name, "--run-dir", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (photo.name, *NAMES_ON_DISK))
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(trained, images, tmp_path, capsys):
+    photo = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    shutil.copy(next((images / "test").rglob("*.png")), photo)
+    assert main(["predict", os.fsdecode(photo), "--run-dir", str(trained)]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/caf\\udce9.png\n")
+
+
+def test_an_error_names_a_path_as_it_is(tmp_path, capsys):
+    assert exit_code(["train", "--resume", "my  run [a]"]) == 1
+    assert capsys.readouterr().err.startswith("resnet-func: my  run [a] is not a run folder")
+
+
+def test_one_step_in_all(images, capsys):
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), *TINY, "--epochs", "1"]
+    assert exit_code([*call, "--batch-size", "24", "--schedule", "one-cycle"]) == 1
+    assert "Raise --epochs, lower --batch-size, or try --schedule constant" in capsys.readouterr().err
+    assert not list(Path().iterdir())
 
 
 def test_every_network_of_the_zoo_has_a_summary(capsys):

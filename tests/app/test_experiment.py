@@ -164,7 +164,7 @@ def test_a_file_gives_the_same_tensor_in_training_evaluation_and_prediction(
     splits = load_data(experiment)
     here = runtime.configure(device="cpu", threads=1, compile="off")
     prepare = Preparer(make_task(recipe, splits), here)
-    assert prepare.task.image_size == image_size or min(height, width)
+    assert prepare.task.image_size == (image_size or min(height, width))
     # the test folder again as a training set, in a shuffled order
     trained = torch.cat([x for x, _ in train_batches(experiment, splits.test, prepare, 0, 0)])
     evaluated = torch.cat([x for x, _ in evaluation_batches(recipe, splits.test, prepare, 0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from resnet_func.app import data, inference, run, run_folder, runtime
 from resnet_func.app.experiment import Experiment, load_data
 from resnet_func.app.recipes import FAST
 from resnet_func.app.runtime import Runtime
+from resnet_func.models import winograd
 from resnet_func.train import Progress
-from tests.app.image_folder import make_image_folder, read_metrics
+from resnet_func.types import TrainState
+from tests.app.image_folder import global_defaults, make_image_folder, read_metrics
 
 
 class Silent:
@@ -75,12 +78,96 @@ def test_flips_average(trained: tuple[Path, data.Splits], machine: Runtime) -> N
     torch.testing.assert_close(inference.predict(averaged, images, machine), want)
 
 
-def test_prediction_is_evaluation(trained: tuple[Path, data.Splits], machine: Runtime) -> None:
+def test_prediction_is_evaluation_to_the_bit(trained: tuple[Path, data.Splits], machine: Runtime) -> None:
     folder, splits = trained
     network = load(folder, "last", machine)
     assert isinstance(splits.test, data.Dataset)
     want = inference.evaluate_trained(network, splits.test, machine).logits
-    torch.testing.assert_close(inference.predict(network, list(splits.test.images), machine), want)
+    assert torch.equal(inference.predict(network, iter(splits.test.images), machine), want)
+
+
+def test_images_are_evaluated_and_predicted_a_microbatch_at_a_time(
+    trained: tuple[Path, data.Splits], machine: Runtime
+) -> None:
+    folder, splits = trained
+    network, sizes = load(folder, "last", machine), []
+
+    def apply(params, state, x, *, train):
+        sizes.append(len(x))
+        return network.model.apply(params, state, x, train=train)
+
+    spied = network._replace(
+        model=network.model._replace(apply=apply),
+        experiment=replace(network.experiment, recipe=replace(network.experiment.recipe, microbatches=2)),
+    )
+    inference.evaluate_trained(spied, splits.test, machine)
+    assert sizes == [3, 3, 3]
+    sizes.clear()
+    images = [torch.zeros(3, 8 + i, 8, dtype=torch.uint8) for i in range(8)]
+    assert inference.predict(spied, iter(images), machine).shape == (8, 3)
+    assert sizes == [3, 3, 2]
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_damaged_checkpoint_falls_back_and_says_so(
+    trained: tuple[Path, data.Splits], machine: Runtime, tmp_path: Path, which: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    # "best" may have been saved once only
+    shutil.copy(folder / "checkpoints" / f"{which}.json", folder / "checkpoints" / f"{which}.previous.json")
+    (folder / "checkpoints" / f"{which}.json").write_text("{")
+    network, warning = inference.load_trained(folder, which, machine)
+    assert warning is not None
+    assert f"checkpoint '{which}' is damaged" in warning
+    assert "\n" not in warning
+    assert network.task.classes == ("blue", "green", "red")
+
+
+def test_the_memory_format_asked_for_is_taken(trained: tuple[Path, data.Splits], machine: Runtime) -> None:
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        network = load(trained[0], "last", replace(machine, memory_format=memory_format))
+        assert network.params["conv1"]["weight"].is_contiguous(memory_format=memory_format)
+
+
+def test_the_algorithm_asked_for_is_taken(
+    trained: tuple[Path, data.Splits], machine: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped = []
+    monkeypatch.setattr(winograd, "wrap", lambda model: wrapped.append(model) or model)
+    for on in (False, True):
+        load(trained[0], "last", replace(machine, winograd=on))
+        assert len(wrapped) == on
+
+
+def test_the_moving_average_is_what_gets_tested() -> None:
+    params, state = torch.zeros(1), torch.ones(1)
+    averaged = TrainState({"w": params}, {}, None, {"w": state}, {})
+    assert inference.parameters_to_test(averaged)[0]["w"] is state
+    plain = averaged._replace(ema_params=None, ema_state=None)
+    assert inference.parameters_to_test(plain)[0]["w"] is params
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_global_defaults_change_no_prediction(
+    trained: tuple[Path, data.Splits], machine: Runtime, tmp_path: Path, which: str, device: str | None
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+
+    def predict() -> torch.Tensor:
+        network = load(trained[0], which, machine)
+        grey = network._replace(task=network.task._replace(in_channels=1))
+        images = [inference.read_image(tmp_path / "image.png", network)]
+        images += [inference.read_image(tmp_path / "image.png", grey).expand(3, -1, -1)]
+        return inference.predict(network, images, machine)
+
+    want = predict()
+    with global_defaults(torch.float64, device):
+        got = predict()
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
 
 
 def test_images_of_any_size_and_mode(

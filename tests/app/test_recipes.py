@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,13 @@ from resnet_func.models import zoo
         ({"batch_size": -3}, "batch_size must be 1 or more"),
         ({"microbatches": 0}, "microbatches must be 1 or more"),
         ({"weight_decay": float("nan")}, "weight_decay must be 0 or more, and finite; got nan"),
+        ({"learning_rate": -0.1}, "learning_rate must be 0 or more, and finite; got -0.1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be 0 or more"),
+        ({"rest_learning_rate": float("inf")}, "rest_learning_rate must be 0 or more, and finite; got inf"),
+        ({"momentum": 1.0}, "momentum must be in [0, 1); got 1.0"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be in [0, 1)"),
+        ({"ema": -0.5}, "ema must be in [0, 1); got -0.5"),
+        ({"model": "vgg"}, "no network is called 'vgg'"),
         ({"crop": -1}, "crop must be 0 or more"),
         ({"warmup": 1.0}, "warmup must be a share of the steps, in [0, 1); got 1.0"),
         ({"early_scales": ((2.0, 0.5),)}, "early_scales are pairs (scale in (0, 1]"),
@@ -70,7 +78,15 @@ def test_the_article_is_as_described() -> None:
         10,
     )
     assert ARTICLE.normalization == "imagenet"
+    assert (ARTICLE.crop, ARTICLE.flip, ARTICLE.cutout) == (0, False, 0), "its source augments nothing"
 
 
 def test_every_recipe_names_a_network() -> None:
     assert {recipe.model for recipe in (FAST, DIGITS, ARTICLE)} <= set(zoo.ZOO)
+
+
+@given(batch_size=st.integers(1, 2000), microbatches=st.integers(1, 50))
+def test_evaluation_takes_the_images_of_a_microbatch_at_a_time(batch_size: int, microbatches: int) -> None:
+    recipe = Recipe(batch_size=batch_size, microbatches=microbatches)
+    largest = len(torch.empty(batch_size).chunk(microbatches)[0])
+    assert recipe.evaluation_batch == min(largest, 500)
