@@ -15,10 +15,11 @@ from resnet_func.app import data, recipes
 from resnet_func.app.data import augment
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
+from resnet_func.losses import smoothed_cross_entropy
 from resnet_func.models import summary, winograd
 from resnet_func.models.resnet import build
-from resnet_func.train import Batches, autocast
-from resnet_func.types import Images, Model
+from resnet_func.train import Batches, Step, arrange, autocast, init_train_state, make_train_step
+from resnet_func.types import Images, Model, TrainState
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder"]
 
@@ -144,6 +145,37 @@ def describe_changes(recorded: Task, found: Task) -> str | None:
 
 
 # --------------------------------------------------------------------------- the parts
+
+
+class Parts(NamedTuple):
+    """What a run is made of: the network, one training step, and where training starts."""
+
+    model: Model
+    step: Step
+    train_state: TrainState
+
+
+def make_parts(experiment: Experiment, task: Task, runtime: Runtime) -> Parts:
+    """Make the network, the step, compiled where the runtime says so, and the state before the first step.
+
+    Raises:
+        ValueError: the recipe's schedule needs more steps.
+    """
+    recipe = experiment.recipe
+    model = make_network(recipe, task, runtime)
+    optimizer = make_optimizer(recipe, recipe.epochs * (task.train_images // recipe.batch_size))
+    step = make_train_step(
+        model,
+        smoothed_cross_entropy(recipe.label_smoothing),
+        optimizer,
+        microbatches=recipe.microbatches,
+        ema_decay=recipe.ema or None,
+    )
+    if runtime.compile:
+        step = torch.compile(step, fullgraph=True, dynamic=False)
+    params, state = model.init(make_generator("cpu", experiment.seed, 0), device=runtime.device)
+    params = arrange(params, runtime.memory_format)
+    return Parts(model, step, init_train_state(params, state, optimizer, ema=recipe.ema > 0))
 
 
 def make_network(recipe: Recipe, task: Task, runtime: Runtime) -> Model:

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
-
 from resnet_func.app import checkpoint, data, run_folder
 from resnet_func.app.experiment import (
     Experiment,
@@ -20,27 +18,15 @@ from resnet_func.app.experiment import (
     Task,
     check_classes,
     describe_changes,
-    make_generator,
-    make_network,
-    make_optimizer,
+    make_parts,
     make_task,
     train_batches,
 )
 from resnet_func.app.inference import Trained, evaluate_trained, parameters_to_test
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
-from resnet_func.losses import smoothed_cross_entropy
-from resnet_func.optim import Optimizer
-from resnet_func.train import (
-    Evaluation,
-    Progress,
-    Step,
-    arrange,
-    init_train_state,
-    make_train_step,
-    train_epoch,
-)
-from resnet_func.types import Model, TrainState
+from resnet_func.train import Evaluation, Progress, train_epoch
+from resnet_func.types import TrainState
 
 
 class TrainingError(Exception):
@@ -95,12 +81,7 @@ def train(
     task = make_task(recipe, splits)
     if resume:
         task = _recorded_task(folder, task, splits, reporter)
-    model = make_network(recipe, task, runtime)
-    optimizer = make_optimizer(recipe, recipe.epochs * (task.train_images // recipe.batch_size))
-    step = _make_step(model, optimizer, recipe, runtime)
-    params, state = model.init(make_generator("cpu", experiment.seed, 0), device=runtime.device)
-    params = arrange(params, runtime.memory_format)
-    train_state = init_train_state(params, state, optimizer, ema=recipe.ema > 0)
+    model, step, train_state = make_parts(experiment, task, runtime)
     progress, records, evaluation = Progress(), [], None
     if resume:
         train_state, progress, records = _restore(folder, train_state, reporter)
@@ -130,17 +111,6 @@ def train(
     return Result(trained, evaluation or evaluate_trained(trained, splits.test, runtime), records)
 
 
-def _make_step(model: Model, optimizer: Optimizer, recipe: Recipe, runtime: Runtime) -> Step:
-    step = make_train_step(
-        model,
-        smoothed_cross_entropy(recipe.label_smoothing),
-        optimizer,
-        microbatches=recipe.microbatches,
-        ema_decay=recipe.ema or None,
-    )
-    return torch.compile(step, fullgraph=True, dynamic=False) if runtime.compile else step
-
-
 def _recorded_task(folder: Path, found: Task, splits: data.Splits, reporter: Reporter) -> Task:
     """The task that config.json holds, which the run goes on with; says how the data differ from it."""
     _, task = run_folder.read_config(folder)
@@ -148,11 +118,9 @@ def _recorded_task(folder: Path, found: Task, splits: data.Splits, reporter: Rep
     changes = describe_changes(task, found)
     if changes:
         reporter.note(f"{changes}; going on with the sizes, the normalisation and the schedule recorded then")
-    return (
-        task
-        if task.train_images
-        else found._replace(mean=task.mean, std=task.std, image_size=task.image_size)
-    )
+    if not task.train_images:  # a run of an earlier version
+        task = task._replace(train_images=found.train_images, test_images=found.test_images)
+    return task
 
 
 def _check_finite(progress: Progress, recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from resnet_func import tree
-from resnet_func.app import checkpoint, data, inference, run, run_folder, runtime
+from resnet_func.app import checkpoint, data, experiment, inference, run, run_folder, runtime
 from resnet_func.app.experiment import Experiment, load_data
 from resnet_func.app.recipes import FAST, Recipe
 from resnet_func.app.run import Interrupted
@@ -306,14 +306,12 @@ def test_changed_data_are_said_in_a_line_and_what_was_recorded_is_used(
     config = (folder / "config.json").read_bytes()
     _, recorded = run_folder.read_config(folder)
     change(images)
-    total_steps, make_optimizer = [], run.make_optimizer
+    total_steps, make = [], experiment.make_optimizer
     monkeypatch.setattr(
-        run,
-        "make_optimizer",
-        lambda recipe, steps: total_steps.append(steps) or make_optimizer(recipe, steps),
+        experiment, "make_optimizer", lambda r, steps: total_steps.append(steps) or make(r, steps)
     )
-    reporter, experiment = Silent(), Experiment("folder", str(images), 3, RECIPE)
-    result = run.train(experiment, load_data(experiment), folder, machine(), reporter, resume=True)
+    reporter, described = Silent(), Experiment("folder", str(images), 3, RECIPE)
+    result = run.train(described, load_data(described), folder, machine(), reporter, resume=True)
     (note,) = reporter.notes
     assert note.startswith("the data have changed since the run began")
     assert says in note
