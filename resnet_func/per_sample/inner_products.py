@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias, Unpack
 
 import torch
@@ -38,14 +39,18 @@ def gram(
         `fn(params, state, (x_a, y_a), (x_b, y_b)) -> Tensor [N_a, N_b]`. Without the last argument it is the
         Gram matrix of the first batch, exactly symmetric, and positive semi-definite to round-off.
     """
-    per_layer = layer_grams(model, loss_fn, **options)
+    return partial(_gram, layer_grams(model, loss_fn, **options))
 
-    def gram_fn(params: Params, state: State, a: Batch, b: Batch | None = None) -> Tensor:
-        grams = list(per_layer(params, state, a, b).values())
-        total = torch.stack(grams).sum(0)
-        return _symmetric(total) if b is None else total
 
-    return gram_fn
+def _gram(
+    per_layer: Callable[..., dict[str, Tensor]],
+    params: Params,
+    state: State,
+    a: Batch,
+    b: Batch | None = None,
+) -> Tensor:
+    total = torch.stack(list(per_layer(params, state, a, b).values())).sum(0)
+    return _symmetric(total) if b is None else total
 
 
 def layer_grams(
@@ -54,22 +59,23 @@ def layer_grams(
     **options: Unpack[Options],
 ) -> Callable[..., dict[str, Tensor]]:
     """`gram` of each layer by itself: `{layer path: Tensor [N_a, N_b]}`; they add up to `gram`."""
-    settings = check_options(model, loss_fn, **options)
+    return partial(_layer_grams, check_options(model, loss_fn, **options))
 
-    def layer_grams_fn(params: Params, state: State, a: Batch, b: Batch | None = None) -> dict[str, Tensor]:
-        blocks_a = parts(settings, *a)
-        blocks_b = blocks_a if b is None else parts(settings, *b)
-        rows = []
-        for i, left in enumerate(blocks_a):
-            row = [
-                _block(settings, params, state, left, None if b is None and i == j else right)
-                for j, right in enumerate(blocks_b)
-            ]
-            rows.append({layer: torch.cat([block[layer] for block in row], 1) for layer in row[0]})
-        grams = {layer: torch.cat([row[layer] for row in rows]) for layer in rows[0]}
-        return {layer: _symmetric(g) for layer, g in grams.items()} if b is None else grams
 
-    return layer_grams_fn
+def _layer_grams(
+    settings: Settings, params: Params, state: State, a: Batch, b: Batch | None = None
+) -> dict[str, Tensor]:
+    blocks_a = parts(settings, *a)
+    blocks_b = blocks_a if b is None else parts(settings, *b)
+    rows = []
+    for i, left in enumerate(blocks_a):
+        row = [
+            _block(settings, params, state, left, None if b is None and i == j else right)
+            for j, right in enumerate(blocks_b)
+        ]
+        rows.append({layer: torch.cat([block[layer] for block in row], 1) for layer in row[0]})
+    grams = {layer: torch.cat([row[layer] for row in rows]) for layer in rows[0]}
+    return {layer: _symmetric(g) for layer, g in grams.items()} if b is None else grams
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

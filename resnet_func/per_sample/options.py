@@ -91,12 +91,17 @@ def check_options(
         loss_fn,
         method,
         plan,
-        trainable or (lambda path: True),
+        trainable or every_leaf,
         microbatch,
         train is False,
         views,
         Checks(check),
     )
+
+
+def every_leaf(path: str) -> bool:
+    """The predicate that trains all."""
+    return True
 
 
 def refuse_batch_statistics(train: bool | None) -> None:

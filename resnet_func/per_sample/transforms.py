@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -41,7 +42,7 @@ def grads(
             not fit together, or the loss is not per-sample.
     """
     settings = check_options(model, loss_fn, **options)
-    return _transform(settings, quantity.grads())
+    return partial(_transform, settings, quantity.grads)
 
 
 def norms(
@@ -61,7 +62,7 @@ def norms(
         `fn(params, state, x, y) -> Tensor [N]`. A sample with NaN has a NaN norm; no samples give `[0]`.
     """
     settings = check_options(model, loss_fn, **options)
-    return _transform(settings, quantity.norms())
+    return partial(_transform, settings, quantity.norms)
 
 
 def layer_norms(
@@ -71,7 +72,7 @@ def layer_norms(
 ) -> Callable[[Params, State, Any, Any], dict[str, Tensor]]:
     """`norms` of each layer by itself: `fn(params, state, x, y) -> {layer path: Tensor [N]}`."""
     settings = check_options(model, loss_fn, **options)
-    return _transform(settings, quantity.layer_norms())
+    return partial(_transform, settings, quantity.layer_norms)
 
 
 def clipped_sum(
@@ -122,15 +123,7 @@ def clipped_sum(
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
     settings = check_options(model, loss_fn, **options)
-    clipped = _transform(settings, quantity.clipped_sum(max_norm, clipping))
-
-    def clipped_sum_fn(params: Params, state: State, x: Any, y: Any) -> tuple[Params, Tensor]:
-        total, norms = clipped(params, state, x, y)
-        if nonfinite == "raise":
-            detect_nonfinite(norms)
-        return total, norms
-
-    return clipped_sum_fn
+    return partial(_clipped_sum, settings, partial(quantity.clipped_sum, max_norm, clipping), nonfinite)
 
 
 def sketch(
@@ -166,7 +159,9 @@ def sketch(
         ValueError: `dim` is below 1, an unknown projection, or as in `grads`.
     """
     settings = check_options(model, loss_fn, **options)
-    return _transform(settings, sketch_quantity(dim, seed, projection))
+    make = partial(sketch_quantity, dim, seed, projection)
+    make()  # an error now, not at the first batch
+    return partial(_transform, settings, make)
 
 
 def moments(
@@ -189,7 +184,7 @@ def moments(
         where the batch is small against the noise.
     """
     settings = check_options(model, loss_fn, **options)
-    return _transform(settings, moments_quantity())
+    return partial(_transform, settings, moments_quantity)
 
 
 def dot(
@@ -215,18 +210,37 @@ def dot(
     """
     settings = check_options(model, loss_fn, **options)
 
-    def dot_fn(params: Params, state: State, x: Any, y: Any, direction: Params) -> Tensor:
-        batches = parts(settings, x, y)
-        return torch.cat(
-            [directional_derivatives(settings, params, state, *part, direction) for part in batches]
-        )
-
-    return dot_fn
+    return partial(_dot, settings)
 
 
-def _transform(settings: Settings, wanted: Quantity) -> Callable:
-    def transformed(params: Params, state: State, x: Any, y: Any):
-        (joined,) = evaluate(settings, [wanted], params, state, x, y)
-        return wanted.final(joined)
+# What the transforms return: partials of these, which other processes can be sent.
 
-    return transformed
+
+def _transform(
+    settings: Settings, make: Callable[[], Quantity], params: Params, state: State, x: Any, y: Any
+) -> Any:
+    wanted = make()
+    (joined,) = evaluate(settings, [wanted], params, state, x, y)
+    return wanted.final(joined)
+
+
+def _clipped_sum(
+    settings: Settings,
+    make: Callable[[], Quantity],
+    nonfinite: Literal["raise", "zero"],
+    params: Params,
+    state: State,
+    x: Any,
+    y: Any,
+) -> tuple[Params, Tensor]:
+    total, norms = _transform(settings, make, params, state, x, y)
+    if nonfinite == "raise":
+        detect_nonfinite(norms)
+    return total, norms
+
+
+def _dot(settings: Settings, params: Params, state: State, x: Any, y: Any, direction: Params) -> Tensor:
+    found = [
+        directional_derivatives(settings, params, state, *part, direction) for part in parts(settings, x, y)
+    ]
+    return torch.cat(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -423,3 +424,15 @@ def test_dot_is_the_inner_product_with_a_direction() -> None:
     assert_close(ps.dot(model, losses.cross_entropy)(params, state, x, y, direction), expected)
     only = ps.dot(model, losses.cross_entropy, trainable=lambda path: path.startswith("fc."))
     assert_close(only(params, state, x, y, direction), products["fc"]["weight"] + products["fc"]["bias"])
+
+
+@pytest.mark.parametrize("name", ["grads", "norms", "clipped_sum", "moments", "sketch", "gram", "dot"])
+def test_what_a_transform_returns_can_be_sent_to_another_process(name: str) -> None:
+    model, params, state = rf.from_module(nn.Sequential(nn.Flatten(), nn.Linear(27, CLASSES)).double())
+    x, y = images(3, 3, 3), torch.arange(N) % CLASSES
+    more: dict[str, Any] = {"clipped_sum": {"max_norm": 1.0}, "sketch": {"dim": 4}}.get(name, {})
+    function = getattr(ps, name)(model, losses.cross_entropy, **more)
+    sent = pickle.loads(pickle.dumps(function))
+    arguments = {"gram": ((x, y),), "dot": (x, y, params)}.get(name, (x, y))
+    expected, actual = function(params, state, *arguments), sent(params, state, *arguments)
+    assert all(map(torch.equal, tree.leaves(actual), tree.leaves(expected)))
