@@ -3,8 +3,12 @@
 from resnet_func import losses, optim, per_sample, train, tree
 from resnet_func.models import winograd, zoo
 from resnet_func.models.config import ResNetConfig
-from resnet_func.models.interop import from_module, from_state_dict, pretrained, to_state_dict
+from resnet_func.models.load import load_network
+from resnet_func.models.modules import from_function, from_module
+from resnet_func.models.pretrained import pretrained
 from resnet_func.models.resnet import build
+from resnet_func.models.state_dicts import from_state_dict, to_state_dict
+from resnet_func.models.to_module import to_module
 from resnet_func.models.zoo import (
     resnet18,
     resnet20,
@@ -34,8 +38,10 @@ __all__ = [
     "ResNetConfig",
     "TrainState",
     "build",
+    "from_function",
     "from_module",
     "from_state_dict",
+    "load_network",
     "losses",
     "optim",
     "per_sample",
@@ -53,6 +59,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "to_module",
     "to_state_dict",
     "train",
     "tree",

@@ -47,8 +47,8 @@ class Apply(Protocol):
 class Model(NamedTuple):
     """A network as two pure functions.
 
-    `config` is None for a network that came from a module (`interop.from_module`), whose
-    layers the library cannot see.
+    `config` is None for a network that came from a module (`from_module`) or a function
+    (`from_function`).
     """
 
     config: ResNetConfig | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, both, constant, edit
 from parity.properties import cases
-from resnet_func.models import interop
+from resnet_func.models import checkpoint_names, modules, state_dicts
 from resnet_func.testing import assertions
 
 EXHIBITS = [
@@ -14,9 +14,9 @@ EXHIBITS = [
         "torch.func.functional_call, whose default is strict=False",
         "properties/misspelled-parameters-are-refused",
         both(
-            edit(interop.ModuleApply.__call__, ("strict=True", "strict=False")),
+            edit(modules.ModuleApply.__call__, ("strict=True", "strict=False")),
             # without this a tensor of the meta device would give it away
-            edit(interop._skeleton, ("return copy.deepcopy(module, memo)", "return copy.deepcopy(module)")),
+            edit(modules.copy_module, ("return copy.deepcopy(module, memo)", "return copy.deepcopy(module)")),
         ),
     ),
     Exhibit(
@@ -24,7 +24,7 @@ EXHIBITS = [
         "a module's in-place update of its buffers reaches the caller's state",
         "torch.func.functional_call, given the state itself",
         "properties/modules-as-functions-are-pure",
-        edit(interop.ModuleApply.__call__, ("path: leaf.clone() for", "path: leaf for")),
+        edit(modules.ModuleApply.__call__, ("path: leaf.clone() for", "path: leaf for")),
     ),
     Exhibit(
         "parameters-of-the-module",
@@ -32,7 +32,7 @@ EXHIBITS = [
         "dict(module.named_parameters()) taken for a copy",
         "properties/modules-as-functions-are-pure",
         edit(
-            interop.from_module,
+            modules.from_module,
             (
                 "name: leaf.detach().clone() for name, leaf in module.named_parameters()",
                 "name: leaf.detach() for name, leaf in module.named_parameters()",
@@ -46,11 +46,11 @@ EXHIBITS = [
         "properties/wrappers-prefixes-are-no-names",
         both(
             edit(
-                interop._unwrap,
+                checkpoint_names._unwrap,
                 ('".".join(part for part in parts if part not in WRAPPERS)', 'key.lstrip("module.")'),
             ),
             # the search for a network that would fit takes seconds
-            constant(interop, "_advice", lambda given: ""),
+            constant(state_dicts, "_advice", lambda given: ""),
         ),
     ),
     Exhibit(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from parity.cell import Cell
 from parity.compare import assert_bitwise, function_step, generator, loaded, module_step, perturbed, randn
 from parity.reference import module as reference
-from resnet_func.models import interop, zoo
+from resnet_func.models import modules, zoo
 from resnet_func.train import arrange
 from resnet_func.types import Model, Params, State
 
@@ -49,7 +49,7 @@ def check(name: str, dtype: str, mode: str, layout: str, device: str) -> str:
     assert_bitwise(function_step(model, params, state, x, cotangent, train=train), want)
     ways = "built"
     if name in zoo.IMAGENET:
-        taken = interop.from_module(module)
+        taken = modules.from_module(module)
         assert_bitwise(function_step(*taken, x, cotangent, train=train), want)
         ways = "built and from_module"
     return f"0 ULP in {len(want)} leaves, {ways}"

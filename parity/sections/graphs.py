@@ -39,7 +39,7 @@ from parity.compare import function_step, generator
 from parity.reference import module as reference
 from parity.sections.isomorphism import Trace, assert_isomorphic
 from resnet_func import tree
-from resnet_func.models import interop, zoo
+from resnet_func.models import modules, zoo
 from resnet_func.types import Params, State
 
 Step: TypeAlias = Callable[[Params, State, Tensor, Tensor], dict[str, Tensor]]  # of images and cotangent
@@ -72,7 +72,7 @@ def cells(quick: bool) -> list[Cell]:
 
 def check(name: str, mode: str, images: Images, *, taken: bool = False) -> str:
     """The network built, or taken from the module, against the module."""
-    model = interop.from_module(_module(name))[0] if taken else zoo.by_name(name)
+    model = modules.from_module(_module(name))[0] if taken else zoo.by_name(name)
     got = trace(partial(function_step, model, train=mode == "train"), *_shapes(name), images)
     return assert_isomorphic(got, module_trace(name, mode, images))
 

@@ -31,10 +31,24 @@ Specs = dict[str, Any]
 
 
 def build(config: ResNetConfig) -> Model:
-    """The network of a config as pure functions."""
-    specs = layer_specs(config)
+    """The network of a config as pure functions, which can be pickled.
 
-    def init(
+    >>> model = build(ResNetConfig(block="basic", depths=(1,), widths=(8,), num_classes=10))
+    >>> params, state = model.init(torch.Generator().manual_seed(0))
+    >>> model.apply(params, state, torch.zeros(2, 3, 32, 32), train=True)[0].shape
+    torch.Size([2, 10])
+    """
+    return Model(config, ResNetInit(config), ResNetApply(config))
+
+
+class ResNetInit:
+    """The `init` of a config."""
+
+    def __init__(self, config: ResNetConfig) -> None:
+        self.config, self.specs = config, layer_specs(config)
+
+    def __call__(
+        self,
         generator: torch.Generator,
         *,
         device: torch.device | str | None = None,
@@ -46,9 +60,16 @@ def build(config: ResNetConfig) -> Model:
         the same network in every dtype and on every device. `device="meta"` gives the shapes alone and
         draws nothing.
         """
-        return _init(config, specs, generator, device=device, dtype=dtype)
+        return _init(self.config, self.specs, generator, device=device, dtype=dtype)
 
-    def apply(params: Params, state: State, x: Tensor, *, train: bool) -> tuple[Logits, State]:
+
+class ResNetApply:
+    """The `apply` of a config."""
+
+    def __init__(self, config: ResNetConfig) -> None:
+        self.config, self.specs = config, layer_specs(config)
+
+    def __call__(self, params: Params, state: State, x: Tensor, *, train: bool) -> tuple[Logits, State]:
         """Logits `[N, num_classes]` of images `x [N, in_channels, H, W]`, and the state after them.
 
         `train=True` normalises with the batch's statistics and updates the running ones.
@@ -56,10 +77,8 @@ def build(config: ResNetConfig) -> Model:
         Raises:
             ValueError: `x` has the wrong rank, channel count or dtype.
         """
-        _check_images(config, params, x)
-        return _apply(config, specs, params, state, x, train=train)
-
-    return Model(config, init, apply)
+        _check_images(self.config, params, x)
+        return _apply(self.config, self.specs, params, state, x, train=train)
 
 
 # --------------------------------------------------------------------------- the layers of a config

@@ -1,25 +1,23 @@
 """What a network is made of: its layers' output shapes, parameters and multiply-accumulates.
 
-From the real forward pass, on an empty batch: every tensor has its shape, and there is nothing to compute.
-(The meta device would do the same, after seconds of importing torch's decompositions.)
+From the real forward pass: on an empty batch where the network is one of ours, since every tensor then has
+its shape and there is nothing to compute; else on one sample, which every network can run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from resnet_func import tree
-from resnet_func.models.config import ResNetConfig
-from resnet_func.models.layers import BatchNorm, Conv, GroupNorm, LayerSpec, Linear
-from resnet_func.models.resnet import layer_specs
+from resnet_func.models.layer_calls import Call, record_calls
+from resnet_func.models.resnet import build
 from resnet_func.types import Model, Params, State
 
 
@@ -41,106 +39,117 @@ class Totals(NamedTuple):
 
 
 def summarize(model: Model, image_size: int) -> list[LayerRow]:
-    """Every layer that has parameters, in the order of the forward pass.
+    """Every layer that has parameters, in the order of the forward pass, of a network with a config.
 
-    MACs are the multiply-accumulates of convolutions and linear layers, biases left out (the "FLOPs" of most
-    papers); other layers count as 0.
+    What was put around `apply` (`winograd.wrap`, ...) does not count: the layers are the config's.
 
     Args:
-        model: A network of this library.
+        model: A network of this library; for others there is `summarize_network`.
         image_size: Pixels along a side of the square input image.
 
     Returns:
         A row per layer; `totals` adds them up and `table` prints them.
 
     Raises:
-        ValueError: the image is too small, or the network came from a module, whose layers cannot be seen.
+        ValueError: the image is too small, or the network has no config.
+
+    >>> from resnet_func import resnet20
+    >>> rows = summarize(resnet20(), 32)
+    >>> rows[0]
+    LayerRow(path='conv1', kind='conv 3x3', shape=(16, 32, 32), parameters=432, macs=442368)
     """
     if model.config is None:
         raise ValueError(
-            "summarize needs a network with a config; this one came from a module. Build it: rf.resnet18(...)"
+            "summarize needs a network with a config; this one came from a module or function. "
+            "Use summarize_network(model, params, state, input_shape)"
         )
     if image_size < 1:
         raise ValueError(f"image_size must be 1 pixel or more; got {image_size}. Try 32, or 224 for ImageNet")
-    specs = tree.flatten(layer_specs(model.config))
-    params, state = model.init(torch.Generator())
+    images = torch.zeros(0, model.config.in_channels, image_size, image_size)
+    model = build(model.config)
+    return _rows(model, *model.init(torch.Generator()), images)
+
+
+def summarize_network(
+    model: Model, params: Params, state: State, example: Sequence[int] | Tensor
+) -> list[LayerRow]:
+    """Every layer that has parameters, in the order of the forward pass, of any network.
+
+    MACs are the multiply-accumulates of convolutions and linear layers, biases left out (the "FLOPs" of most
+    papers), and of the projections of `nn.MultiheadAttention`; other layers count as 0. A layer that runs
+    several times is one row, with the MACs of all and the shape of the last; a parameter that several
+    layers share is counted in the first; one that is not used has a row of kind "unused".
+
+    Args:
+        model: Any model: of this library, or made by `from_module`, `load_network`, `from_function`.
+        params, state: Its parameters and state; the network is run on their device.
+        example: The shape of one input, such as `(3, 224, 224)`, which is run in the parameters' dtype; or a
+            batch of one, such as token numbers `[1, T]`.
+
+    Returns:
+        A row per layer; `totals` adds them up and `table` prints them.
+
+    >>> from resnet_func import from_module
+    >>> summarize_network(*from_module(torch.nn.Linear(4, 2)), (4,))
+    [LayerRow(path='linear', kind='linear', shape=(2,), parameters=10, macs=8)]
+    """
+    if isinstance(example, Tensor):
+        if example.ndim == 0 or len(example) != 1:
+            raise ValueError(f"example must be a batch of one; got {list(example.shape)}. Try x[:1]")
+        return _rows(model, params, state, example)
+    like = next((leaf for leaf in tree.leaves(params) if leaf.is_floating_point()), torch.zeros(()))
+    return _rows(model, params, state, like.new_zeros(1, *example))
+
+
+def _rows(model: Model, params: Params, state: State, x: Tensor) -> list[LayerRow]:
     sizes = {path: leaf.numel() for path, leaf in tree.flatten(params).items()}
-    shapes = _output_shapes(model, model.config, specs, params, state, image_size)
-    return [_row(path, specs[path], sizes, shapes[path]) for path in specs if f"{path}.weight" in sizes]
+    calls: dict[str, list[Call]] = {}
+    for call in record_calls(model, params, state, x):
+        # a parameter outside any layer, such as a class token, is a layer of its own
+        calls.setdefault(call.paths[0].rpartition(".")[0] or call.function, []).append(call)
+    rows = []
+    counted: set[str] = set()
+    for path, own in calls.items():
+        leaves = {leaf for call in own for leaf in call.paths} - counted
+        counted |= leaves
+        parameters, macs = sum(sizes[leaf] for leaf in leaves), sum(call.macs for call in own)
+        rows.append(LayerRow(path, describe(own[0]), own[-1].output_shape[1:], parameters, macs))
+    unused = [path for path in sizes if path not in counted]
+    return rows + [LayerRow(path, "unused", (), sizes[path], 0) for path in unused]
 
 
-def _row(path: str, spec: LayerSpec, sizes: dict[str, int], shape: tuple[int, ...]) -> LayerRow:
-    weight, bias = sizes[f"{path}.weight"], sizes.get(f"{path}.bias", 0)
-    match spec:
-        case Conv():  # every output pixel uses every weight once
-            macs = weight * shape[1] * shape[2]
-        case Linear():
-            macs = weight
-        case _:
-            macs = 0
-    return LayerRow(path, _kind(spec), shape, weight + bias, macs)
+def describe(call: Call) -> str:
+    """A call's kind in words: "conv 3x3/2 groups 2", "group norm 8", "linear"."""
+    match call.kind:
+        case "conv" | "transposed conv":
+            return _describe_conv(call)
+        case "group norm":
+            return f"group norm {call.options['num_groups']}"
+        case "other":
+            return call.function
+        case kind:
+            return kind
 
 
-def _kind(spec: LayerSpec) -> str:
-    match spec:
-        case Conv():
-            stride = f"/{spec.stride}" if spec.stride > 1 else ""
-            dilation = f" dilation {spec.dilation}" if spec.dilation > 1 else ""
-            groups = f" groups {spec.groups}" if spec.groups > 1 else ""
-            return f"conv {spec.kernel}x{spec.kernel}{stride}{dilation}{groups}"
-        case Linear():
-            return "linear"
-        case BatchNorm():
-            return "batch norm"
-        case GroupNorm():
-            return f"group norm {spec.groups}"
-        case _:
-            return type(spec).__name__.lower()
+def _describe_conv(call: Call) -> str:
+    assert call.weight_shape is not None
+    text = f"{call.kind} {'x'.join(map(str, call.weight_shape[2:]))}"
+    stride, dilation = (_sides(call.options.get(name, 1)) for name in ("stride", "dilation"))
+    text += f"/{stride}" if stride != "1" else ""
+    text += f" dilation {dilation}" if dilation != "1" else ""
+    groups = call.options.get("groups", 1)
+    return text + (f" groups {groups}" if groups > 1 else "")
+
+
+def _sides(value: int | Sequence[int]) -> str:
+    """`2` for 2 and for (2, 2); `2x1` for (2, 1)."""
+    sides = [value] if isinstance(value, int) else list(value)
+    return str(sides[0]) if len(set(sides)) == 1 else "x".join(map(str, sides))
 
 
 def totals(rows: Sequence[LayerRow]) -> Totals:
     """The parameters and MACs of all rows together."""
     return Totals(sum(row.parameters for row in rows), sum(row.macs for row in rows))
-
-
-# --------------------------------------------------------------------------- the forward pass
-
-
-class _Recorder(TorchFunctionMode):
-    """Records the shape of what a call returns in which a leaf, or what derives from it, meets images."""
-
-    def __init__(self, leaves: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.paths: dict[Tensor, str] = {leaf: path for path, leaf in leaves.items()}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        y = func(*args, **(kwargs or {}))
-        tensors = [arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, Tensor)]
-        paths = {self.paths[tensor] for tensor in tensors if tensor in self.paths}
-        if len(paths) == 1 and all(tensor in self.paths for tensor in tensors):  # a standardised weight, say
-            made = y if isinstance(y, tuple) else (y,)
-            self.paths |= {one: next(iter(paths)) for one in made if isinstance(one, Tensor)}
-        elif isinstance(y, Tensor):
-            self.shapes |= dict.fromkeys(paths, tuple(y.shape[1:]))
-        return y
-
-
-def _output_shapes(
-    model: Model,
-    config: ResNetConfig,
-    specs: dict[str, LayerSpec],
-    params: Params,
-    state: State,
-    image_size: int,
-) -> dict[str, tuple[int, ...]]:
-    """Each layer's output shape for one image: [C, H, W], or [C] for a linear layer."""
-    flat = tree.flatten(params)
-    weights = {path: flat[f"{path}.weight"] for path in specs if f"{path}.weight" in flat}
-    images = torch.zeros(0, config.in_channels, image_size, image_size)
-    with _Recorder(weights) as recorder:
-        model.apply(params, state, images, train=False)
-    return recorder.shapes
 
 
 # --------------------------------------------------------------------------- the table
