@@ -36,7 +36,7 @@ def read_checkpoint(path: str | Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error):
+        if "Unsupported global" not in str(error):  # what is no pickle at all
             raise ValueError(f"{path} is no file of weights, or is cut short") from error
         raise ValueError(
             f"{path} holds Python objects beside tensors, which may run code when read. If you trust it, "

@@ -57,12 +57,14 @@ def load_network(
         model = zoo.by_name(spec, **keywords)
         return model, *model.init(generator)
     construct = Constructor(spec, keywords)
+    before = generator.get_state()
     made = construct.make(draw_seed(generator))
     match made:
         case Model():
+            generator.set_state(before)  # a seed gives the network that the Model's own init gives
             return made, *made.init(generator)
-        case (Model(), dict(), dict()):
-            return made
+        case (Model() as model, dict() as params, dict() as state):
+            return model, params, state
         case nn.Module():
             return _from_module(unwrap_module(made), construct)
         case _:
@@ -84,6 +86,9 @@ class Constructor:
     """Constructs a network by its spec and keywords, its random numbers from a seed."""
 
     def __init__(self, spec: str, keywords: dict[str, Any]) -> None:
+        source, _, name = spec.rpartition(":")
+        if source.endswith(".py") and Path(source).is_file():
+            spec = f"{Path(source).resolve()}:{name}"  # also where another process has another folder
         self.spec, self.keywords = spec, keywords
 
     def make(self, seed: int) -> Any:

@@ -128,8 +128,8 @@ def check_module(module: Any) -> None:
             raise ValueError(f"from_module cannot run scripted modules ({where}). Give it the module before")
         if "quantized" in type(part).__module__.split("."):
             raise ValueError(f"from_module cannot run quantised modules ({where}). Give it the float module")
-        # not named_parameters, whose removal of duplicates compares tensors' storages
-        if any(is_lazy(leaf) for leaf in (*part._parameters.values(), *part._buffers.values())):
+        leaves = (*part._parameters.values(), *part._buffers.values())
+        if any(leaf is not None and is_lazy(leaf) for leaf in leaves):
             raise ValueError(
                 f"a lazy module has no parameters yet ({where}). Run a batch through it first: module(x)"
             )
@@ -247,6 +247,6 @@ def _refuse_init(
 ) -> tuple[Params, State]:
     raise NotImplementedError(
         "this model cannot draw fresh parameters: its initialisation is in a module's constructor, or was "
-        "not given. Use load_network('FILE.py:CALLABLE'), from_function(apply, init=...), or build the network "
-        "from the zoo"
+        "not given. Use load_network('FILE.py:CALLABLE') or from_function(apply, init=...), or build the "
+        "network from the zoo"
     )

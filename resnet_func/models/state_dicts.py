@@ -61,9 +61,9 @@ def from_state_dict(
     (`module.`, `_orig_mod.`, `_module.`, also stacked or inside a name) and attributes (`model.`, `net.`,
     `encoder.`, `backbone.`) are dropped from names the model does not have; `linear`, `classifier`, `head`
     and `shortcut` are read as `fc` and `downsample` where the shapes fit; an averaged model's `n_averaged` is
-    left out; of a checkpoint with several dicts of tensors the one that fits best is taken. After that, names and
-    shapes must be the model's. A missing `num_batches_tracked` (checkpoints older than torch 0.4.1) is 0, as
-    in torch.
+    left out; of a checkpoint with several dicts of tensors the one that fits best is taken. After that,
+    names and shapes must be the model's. A missing `num_batches_tracked` (checkpoints older than torch
+    0.4.1) is 0, as in torch.
 
     Args:
         model: The network the tensors are for.
@@ -232,8 +232,8 @@ def _check_complete_and_tied(layout: _Layout, given: Mapping[str, Tensor]) -> No
     for key, path in layout.paths.items():
         if layout.leaves[path].is_floating_point() and not given[key].is_floating_point():
             raise ValueError(
-                f"{key} holds {given[key].dtype}, where floating-point numbers belong. Convert it with .float(), "
-                "or, of a quantised network, take the weights before quantisation"
+                f"{key} holds {given[key].dtype}, where floating-point numbers belong. Convert it with "
+                ".float(), or, of a quantised network, take the weights before quantisation"
             )
         if key != path and not torch.equal(given[key], given[path]):
             raise ValueError(f"{key} and {path} are one tied parameter of the model; the state_dict has two")

@@ -1,18 +1,20 @@
-"""torchvision and back: state_dicts, modules and pretrained weights."""
+"""state_dicts to and from: ours, torchvision's, other people's; every wrapper around a model."""
 
 from __future__ import annotations
 
 import re
+import warnings
+from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 import resnet_func as rf
-from parity.compare import assert_close, function_step, generator, module_step, perturbed, randn
+from parity.compare import generator, perturbed
 from resnet_func import tree
 
 
@@ -82,13 +84,6 @@ def test_a_state_dict_of_another_network_is_recognised() -> None:
         rf.from_state_dict(resnet18()[0], state_dict)
 
 
-def test_a_checkpoint_around_a_state_dict_is_pointed_out() -> None:
-    model, params, state = resnet18()
-    checkpoint: Any = {"epoch": 3, "state_dict": rf.to_state_dict(model, params, state)}
-    with pytest.raises(ValueError, match=re.escape("Pass checkpoint['state_dict']?")):
-        rf.from_state_dict(model, checkpoint)
-
-
 def test_checkpoints_older_than_the_batch_counter() -> None:
     model, params, state = resnet18()
     old = {k: v for k, v in rf.to_state_dict(model, params, state).items() if "num_batches" not in k}
@@ -103,113 +98,194 @@ def test_params_of_another_model_have_no_state_dict() -> None:
         rf.to_state_dict(rf.resnet34(), params, state)
 
 
-# --------------------------------------------------------------------------- modules
+# --------------------------------------------------------------------------- functions put around models
 
 
-class Tied(nn.Module):
-    """Two layers that share a weight, and a buffer that counts in place."""
-
-    calls: torch.Tensor
+class Small(nn.Module):
+    """A network with a persistent buffer, a head and tied convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.second.weight = self.first.weight
-        self.register_buffer("calls", torch.zeros(()))
+        self.conv1, self.again = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+        self.again.weight = self.conv1.weight
+        self.bn1, self.fc = nn.BatchNorm2d(3), nn.Linear(3, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.add_(1)
-        return self.second(self.first(x).relu())
+        return self.fc(self.bn1(self.again(self.conv1(x))).relu().mean((2, 3)))
 
 
-def test_a_module_with_tied_parameters_and_counting_buffers() -> None:
-    module = Tied()
-    model, params, state = rf.from_module(module)
-    assert set(tree.flatten(params)) == {"first.weight", "first.bias", "second.bias"}
-    x = randn(3, 4, seed=0)
-    y, after = model.apply(params, state, x, train=False)
-    assert (float(state["calls"]), float(after["calls"]), float(module.calls)) == (0, 1, 0)
-    assert torch.equal(y, module(x))
-    torch.testing.assert_close(
-        rf.to_state_dict(model, params, state)["second.weight"], module.second.weight.detach()
+WRAPPERS = {
+    "bare": lambda model: model,
+    "winograd": rf.winograd.wrap,
+    "flips": rf.train.average_flips,
+    "autocast": lambda model: rf.train.autocast(model, "cpu", torch.bfloat16),
+    "all": lambda model: rf.train.average_flips(
+        rf.train.autocast(rf.winograd.wrap(model), "cpu", torch.bfloat16)
+    ),
+}
+wrappers = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+
+
+@wrappers
+@pytest.mark.parametrize("kind", ["config", "module"])
+def test_what_is_around_a_model_does_not_change_its_layout(wrap: Any, kind: str) -> None:
+    """Issue 13, item 8: it raised "cannot draw fresh parameters" for modules."""
+    module = Small() if kind == "module" else torchvision.models.resnet18(num_classes=5)
+    bare, params, state = rf.from_module(module) if kind == "module" else resnet18()
+    model = wrap(bare)
+    state_dict = rf.to_state_dict(model, params, state)
+    module.load_state_dict(state_dict, strict=True)
+    assert list(state_dict) == list(module.state_dict())
+    back = rf.from_state_dict(model, module.state_dict())
+    assert all(map(torch.equal, tree.leaves(back), tree.leaves((params, state))))
+
+
+def test_a_function_without_init_has_the_layout_it_is_given() -> None:
+    model = rf.from_function(lambda params, x: x @ params["fc"]["weight"])
+    state_dict = rf.to_state_dict(model, {"fc": {"weight": torch.ones(2, 2)}}, {})
+    assert list(state_dict) == ["fc.weight"]
+    with pytest.raises(ValueError, match="cannot tell the names and shapes of its parameters"):
+        rf.from_state_dict(model, state_dict)
+
+
+# --------------------------------------------------------------------------- what others write
+
+
+def saved(tmp_path: Path, name: str, content: Any) -> Path:
+    save_file(content, tmp_path / name) if name.endswith(".safetensors") else torch.save(
+        content, tmp_path / name
     )
+    return tmp_path / name
 
 
-def test_the_module_is_copied_not_kept() -> None:
-    module = torchvision.models.resnet18(num_classes=3).double().eval()
-    model, params, state = rf.from_module(module)
-    x = randn(2, 3, 32, 32, seed=0, dtype=torch.float64)
-    want = model.apply(params, state, x, train=True)[0]
-    with torch.no_grad():
-        module.fc.weight.zero_()
-    assert not module.training
-    assert torch.equal(model.apply(params, state, x, train=True)[0], want)
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
+def test_a_file_by_its_path(tmp_path: Path, name: str) -> None:
+    model, params, state = resnet18()
+    path = saved(tmp_path, name, rf.to_state_dict(model, params, state))
+    for source in (path, str(path)):
+        back = rf.from_state_dict(model, source)
+        assert all(map(torch.equal, tree.leaves(back), tree.leaves((params, state))))
 
 
-def test_a_misspelled_key_is_refused() -> None:
-    """`functional_call` is not strict by default, and would use the module's own tensor without a word."""
-    model, params, state = rf.from_module(nn.Linear(2, 2))
-    params = {"wieght": params["weight"], "bias": params["bias"]}
-    with pytest.raises(RuntimeError, match="wieght"):
-        model.apply(params, state, torch.zeros(1, 2), train=False)
+def test_a_trainers_checkpoint_of_an_averaged_compiled_model(tmp_path: Path) -> None:
+    """As Lightning, SWA and torch.compile leave it, with an optimizer's tensors beside it."""
+    model, params, state = resnet18()
+    ours = rf.to_state_dict(model, params, state)
+    theirs = {f"module._orig_mod.model.{key}": leaf for key, leaf in ours.items()}
+    checkpoint = {
+        "epoch": 3,
+        "optimizer": {
+            "state": {0: {"momentum_buffer": torch.zeros(64, 3, 7, 7)}},
+            "param_groups": [{"lr": 0.1}],
+        },
+        "ema": {"n_averaged": torch.tensor(7), **theirs},
+    }
+    with pytest.warns(UserWarning, match="took checkpoint.'ema'.; left out n_averaged; dropped 'module.'"):
+        back = rf.from_state_dict(model, saved(tmp_path, "last.pt", checkpoint))
+    assert all(map(torch.equal, tree.leaves(back), tree.leaves((params, state))))
 
 
-def test_a_module_with_another_norm() -> None:
-    """Group norm put in by torchvision's own argument.
-
-    The logits are the module's to the bit. The gradients are so only to round-off: torch.func differentiates
-    group_norm by a formula that can itself be differentiated, plain autograd by a fused kernel.
-    """
-    module = torchvision.models.resnet18(num_classes=3, norm_layer=lambda c: nn.GroupNorm(8, c)).double()
-    model, params, state = rf.from_module(module)
-    x, cotangent = (randn(*shape, seed=2, dtype=torch.float64) for shape in ((2, 3, 32, 32), (2, 3)))
-    got = function_step(model, params, state, x, cotangent, train=True)
-    want = module_step(module, x, cotangent, train=True)
-    assert torch.equal(got["logits"], want["logits"])
-    assert_close(got, want, rtol=1e-12)
+def test_torchs_averaged_model() -> None:
+    module = torchvision.models.resnet18(num_classes=5)
+    averaged = torch.optim.swa_utils.AveragedModel(module)
+    with pytest.warns(UserWarning, match="left out n_averaged"):
+        back = rf.from_state_dict(resnet18()[0], averaged.state_dict())
+    assert torch.equal(back[0]["conv1"]["weight"], module.conv1.weight)
 
 
-def test_a_module_has_no_init() -> None:
-    model, _, _ = rf.from_module(nn.Linear(2, 2))
-    with pytest.raises(NotImplementedError, match="build the network from the zoo"):
-        model.init(generator(0))
+def test_kuangliu_names() -> None:
+    """github.com/kuangliu/pytorch-cifar: linear for fc, shortcut for downsample."""
+    model = rf.resnet18(stem="cifar", num_classes=10)
+    params, state = model.init(generator(0))
+    ours = rf.to_state_dict(model, params, state)
+    theirs = {k.replace("downsample", "shortcut").replace("fc.", "linear."): leaf for k, leaf in ours.items()}
+    assert theirs.keys() != ours.keys()
+    with pytest.warns(UserWarning, match="read 'shortcut' as 'downsample'; read 'linear' as 'fc'"):
+        back = rf.from_state_dict(model, {"net": theirs, "acc": 95.0})
+    assert all(map(torch.equal, tree.leaves(back), tree.leaves((params, state))))
 
 
-# --------------------------------------------------------------------------- pretrained
+@pytest.mark.parametrize("name", ["fc", "linear", "model.head", "backbone.classifier", None])
+def test_a_new_head_of_another_size(name: str | None) -> None:
+    theirs = rf.resnet18(num_classes=100)
+    params, state = theirs.init(generator(0))
+    state_dict = rf.to_state_dict(theirs, params, state)
+    head = {key: state_dict.pop(f"fc.{key}") for key in ("weight", "bias")}
+    state_dict |= {f"{name}.{key}": leaf for key, leaf in head.items()} if name else {}
+    model = resnet18()[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        got, after = rf.from_state_dict(model, state_dict, head="new", generator=generator(7))
+    fresh, _ = model.init(generator(7))
+    assert all(torch.equal(got["fc"][key], fresh["fc"][key]) for key in ("weight", "bias"))
+    rest = [{key: value for key, value in one.items() if key != "fc"} for one in (got, params)]
+    assert all(map(torch.equal, tree.leaves(rest[0]), tree.leaves(rest[1])))
+    assert all(map(torch.equal, tree.leaves(after), tree.leaves(state)))
 
 
-@pytest.fixture
-def weights_server(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """Stands in for the download: serves fresh weights of torchvision's module."""
-    served = torchvision.models.resnet18().state_dict()
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: served)
-    return served
+def test_a_new_head_needs_a_generator_and_a_known_word() -> None:
+    model, params, state = resnet18()
+    state_dict = rf.to_state_dict(model, params, state)
+    with pytest.raises(ValueError, match="pass generator="):
+        rf.from_state_dict(model, state_dict, head="new")
+    with pytest.raises(ValueError, match="head must be 'strict' or 'new'; got 'fresh'"):
+        rf.from_state_dict(model, state_dict, head="fresh")  # pyright: ignore[reportArgumentType]
 
 
-def test_pretrained_are_torchvisions_weights(weights_server: dict[str, torch.Tensor]) -> None:
-    model, params, state, weights = rf.pretrained("resnet18", "IMAGENET1K_V1")
-    leaves = {**tree.flatten(params), **tree.flatten(state)}
-    assert all(torch.equal(leaves[key], value) for key, value in weights_server.items())
-    assert model.config == rf.resnet18().config
-    assert len(weights.meta["categories"]) == 1000
+# --------------------------------------------------------------------------- dtypes
 
 
-def test_pretrained_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise URLError("no route to host")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_one_floating_dtype_stays(dtype: torch.dtype) -> None:
+    model, params, state = resnet18()
+    state_dict = {
+        k: v.to(dtype) if v.is_floating_point() else v
+        for k, v in rf.to_state_dict(model, params, state).items()
+    }
+    back, after = rf.from_state_dict(model, state_dict)
+    assert {leaf.dtype for leaf in tree.leaves(back)} == {dtype}
+    assert {leaf.dtype for leaf in tree.leaves(after)} == {dtype, torch.int64}
 
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-    with pytest.raises(ConnectionError, match="could not download .*no route to host.*put the file in"):
-        rf.pretrained("resnet18")
+
+def test_mixed_dtypes_become_the_widest() -> None:
+    """Half convolutions beside float norms: the network could not run on them as they are."""
+    model, params, state = resnet18()
+    state_dict = rf.to_state_dict(model, params, state)
+    state_dict = {key: leaf.half() if leaf.ndim > 1 else leaf for key, leaf in state_dict.items()}
+    with pytest.warns(UserWarning, match="made torch.float16 torch.float32"):
+        back, after = rf.from_state_dict(model, state_dict)
+    assert {leaf.dtype for leaf in tree.leaves(back)} == {torch.float32}
+    assert torch.equal(back["conv1"]["weight"], params["conv1"]["weight"].half().float())
+    model.apply(back, after, torch.zeros(1, 3, 32, 32), train=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_what_is_no_floating_point_number_is_refused(dtype: torch.dtype) -> None:
+    model, params, state = resnet18()
+    state_dict = rf.to_state_dict(model, params, state)
+    state_dict["layer1.0.conv1.weight"] = state_dict["layer1.0.conv1.weight"].to(dtype)
+    with pytest.raises(
+        ValueError, match=f"layer1.0.conv1.weight holds {dtype}, where floating-point numbers belong"
+    ):
+        rf.from_state_dict(model, state_dict)
+
+
+# --------------------------------------------------------------------------- what is no state_dict
 
 
 @pytest.mark.parametrize(
-    ("name", "weights", "message"),
+    ("given", "error", "message"),
     [
-        ("resnet20", "DEFAULT", "torchvision has no weights for 'resnet20'; it has resnet18"),
-        ("resnet18", "V9", "resnet18 has no weights 'V9'; it has IMAGENET1K_V1, DEFAULT"),
+        (nn.Linear(1, 1), TypeError, "got a module. Pass module.state_dict\\(\\)"),
+        (None, TypeError, "expected a state_dict or the path of one; got NoneType"),
+        ([torch.zeros(1)], TypeError, "expected a state_dict or the path of one; got list"),
+        ("nowhere.pth", FileNotFoundError, "no file of weights at nowhere.pth"),
+        ({}, ValueError, "expected a dict of tensors; these are none: it is empty"),
+        ({"epoch": 3, "lr": 0.1}, ValueError, "these are none: epoch, lr"),
     ],
+    ids=["module", "none", "list", "no-file", "empty", "numbers"],
 )
-def test_pretrained_names(name: str, weights: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        rf.pretrained(name, weights)
+def test_what_is_no_state_dict_is_one_line(given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        rf.from_state_dict(rf.resnet20(), given)
+    assert "\n" not in str(caught.value)

@@ -6,12 +6,21 @@ import pytest
 import torch
 import torchvision
 from rich.console import Console
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import resnet_func as rf
 from resnet_func import tree
 from resnet_func.models import resnet, zoo
 from resnet_func.models.layers import apply_layer
-from resnet_func.models.summary import LayerRow, format_count, summarize, table, totals
+from resnet_func.models.summary import (
+    LayerRow,
+    format_count,
+    summarize,
+    summarize_network,
+    table,
+    totals,
+)
 from resnet_func.types import Model
 
 TINY = {"depths": (1, 2), "widths": (8, 16), "norm_groups": 4, "num_classes": 7}
@@ -136,8 +145,66 @@ def test_too_small_an_image_is_one_clear_error(image_size):
 
 
 def test_a_network_without_a_config_is_refused():
-    with pytest.raises(ValueError, match="came from a module"):
+    with pytest.raises(ValueError, match="Use summarize_network"):
         summarize(zoo.resnet20()._replace(config=None), 32)
+
+
+# --------------------------------------------------------------------------- any network
+
+
+@variants
+def test_a_config_and_its_module_have_the_same_rows(fields):
+    """Two ways to the rows: on an empty batch of the function, on one image through torch's modules."""
+    model = build(fields)
+    params, state = model.init(torch.Generator())
+    module = rf.to_module(model, params, state)
+    shape = (fields.get("in_channels", 3), 33, 33)
+    rows = summarize(model, 33)
+    assert summarize_network(model, params, state, shape) == rows
+    assert summarize_network(*rf.from_module(module), shape) == rows
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "googlenet", "convnext_tiny", "vit_b_32", "swin_t"])
+def test_torchvisions_networks_against_its_own_figures(name):
+    """Its parameters and MACs, as it publishes them."""
+    size = 224
+    keywords = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model, params, state = rf.load_network(f"torchvision:{name}", **keywords)
+    meta = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].meta
+    parameters, macs = totals(summarize_network(model, params, state, (3, size, size)))
+    assert parameters == meta["num_params"]
+    # attention's own products are in torchvision's figure and not in ours
+    assert 0.9 * meta["_ops"] <= macs / 1e9 <= 1.001 * meta["_ops"]
+
+
+def test_a_layer_that_runs_twice_is_one_row_and_counted_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.idle = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.inner(self.inner(x))
+
+    rows = summarize_network(*rf.from_module(Twice()), (4,))
+    assert rows == [
+        LayerRow("inner", "linear", (4,), 20, 32),
+        LayerRow("idle.weight", "unused", (), 8, 0),
+        LayerRow("idle.bias", "unused", (), 2, 0),
+    ]
+
+
+def test_numbers_of_tokens_as_input():
+    net = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3))
+    rows = summarize_network(*rf.from_module(net), torch.zeros(1, 7, dtype=torch.int64))
+    assert rows == [LayerRow("0", "embedding", (7, 4), 40, 0), LayerRow("1", "linear", (7, 3), 15, 7 * 12)]
+    with pytest.raises(ValueError, match=r"a batch of one; got \[2, 7\]. Try x\[:1\]"):
+        summarize_network(*rf.from_module(net), torch.zeros(2, 7, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("wrap", [rf.winograd.wrap, rf.train.average_flips])
+def test_what_is_around_a_config_is_not_its_layers(wrap):
+    assert summarize(wrap(zoo.resnet20()), 32) == summarize(zoo.resnet20(), 32)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnext50_32x4d"])
