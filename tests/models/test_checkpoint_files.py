@@ -29,7 +29,7 @@ def prefixed(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
         ({"ema": WANTED, "model": WANTED}, "['model']"),
         ({"model": OTHER, "ema": WANTED}, "['ema']"),
         ({"model": {"ema": prefixed(WANTED, "module."), "raw": OTHER}, "epoch": 2}, "['model']['ema']"),
-        ({"params": {"conv.weight": WANTED["conv.weight"]}, "state": {"fc": {"bias": WANTED["fc.bias"]}}}, ""),
+        ({"params": {"conv": {"weight": torch.zeros(4, 3)}}, "state": {"fc": {"bias": torch.zeros(2)}}}, ""),
         ({"teacher": OTHER, "step": 1}, "['teacher']"),
     ],
     ids=["bare", "lightning", "two-equal", "ema", "other-classes", "nested", "pytrees", "only-one"],
