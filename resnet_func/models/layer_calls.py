@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from resnet_func import tree
+from resnet_func.models import winograd
 from resnet_func.types import Model, Params, State
 
 # The names of a function's arguments by position, and what kind of layer it is.
@@ -156,7 +157,8 @@ class _Recorder(TorchFunctionMode):
     def _call(
         self, func: Any, args: Any, kwargs: Any, paths: tuple[str, ...], input_shape: Any, output_shape: Any
     ) -> Call:
-        name = getattr(func, "__name__", str(func)).strip("_")
+        # the convolution of winograd.wrap takes what F.conv2d takes
+        name = "conv2d" if func is winograd.convolution else getattr(func, "__name__", str(func)).strip("_")
         names = ARGUMENTS.get(name, ())
         bound = {**dict(zip((*names, *map(str, range(len(names), len(args)))), args, strict=False)), **kwargs}
         leaves = {key: self.leaf[id(value)] for key, value in bound.items() if id(value) in self.leaf}

@@ -118,4 +118,8 @@ def test_the_network_is_run_as_it_is() -> None:
     x = torch.zeros(1, 3, 32, 32)
     bare, twice = (record_calls(m, params, state, x) for m in (model, rf.train.average_flips(model)))
     assert twice == [*bare, *bare]
+    fast = record_calls(rf.winograd.wrap(model), params, state, x)
+    assert [(c.paths, c.kind, c.output_shape, c.macs) for c in fast] == [
+        (c.paths, c.kind, c.output_shape, c.macs) for c in bare
+    ]
     assert state["bn1"]["num_batches_tracked"] == 0
