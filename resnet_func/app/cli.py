@@ -32,8 +32,8 @@ from resnet_func.app import (
 from resnet_func.app.experiment import Experiment
 from resnet_func.app.options import Evaluate, Machine, Predict, Summary, Train
 from resnet_func.app.run import Interrupted
-from resnet_func.models import summary, zoo
-from resnet_func.models.resnet import build
+from resnet_func.models import summary
+from resnet_func.models.load import load_network
 
 INTERRUPTED = 130
 COMPILE_ABOVE_FLOPS = 1e15  # hours on two CPU cores: below, compiling costs what it saves or more
@@ -118,8 +118,8 @@ def _train_defaults(argv: list[str]) -> Train:
     if choice.resume is None:
         return Train(hyper=recipes.recipe(choice.recipe, choice.dataset))
     saved, _ = run_folder.read_config(choice.resume)
-    data_dir = None if saved.data_dir is None else Path(saved.data_dir)
-    return Train(dataset=saved.dataset, data_dir=data_dir, seed=saved.seed, hyper=saved.recipe)
+    data_dir, init = (None if path is None else Path(path) for path in (saved.data_dir, saved.init))
+    return Train(dataset=saved.dataset, data_dir=data_dir, seed=saved.seed, init=init, hyper=saved.recipe)
 
 
 def _check_resume(options: Train, saved: Train) -> None:
@@ -139,13 +139,14 @@ def _check_resume(options: Train, saved: Train) -> None:
 def _train(options: Train) -> None:
     output, recipe = _console(), options.hyper
     data_dir = None if options.data_dir is None else str(options.data_dir.resolve())
-    described = Experiment(options.dataset, data_dir, options.seed, recipe)
+    init = None if options.init is None else str(options.init.resolve())
+    described = Experiment(options.dataset, data_dir, options.seed, recipe, init)
     machine = _configure(options.machine)
     splits = experiment.load_data(described, download=options.download)
     if options.machine.compile == "auto" and machine.compile:
         # where the choice is ours, only what runs long enough to win the compilation's time back
         machine = replace(machine, compile=experiment.training_flops(described, splits) > COMPILE_ABOVE_FLOPS)
-    name = f"{options.dataset}-{recipe.model}"
+    name = re.sub(r"[^\w.-]+", "-", f"{options.dataset}-{recipe.model}")
     with nullcontext(options.resume) if options.resume else run_folder.new(options.run_dir, name) as folder:
         _say(output, runtime.describe(machine))
         _say(output, _describe_data(options.dataset, splits))
@@ -208,14 +209,15 @@ def _load(folder: Path, which: str, machine: runtime.Runtime, *, flips: bool = F
 
 
 def _summary(options: Summary) -> None:
-    changes: dict[str, Any] = {"norm": options.norm}
-    if options.stem != "auto":
-        changes["stem"] = options.stem
-    if options.num_classes:
-        changes["num_classes"] = options.num_classes
-    config = zoo.config(options.model, **changes)
-    size = options.image_size or (224 if config.stem == "imagenet" else 32)
-    _console().print(summary.table(summary.summarize(build(config), size)))
+    changes: dict[str, Any] = {"num_classes": options.num_classes} if options.num_classes else {}
+    if ":" not in options.model:
+        changes["norm"] = options.norm
+        if options.stem != "auto":
+            changes["stem"] = options.stem
+    model, params, state = load_network(options.model, **changes)
+    small = model.config is not None and model.config.stem == "cifar"
+    size = options.image_size or (32 if small else 224)
+    _console().print(summary.table(summary.summarize_network(model, params, state, (3, size, size))))
 
 
 ACTIONS = {Train: _train, Evaluate: _evaluate, Predict: _predict, Summary: _summary}

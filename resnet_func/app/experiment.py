@@ -10,28 +10,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet_func import optim
+from resnet_func import optim, tree
 from resnet_func.app import data, recipes
 from resnet_func.app.data import augment
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
 from resnet_func.losses import smoothed_cross_entropy
 from resnet_func.models import summary, winograd
-from resnet_func.models.resnet import build
+from resnet_func.models.state_dicts import from_state_dict
 from resnet_func.train import Batches, Step, arrange, autocast, init_train_state, make_train_step
-from resnet_func.types import Images, Model, TrainState
+from resnet_func.types import Images, Model, Params, State, TrainState
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder"]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """All that decides a run's numbers, apart from the machine."""
+    """What decides a run's numbers, apart from the machine; `init` is a file of parameters to start from."""
 
     dataset: DatasetName
     data_dir: str | None
     seed: int
     recipe: Recipe
+    init: str | None = None
 
     @property
     def decode_size(self) -> int | None:
@@ -163,7 +164,8 @@ def make_parts(experiment: Experiment, task: Task, runtime: Runtime) -> Parts:
     """
     recipe = experiment.recipe
     model = make_network(recipe, task, runtime)
-    optimizer = make_optimizer(recipe, recipe.epochs * (task.train_images // recipe.batch_size))
+    params, state = start(experiment, model, runtime)
+    optimizer = make_optimizer(recipe, recipe.epochs * (task.train_images // recipe.batch_size), params)
     step = make_train_step(
         model,
         smoothed_cross_entropy(recipe.label_smoothing),
@@ -173,14 +175,30 @@ def make_parts(experiment: Experiment, task: Task, runtime: Runtime) -> Parts:
     )
     if runtime.compile:
         step = torch.compile(step, fullgraph=True, dynamic=False)
-    params, state = model.init(make_generator("cpu", experiment.seed, 0), device=runtime.device)
-    params = arrange(params, runtime.memory_format)
     return Parts(model, step, init_train_state(params, state, optimizer, ema=recipe.ema > 0))
+
+
+def start(experiment: Experiment, model: Model, runtime: Runtime) -> tuple[Params, State]:
+    """Fresh parameters and state, or those of a file, with a fresh head where the file's does not fit.
+
+    Raises:
+        ValueError, OSError: the file does not hold this network's parameters, or cannot be read.
+    """
+    generator = make_generator("cpu", experiment.seed, 0)
+    if experiment.init is None:
+        params, state = model.init(generator, device=runtime.device)
+    else:
+        into = {"device": runtime.device, "dtype": torch.float32}
+        try:
+            params, state = from_state_dict(model, experiment.init, **into)
+        except ValueError:
+            params, state = from_state_dict(model, experiment.init, head="new", generator=generator, **into)
+    return arrange(params, runtime.memory_format), state
 
 
 def make_network(recipe: Recipe, task: Task, runtime: Runtime) -> Model:
     """The recipe's network for the task, as the machine computes it."""
-    return compute_by(runtime, build(recipe.network(len(task.classes), task.in_channels)))
+    return compute_by(runtime, recipe.network(len(task.classes), task.in_channels))
 
 
 def compute_by(runtime: Runtime, model: Model) -> Model:
@@ -190,8 +208,11 @@ def compute_by(runtime: Runtime, model: Model) -> Model:
     return autocast(model, runtime.device.type, torch.bfloat16) if runtime.precision == "bf16" else model
 
 
-def make_optimizer(recipe: Recipe, total_steps: int) -> optim.Optimizer:
+def make_optimizer(recipe: Recipe, total_steps: int, params: Params) -> optim.Optimizer:
     """The recipe's optimizer and schedule for a run of `total_steps`.
+
+    Weights of two dimensions and more decay, norms and biases do not. Muon takes them, too, but the last: the
+    head. Of `params` only the shapes are read.
 
     Raises:
         ValueError: the schedule needs more steps.
@@ -202,7 +223,8 @@ def make_optimizer(recipe: Recipe, total_steps: int) -> optim.Optimizer:
             "or try --schedule constant"
         )
     schedule = _schedule(recipe, recipe.learning_rate, total_steps)
-    decay = {"weight_decay": recipe.weight_decay, "decay_mask": _is_matrix}
+    matrices = [path for path, leaf in tree.flatten(params).items() if leaf.ndim >= 2]
+    decay = {"weight_decay": recipe.weight_decay, "decay_mask": set(matrices).__contains__}
     momentum = {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
     match recipe.optimizer:
         case "sgd":
@@ -210,22 +232,12 @@ def make_optimizer(recipe: Recipe, total_steps: int) -> optim.Optimizer:
         case "muon":
             rest = optim.sgd(_schedule(recipe, recipe.rest_learning_rate, total_steps), **momentum)
             chosen = optim.muon(schedule, weight_decay=recipe.weight_decay, **momentum)
-            optimizer = optim.partition(_is_convolution, chosen, rest)
+            optimizer = optim.partition(set(matrices[:-1]).__contains__, chosen, rest)
         case "adam":
             optimizer = optim.adam(schedule, **decay)
         case "adamw":
             optimizer = optim.adamw(schedule, **decay)
     return optim.clipped(optimizer, recipe.clip_norm) if recipe.clip_norm else optimizer
-
-
-def _is_matrix(path: str) -> bool:
-    """Whether weight decay applies: to weights of convolutions and linear layers, not to norms and biases."""
-    return path == "fc.weight" or _is_convolution(path)
-
-
-def _is_convolution(path: str) -> bool:
-    *_, layer, name = path.split(".")
-    return name == "weight" and ("conv" in layer or path.endswith("downsample.0.weight"))
 
 
 def _schedule(recipe: Recipe, peak: float, total_steps: int) -> optim.Schedule:
@@ -304,7 +316,8 @@ def training_flops(experiment: Experiment, splits: data.Splits) -> float:
     """Floating-point operations of the run's forward and backward passes, six a multiply-accumulate."""
     recipe, source = experiment.recipe, splits.train
     channels, height, width = source.image_shape
-    model = build(recipe.network(len(source.classes), channels))
-    rows = summary.summarize(model, recipe.image_size or min(height, width))
+    model, size = recipe.network(len(source.classes), channels), recipe.image_size or min(height, width)
+    params, state = model.init(torch.Generator("cpu"), device="cpu")
+    rows = summary.summarize_network(model, params, state, (channels, size, size))
     full_epochs = sum(recipe.scale_at(epoch) ** 2 for epoch in range(recipe.epochs))
     return 6.0 * summary.totals(rows).macs * source.num_samples * full_epochs

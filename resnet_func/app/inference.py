@@ -79,7 +79,7 @@ def load_trained(
         (params, state), _, warning = checkpoint.load(checkpoints, which, like, device=runtime.device)
     else:
         # the optimizer's state has the same structure whatever the number of steps
-        start = init_train_state(*like, make_optimizer(recipe, total_steps=2), ema=recipe.ema > 0)
+        start = init_train_state(*like, make_optimizer(recipe, 2, like[0]), ema=recipe.ema > 0)
         saved, _, warning = checkpoint.load(checkpoints, which, start, device=runtime.device)
         params, state = parameters_to_test(saved)
     params = arrange(params, runtime.memory_format)

@@ -46,6 +46,8 @@ class Train:
     """A run folder to go on with; its config.json decides everything but the machine."""
     seed: int = 0
     """Of initialisation, order and augmentation."""
+    init: Path | None = None
+    """A .pth or .safetensors file to start from; a last layer that does not fit the classes is drawn anew."""
     download: bool = True
     """Whether a missing data set may be downloaded."""
     hyper: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = field(default_factory=Recipe)
@@ -86,12 +88,12 @@ class Summary:
     """Print a network as a table: layer, output shape, parameters, multiply-accumulates."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A network of the zoo."""
+    """A network of the zoo, torchvision:NAME, timm:NAME, FILE.py:CALLABLE or pkg.mod:CALLABLE."""
     image_size: int = 0
-    """Side of the input in pixels; 0 is 224 for the ImageNet stem and 32 for CIFAR's."""
+    """Side of the input in pixels; 0 is 32 for networks of the zoo with CIFAR's stem, and else 224."""
     stem: Literal["auto", "imagenet", "cifar"] = "auto"
-    """The first layers; auto is the network's own."""
+    """The first layers, of the zoo's networks; auto is the network's own."""
     norm: Literal["batch", "group", "none"] = "batch"
-    """The normalisation layers."""
+    """The normalisation layers, of the zoo's networks."""
     num_classes: int = 0
     """Size of the output; 0 is the network's own."""

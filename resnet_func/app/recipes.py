@@ -9,7 +9,8 @@ from typing import Literal
 
 from resnet_func.app.data.augment import Augment
 from resnet_func.models import zoo
-from resnet_func.models.config import ResNetConfig
+from resnet_func.models.load import find_callable, load_network
+from resnet_func.types import Model
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -21,7 +22,7 @@ class Recipe:
     """A network and how to train it.
 
     Attributes:
-        model: A network of the zoo.
+        model: A network of the zoo, torchvision:NAME, timm:NAME, FILE.py:CALLABLE or pkg.mod:CALLABLE.
         norm: The normalisation layers of the network.
         stem: The first layers: "cifar" keeps the resolution, "imagenet" divides it by four.
         epochs: Passes over the training set.
@@ -86,17 +87,31 @@ class Recipe:
                 "early_scales are pairs (scale in (0, 1], share of the epochs in [0, 1]); "
                 f"got {self.early_scales}. Try 0.5 0.6 0.75 0.2"
             )
-        zoo.config(self.model, norm=self.norm, stem=self.stem)
+        if ":" in self.model:
+            find_callable(self.model)
+        else:
+            zoo.config(self.model, norm=self.norm, stem=self.stem)
 
     def _check(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
             raise ValueError(f"{name} must be {expected}; got {getattr(self, name)}")
 
-    def network(self, num_classes: int, in_channels: int) -> ResNetConfig:
-        """The network's config for so many classes and channels."""
-        return zoo.config(
-            self.model, norm=self.norm, stem=self.stem, num_classes=num_classes, in_channels=in_channels
-        )
+    def network(self, num_classes: int, in_channels: int) -> Model:
+        """The network for so many classes and channels.
+
+        Norm and stem are the zoo's; other networks are called with `num_classes`, timm's with `in_chans` too.
+
+        Raises:
+            ValueError: the network takes images of three channels only.
+        """
+        if ":" not in self.model:
+            changes = {"norm": self.norm, "stem": self.stem, "in_channels": in_channels}
+            return zoo.by_name(self.model, num_classes=num_classes, **changes)
+        if self.model.startswith("timm:"):
+            return load_network(self.model, num_classes=num_classes, in_chans=in_channels)[0]
+        if in_channels != 3:
+            raise ValueError(f"{self.model} takes images of 3 channels; these have {in_channels}")
+        return load_network(self.model, num_classes=num_classes)[0]
 
     @cached_property
     def augment(self) -> Augment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_func.app import checkpoint, cli, recipes
+from resnet_func.app import checkpoint, cli, recipes, run_folder
 from resnet_func.app.cli import main
 from resnet_func.app.options import Train
 from resnet_func.models import zoo
@@ -158,7 +159,7 @@ def test_wrong_usage_exits_2(call, says, capsys):
 
 
 FAILURES = {
-    "summary-of-no-such-model": (["summary", "vgg"], "no network is called 'vgg'"),
+    "summary-of-no-such-model": (["summary", "vgg"], "no network of the zoo is called 'vgg'"),
     "no-such-folder": (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
     "folder-without-data-dir": (["train", "--dataset", "folder"], "data_dir"),
     "cuda-where-none-is": (["train", "--device", "cuda:9"], "cuda:9"),
@@ -344,7 +345,7 @@ def test_python_m_is_the_same_program():
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("resnet-func: no network is called 'resnet9000'")
+    assert done.stderr.startswith("resnet-func: no network of the zoo is called 'resnet9000'")
 
 
 def exit_code(call: list[str]) -> int:
@@ -353,3 +354,51 @@ def exit_code(call: list[str]) -> int:
         return main(call)
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+NETWORK = """
+from torch import nn
+
+def make(num_classes):
+    layers = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4, num_classes))
+"""
+
+
+def test_a_network_of_ones_own_is_trained_evaluated_asked_and_begun_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, run = make_image_folder(tmp_path / "images"), tmp_path / "run"
+    (tmp_path / "net.py").write_text(NETWORK)
+    spec = f"{tmp_path / 'net.py'}:make"
+    words = ["train", "--dataset", "folder", "--data-dir", str(images), "--model", spec]
+    words += ["--epochs", "2", "--batch-size", "4", "--crop", "0", "--compile", "off"]
+    assert main([*words, "--run-dir", str(run)]) == 0
+    assert main(["evaluate", "--run-dir", str(run)]) == 0
+    image = next((images / "test").rglob("*.png"))
+    assert main(["predict", str(image), "--run-dir", str(run)]) == 0
+    assert main(["summary", spec, "--num-classes", "7", "--image-size", "16"]) == 0
+    assert "7" in capsys.readouterr().out
+    weights = tmp_path / "weights.pth"
+    module = runpy.run_path(str(tmp_path / "net.py"))["make"](9)  # another number of classes
+    torch.save({"model": module.state_dict()}, weights)
+    begun = [
+        *words,
+        "--learning-rate",
+        "0",
+        "--weight-decay",
+        "0",
+        "--optimizer",
+        "sgd",
+        "--init",
+        str(weights),
+    ]
+    with pytest.warns(UserWarning):  # says what was read from the file, and that the head is new
+        assert main([*begun, "--run-dir", str(tmp_path / "begun")]) == 0
+    folder = run_folder.checkpoints(tmp_path / "begun")
+    flat, _, _ = checkpoint.load_flat(folder, "last")
+    assert torch.equal(flat["params.0.weight"], module.state_dict()["0.weight"])
+    assert flat["params.5.weight"].shape[0] != 9
+    assert main([*words, "--init", str(tmp_path / "no.pth"), "--run-dir", str(tmp_path / "none")]) == 1
+    assert "no.pth" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -124,7 +124,7 @@ def test_decay_reaches_convolutions_and_the_head_that_muon_leaves_to_sgd(
     model = make_network(replace(RECIPE, model="resnet18"), prepare.task, prepare.runtime)
     params, _ = model.init(make_generator("cpu", 0))
     changes: dict[str, Any] = {"schedule": "constant", "momentum": 0.0, "weight_decay": 0.5}
-    optimizer = make_optimizer(replace(RECIPE, optimizer=name, **changes), 10)
+    optimizer = make_optimizer(replace(RECIPE, optimizer=name, **changes), 10, params)
     zeros = tree.map(torch.zeros_like, params)
     moved = set()
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
@@ -137,8 +137,8 @@ def test_decay_reaches_convolutions_and_the_head_that_muon_leaves_to_sgd(
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "step", "constant"])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_every_optimizer_with_every_schedule_moves(name, schedule) -> None:
-    optimizer = make_optimizer(replace(RECIPE, optimizer=name, schedule=schedule, warmup=0.0), 10)
     params = {"conv1": {"weight": torch.ones(2, 2)}}
+    optimizer = make_optimizer(replace(RECIPE, optimizer=name, schedule=schedule, warmup=0.0), 10, params)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     assert (updates.delta["conv1"]["weight"] < 0).all()
 
@@ -209,9 +209,9 @@ def test_statistics_do_not_depend_on_the_default_dtype(splits: data.Splits) -> N
 def test_a_run_of_one_step_speaks_of_the_options(prepare: Preparer) -> None:
     recipe = replace(RECIPE, schedule="one-cycle")
     with pytest.raises(ValueError, match="one-cycle needs 2 steps.*--epochs.*--batch-size.*--schedule"):
-        make_optimizer(recipe, 1)
+        make_optimizer(recipe, 1, {})
     for schedule in ("cosine", "step", "constant"):
-        make_optimizer(replace(recipe, schedule=schedule), 1)
+        make_optimizer(replace(recipe, schedule=schedule), 1, {})
 
 
 @given(

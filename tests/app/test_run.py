@@ -308,7 +308,7 @@ def test_changed_data_are_said_in_a_line_and_what_was_recorded_is_used(
     change(images)
     total_steps, make = [], experiment.make_optimizer
     monkeypatch.setattr(
-        experiment, "make_optimizer", lambda r, steps: total_steps.append(steps) or make(r, steps)
+        experiment, "make_optimizer", lambda r, steps, p: total_steps.append(steps) or make(r, steps, p)
     )
     reporter, described = Silent(), Experiment("folder", str(images), 3, RECIPE)
     result = run.train(described, load_data(described), folder, machine(), reporter, resume=True)
