@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from resnet_func.app import runtime
+from resnet_func.machine import available_cores, cpu_flags, cpu_name, cpuinfo, vector_extensions
 
 FLAGS = (
     "avx2",
@@ -38,12 +38,12 @@ NOISE = re.compile(r"\(r\)|\(tm\)|@\s*[\d.]+\s*ghz|\b(amd|intel|cpu|processor|nv
 def capture(device: str = "cpu") -> dict[str, Any]:
     """Hardware, settings and versions as they are now: call it after threads are set, before measuring."""
     return {
-        "cpu": runtime.cpu_name(),
+        "cpu": cpu_name(),
         "microarchitecture": microarchitecture(),
-        "cores": runtime.available_cores(),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
-        "vector_extensions": torch.backends.cpu.get_cpu_capability(),
-        "cpu_flags": sorted(runtime.cpu_flags() & set(FLAGS)),
+        "vector_extensions": vector_extensions(),
+        "cpu_flags": sorted(cpu_flags() & set(FLAGS)),
         "cpu_mhz": _megahertz(),
         "memory_gib": _memory_gib(),
         "device": device,
@@ -63,8 +63,8 @@ def machine(device: str = "cpu") -> str:
     """A short name of the machine for file names, such as "epyc-zen3-2c" or "h100-pcie"."""
     if device.startswith("cuda"):
         return slug(torch.cuda.get_device_name(device))
-    kind = microarchitecture() or torch.backends.cpu.get_cpu_capability()
-    return slug(f"{runtime.cpu_name()} {kind} {runtime.available_cores()}c")
+    kind = microarchitecture() or vector_extensions()
+    return slug(f"{cpu_name()} {kind} {available_cores()}c")
 
 
 def slug(name: str) -> str:
@@ -75,9 +75,9 @@ def slug(name: str) -> str:
 
 def microarchitecture() -> str | None:
     """AMD's generation, such as "zen3", whose name the CPU's own often leaves out; None for others."""
-    if "AuthenticAMD" not in _cpuinfo("vendor_id"):
+    if "AuthenticAMD" not in cpuinfo("vendor_id"):
         return None
-    family, model = _cpuinfo("cpu family"), _cpuinfo("model")
+    family, model = cpuinfo("cpu family"), cpuinfo("model")
     if not family.isdigit() or not model.isdigit():
         return None
     return next((name for start, name in ZEN.get(int(family), ()) if int(model) >= start), None)
@@ -88,7 +88,7 @@ def _megahertz() -> float | None:
     limit = Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
     if limit.is_file():
         return int(limit.read_text()) / 1000
-    now = _cpuinfo("cpu MHz")
+    now = cpuinfo("cpu MHz")
     return float(now) if now else None
 
 
@@ -130,13 +130,3 @@ def _git(*words: str) -> str | None:
     except OSError:
         return None
     return result.stdout.strip() or None
-
-
-def _cpuinfo(field: str) -> str:
-    """The first value of a field of /proc/cpuinfo; "" if there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    pairs = (line.partition(":") for line in lines)
-    return next((value.strip() for key, _, value in pairs if key.strip() == field), "")

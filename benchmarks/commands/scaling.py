@@ -25,6 +25,7 @@ from benchmarks.harness.report import RESULTS
 from benchmarks.harness.statistics import Rule, Seconds
 from parity import environment
 from resnet_func.app import runtime
+from resnet_func.machine import available_cores
 
 COMPILED = "function, step compiled"
 COLOURS = (pictures.ORANGE, pictures.SKY, pictures.PURPLE, pictures.BLUE, pictures.GREEN, pictures.GREY)
@@ -107,7 +108,7 @@ def thread_counts(options: Options, machine: runtime.Runtime) -> list[int]:
     """In rising order; on a GPU, one."""
     if machine.device.type != "cpu":
         return [machine.threads]
-    cores = runtime.available_cores()
+    cores = available_cores()
     powers = {2**power for power in range(cores.bit_length())} | {cores}
     return sorted(set(options.threads) or powers)
 

@@ -27,6 +27,7 @@ from benchmarks.harness.report import RESULTS, Row
 from benchmarks.harness.statistics import Rule, Seconds, ratio
 from parity import environment
 from resnet_func.app import runtime
+from resnet_func.machine import has_bf16
 
 COLOURS = {
     "module": pictures.ORANGE,
@@ -136,7 +137,7 @@ def select(options: Options, machine: runtime.Runtime) -> list[Spec]:
     """The rows; bf16 by itself only where it is not emulated."""
     dtypes = options.dtype
     if "auto" in dtypes:
-        dtypes = ("fp32", "bf16") if runtime.has_bf16(machine.device) else ("fp32",)
+        dtypes = ("fp32", "bf16") if has_bf16(machine.device) else ("fp32",)
     return variants.specs(
         train=options.task == "training",
         layouts=options.layout,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import platform
 import shutil
 import sys
 import sysconfig
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+
+from resnet_func import machine
 
 ALLOCATOR_VARIABLE = "RESNET_FUNC_ALLOCATOR"
 
@@ -85,9 +86,9 @@ def configure(
     if compile == "on" and obstacle:
         raise ValueError(f'compile="on" cannot work: {obstacle}. Install that, or try compile="auto"')
     if precision == "auto":
-        precision = "bf16" if has_bf16(where) else "fp32"
+        precision = "bf16" if machine.has_bf16(where) else "fp32"
 
-    threads = threads or min(torch.get_num_threads(), available_cores())
+    threads = threads or min(torch.get_num_threads(), machine.available_cores())
     torch.set_num_threads(threads)
     if where.type == "cuda":
         _forbid_tf32()
@@ -108,7 +109,7 @@ def describe(runtime: Runtime) -> str:
     "runtime: cpu (AMD EPYC, AVX2), 2 threads, fp32 (no AVX512-BF16 or AMX), channels_last, Winograd,
     compiled, allocator tuned".
     """
-    cores = available_cores()
+    cores = machine.available_cores()
     threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
     obstacle = compile_obstacle(runtime.device)
     parts = [
@@ -158,37 +159,6 @@ def tune_allocator() -> str:
     settings = ((-4, 0), (-1, 2**31 - 1), (-2, 256 * 2**20), (-8, 1))
     accepted = [mallopt(parameter, value) == 1 for parameter, value in settings]
     return "tuned" if all(accepted) else "stock (mallopt refused)"
-
-
-def available_cores() -> int:
-    """The cores this process may use: its affinity where the system has one, else all."""
-    if sys.version_info >= (3, 13):
-        return os.process_cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def cpu_name() -> str:
-    """The CPU's model name, such as "AMD EPYC 7B13"; its architecture where no name is to be had."""
-    return _cpuinfo("model name") or str(_torch_cpu().get("cpu_name", "")) or platform.machine()
-
-
-def cpu_flags() -> frozenset[str]:
-    """The CPU's instruction sets, without underscores: "avx2", "avx512f", "avx512bf16", "amxbf16", ...
-
-    From torch where it tells (a young function), else from /proc/cpuinfo; empty where neither does.
-    """
-    flags = {name for name, value in _torch_cpu().items() if value is True}
-    flags = flags or set((_cpuinfo("flags") or _cpuinfo("Features")).split())
-    return frozenset(flag.replace("_", "") for flag in flags)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bf16 in hardware: CUDA from Ampere on; on CPU, AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(cpu_flags() & {"avx512bf16", "amxbf16"})
 
 
 def compile_obstacle(device: torch.device) -> str | None:
@@ -246,11 +216,13 @@ def _forbid_tf32() -> None:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else cpu_name()
+    return (
+        f"{machine.cpu_name()}, {machine.vector_extensions()}" if device.type == "cpu" else machine.cpu_name()
+    )
 
 
 def _precision_reason(runtime: Runtime) -> str:
-    native = has_bf16(runtime.device)
+    native = machine.has_bf16(runtime.device)
     if runtime.precision == "bf16":
         return "" if native else " (slow: no bf16 instructions here)"
     if runtime.device.type == "cuda":
@@ -267,18 +239,3 @@ def _is_glibc() -> bool:
 
 def _has_python_headers() -> bool:
     return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
-
-
-def _torch_cpu() -> dict[str, object]:
-    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
-    return dict(get_capabilities()) if get_capabilities else {}
-
-
-def _cpuinfo(field: str) -> str:
-    """The first value of a field of /proc/cpuinfo; "" if there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    pairs = (line.partition(":") for line in lines)
-    return next((value.strip() for key, _, value in pairs if key.strip() == field), "")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from resnet_func import machine
 from resnet_func.app import runtime
 from resnet_func.app.runtime import Runtime, configure, describe, tune_allocator
 
@@ -92,7 +93,7 @@ def test_auto_device_with_cuda(cuda: None) -> None:
 def test_auto_precision_follows_the_cpu(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], expected: str
 ) -> None:
-    monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))
     assert configure(device="cpu").precision == expected
     assert configure(device="cpu", precision="fp32").precision == "fp32"
     assert configure(device="cpu", precision="bf16").precision == "bf16"
@@ -105,18 +106,11 @@ def test_auto_precision_on_cuda_does_not_count_emulation(cuda: None, monkeypatch
 
 
 def test_threads_are_applied_and_default_to_torchs_within_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "available_cores", lambda: 2)
+    monkeypatch.setattr(machine, "available_cores", lambda: 2)
     for already, asked, expected in [(1, 3, 3), (3, None, 2), (1, None, 1), (3, 1, 1)]:
         torch.set_num_threads(already)
         assert configure(device="cpu", threads=asked).threads == expected
         assert torch.get_num_threads() == expected
-
-
-def test_cores_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 7}, raising=False)
-    monkeypatch.setattr(os, "process_cpu_count", lambda: 3, raising=False)
-    assert runtime.available_cores() == 3
 
 
 def test_winograd_is_for_the_cpu_in_fp32(cuda: None, zen3: None) -> None:
@@ -249,9 +243,9 @@ def test_compile_auto_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def zen3(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "cpu_name", lambda: "AMD EPYC")
-    monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset({"avx2"}))
-    monkeypatch.setattr(runtime, "available_cores", lambda: 2)
+    monkeypatch.setattr(machine, "cpu_name", lambda: "AMD EPYC")
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(machine, "available_cores", lambda: 2)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(runtime, "compile_obstacle", lambda device: None)
 
@@ -283,7 +277,7 @@ def test_describe_each_part(zen3: None, changes: dict[str, Any], part: str) -> N
 
 def test_describe_names_the_obstacle_and_native_bf16(zen3: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "compile_obstacle", lambda device: "no triton")
-    monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset({"avx512bf16"}))
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"avx512bf16"}))
     assert ", fp32 (bf16 not asked for), " in describe(a_runtime(compile=False))
     assert ", bf16, channels_last, Winograd, not compiled (no triton), " in describe(
         a_runtime(precision="bf16", compile=False)
@@ -399,58 +393,3 @@ def test_tuned_memory_is_reused_without_page_faults_even_after_a_failed_allocati
     assert len(shares) == 2
     # Now and then a small object lands in the freed block and the heap grows once more: one tensor of 16.
     assert all(float(share) < 0.25 for share in shares)
-
-
-# --- the CPU ---
-
-
-def test_cpu_flags_agree_between_torch_and_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not Path("/proc/cpuinfo").exists() or not hasattr(torch.cpu, "get_capabilities"):
-        pytest.skip("needs both sources")
-    from_torch = runtime.cpu_flags()
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    from_proc = runtime.cpu_flags()
-    assert len(from_proc) > 3
-    names = {"avx2", "avx512f", "avx512bf16", "avx512vnni", "amxtile", "amxbf16", "sse41", "bf16"}
-    assert from_torch & names == from_proc & names
-
-
-CPUINFO = {
-    "x86": "model\t\t: 1\nmodel name\t: Some CPU: v2\nflags\t\t: avx2 avx512_bf16 amx_tile\n\n",
-    "arm": "processor\t: 0\nFeatures\t: fp asimd bf16\n",
-    "none": None,
-}
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "flags"),
-    [
-        (CPUINFO["x86"], "Some CPU: v2", {"avx2", "avx512bf16", "amxtile"}),
-        (CPUINFO["arm"], "the-machine", {"fp", "asimd", "bf16"}),
-        (CPUINFO["none"], "the-machine", set()),
-    ],
-    ids=CPUINFO.keys(),
-)
-def test_cpu_without_torchs_help(
-    monkeypatch: pytest.MonkeyPatch, text: str | None, name: str, flags: set[str]
-) -> None:
-    def read_text(path: Path) -> str:
-        assert path == Path("/proc/cpuinfo")
-        if text is None:
-            raise FileNotFoundError
-        return text
-
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr("platform.machine", lambda: "the-machine")
-    assert runtime.cpu_name() == name
-    assert runtime.cpu_flags() == flags
-
-
-def test_cpu_name_from_torch_where_proc_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_cpuinfo", lambda field: "")
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {"cpu_name": "Apple M9", "neon": True}, raising=False
-    )
-    assert runtime.cpu_name() == "Apple M9"
-    assert runtime.cpu_flags() == {"neon"}

@@ -179,7 +179,7 @@ def test_a_short_name_has_no_trademarks(name: str, short: str) -> None:
 )
 def test_amd_generations(family: str, model: str, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {"vendor_id": "AuthenticAMD", "cpu family": family, "model": model}
-    monkeypatch.setattr(environment, "_cpuinfo", lambda field: fields[field])
+    monkeypatch.setattr(environment, "cpuinfo", lambda field: fields[field])
     assert environment.microarchitecture() == generation
 
 

@@ -61,17 +61,59 @@ def test_is_the_convolution_and_its_gradients(
     assert_close(got, both(direct, x, weight), rtol=1e-12)
 
 
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def amplification(maps: winograd.Maps) -> float:
+    """How much larger a relative error of the tile's products is in the output, for white images and filters.
+
+    A product's variance is that of its image times that of its filter; the map to the output adds variances.
+    """
+    into, filters, out = (one.square() for one in maps)
+    return (out @ (into.sum(1) * filters.sum(1))).mean().div(9).sqrt().item()
+
+
+def rounding_limit(maps: winograd.Maps, channels: int, tiles: int) -> float:
+    """What the steps round, each measured alone on this machine, amplified by the steps after it."""
+
+    def error(left: Tensor, right: Tensor) -> float:
+        return relative_error(left.float() @ right.float(), left @ right)
+
+    def random(*shape: int) -> Tensor:
+        return randn(*shape, seed=len(shape)).double()
+
+    points = len(maps.input)
+    transforms = error(maps.input, random(points, tiles)) + error(maps.weight, random(9, channels**2))
+    products = error(random(points, tiles, channels), random(points, channels, channels))
+    return amplification(maps) * (transforms + products) + error(maps.output, random(points, tiles))
+
+
 @pytest.mark.parametrize("tile", winograd.POINTS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_rounds_little_more_than_the_definition(tile: winograd.Tile, layout: torch.memory_format) -> None:
-    x = randn(4, 128, 16, 16, seed=0).relu().contiguous(memory_format=layout)
-    weight = randn(128, 128, 3, 3, seed=1).contiguous(memory_format=layout) / 34
-    oracle = direct(x.double(), weight.double())
+def test_rounds_no_more_than_its_steps_do(tile: winograd.Tile, layout: torch.memory_format) -> None:
+    x = randn(4, 128, 16, 16, seed=0).contiguous(memory_format=layout)
+    weight = randn(128, 128, 3, 3, seed=1).contiguous(memory_format=layout)
+    got = relative_error(winograd.conv2d(x, weight, tile), direct(x.double(), weight.double()))
+    assert got <= rounding_limit(winograd.MAPS[tile], 128, 4 * (16 // tile) ** 2)
 
-    def error(y: Tensor) -> float:
-        return ((y - oracle).norm() / oracle.norm()).item()
 
-    assert error(winograd.conv2d(x, weight, tile)) < 4 * error(direct(x, weight))
+def usual_maps(monkeypatch: pytest.MonkeyPatch) -> winograd.Maps:
+    with monkeypatch.context() as patch:
+        patch.setitem(winograd.POINTS, 4, (0, 1, -1, 2, -2))
+        return winograd._maps(4)
+
+
+def test_the_points_amplify_less_than_half_of_what_the_usual_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert amplification(winograd.MAPS[4]) < amplification(usual_maps(monkeypatch)) / 2
+
+
+def test_the_limit_tells_other_points_and_other_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = randn(4, 128, 16, 16, seed=0), randn(128, 128, 3, 3, seed=1)
+    oracle, limit = direct(x.double(), weight.double()), rounding_limit(winograd.MAPS[4], 128, 64)
+    assert relative_error(winograd.conv2d(x.bfloat16().float(), weight), oracle) > limit
+    monkeypatch.setitem(winograd.MAPS, 4, usual_maps(monkeypatch))
+    assert relative_error(winograd.conv2d(x, weight), oracle) > limit
 
 
 @pytest.mark.parametrize("tile", winograd.POINTS)
