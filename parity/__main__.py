@@ -1,6 +1,7 @@
 """`python -m parity`: check the cells, print the table, exit 1 when any fails.
 
 `python -m parity museum`: show the bugs that the suite kills, exit 1 when any survives.
+`python -m parity machines`: check the quick cells as several machines, exit 1 when any fails on any.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from parity import environment, museum, runner, suite
+from parity import environment, machines, museum, runner, suite
+from resnet_func.machine import cpu_flags
 
 WIDE = 180  # where no terminal says how wide it is
 
 
 @dataclass(frozen=True)
 class Options:
-    """Proofs that the functions are the networks. `python -m parity museum` shows the bugs they kill."""
+    """Proofs that the functions are the networks. `python -m parity museum` shows the bugs they kill, and
+    `python -m parity machines` repeats them with other instructions and thread counts.
+    """
 
     quick: bool = False
     """The part that takes under five minutes on two cores."""
@@ -39,6 +43,23 @@ class Options:
     jobs: int = 1
     """Processes to share the cells, each computing with one thread; 1 stays in this one."""
 
+    threads: int = 0
+    """Threads inside an operation; 0 leaves torch's number, or with more jobs one each."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The proof as several machines on this one: instructions left out, 1, 2 and 4 threads."""
+
+    quick: bool = True
+    """The part that takes under five minutes on two cores, for each machine."""
+
+    only: str = ""
+    """Cells whose path starts so."""
+
+    machine: str = ""
+    """Machines whose name starts so: "avx2", "default+SSE41/1", "as-found"."""
+
 
 @dataclass(frozen=True)
 class Tour:
@@ -54,6 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     complaints = Console(stderr=True, soft_wrap=True, highlight=False)
     if arguments[:1] == ["museum"]:
         return tour(tyro.cli(Tour, args=arguments[1:], prog="python -m parity museum"), complaints)
+    if arguments[:1] == ["machines"]:
+        options = tyro.cli(Machines, args=arguments[1:], prog="python -m parity machines")
+        return repeat(options, complaints)
     return check(tyro.cli(Options, args=arguments, prog="python -m parity"), complaints)
 
 
@@ -71,6 +95,22 @@ def tour(options: Tour, complaints: Console) -> int:
     return int(not all(proof.killed for proof in proofs))
 
 
+def repeat(options: Machines, complaints: Console) -> int:
+    """Exit status of `python -m parity machines`; each machine's lines are printed as it is done."""
+    try:
+        suite.cells(quick=options.quick, only=options.only)  # before processes start: there must be some
+        chosen = machines.possible(cpu_flags(), options.machine)
+    except ValueError as error:
+        complaints.print(f"Error: {error}", markup=False)
+        return 2
+    failed = False
+    for machine in track(chosen, "checking", console=complaints, transient=True):
+        outcome = machines.prove(machine, quick=options.quick, only=options.only)
+        failed |= outcome.failed
+        print("\n".join(machines.lines(outcome)), flush=True)
+    return int(failed)
+
+
 def check(options: Options, complaints: Console) -> int:
     try:
         cells = suite.cells(quick=options.quick, only=options.only)
@@ -79,12 +119,16 @@ def check(options: Options, complaints: Console) -> int:
                 raise ValueError(f"no folder {path.parent} to write {path.name} into")
         if options.jobs < 1:
             raise ValueError(f"--jobs must be 1 or more; got {options.jobs}")
+        if options.threads < 0:
+            raise ValueError(f"--threads must be 1 or more, or 0 for torch's number; got {options.threads}")
     except ValueError as error:
         complaints.print(f"Error: {error}", markup=False)
         return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
     machine = environment.capture()
     bar = partial(track, description="checking", console=complaints, transient=True)
-    results = runner.run_all(cells, bar, quick=options.quick, jobs=options.jobs)
+    results = runner.run_all(cells, bar, quick=options.quick, jobs=options.jobs, threads=options.threads)
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(suite.as_table(results))
     for line in [*suite.exceptions(results), suite.summary(results)]:

@@ -17,11 +17,11 @@ from parity.cell import Cell, Result, row_of, run
 Bar = Callable[..., Iterable[Any]]
 
 
-def run_all(cells: list[Cell], bar: Bar, *, quick: bool, jobs: int) -> list[Result]:
+def run_all(cells: list[Cell], bar: Bar, *, quick: bool, jobs: int, threads: int = 0) -> list[Result]:
     """What came of every cell, in their order.
 
-    A process takes a row of the report at a time, since its cells share a network, and computes with one
-    thread. With one job the cells are run here, with the threads that there are.
+    A process takes a row of the report at a time, since its cells share a network, and computes with
+    `threads`, one where that is 0. With one job the cells are run here, with the threads that there are.
     """
     if jobs == 1:
         return [run(cell) for cell in bar(cells)]
@@ -30,7 +30,7 @@ def run_all(cells: list[Cell], bar: Bar, *, quick: bool, jobs: int) -> list[Resu
         rows.setdefault((cell.section, row_of(cell.name)), []).append(cell.path)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+        jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(threads or 1,)
     ) as pool:
         tasks = [pool.submit(_run_row, quick, paths) for paths in rows.values()]
         done = [result for task in bar(as_completed(tasks), total=len(tasks)) for result in task.result()]
