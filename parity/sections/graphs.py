@@ -35,11 +35,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from parity.cell import Cell
-from parity.compare import function_step, generator
 from parity.reference import module as reference
 from parity.sections.isomorphism import Trace, assert_isomorphic
+from parity.steps import function_step
 from resnet_func import tree
 from resnet_func.models import interop, zoo
+from resnet_func.testing import generator
 from resnet_func.types import Params, State
 
 Step: TypeAlias = Callable[[Params, State, Tensor, Tensor], dict[str, Tensor]]  # of images and cotangent
@@ -94,7 +95,7 @@ def _shapes(name: str) -> tuple[Params, State]:
 def module_step(
     module: nn.Module, params: Params, state: State, x: Tensor, cotangent: Tensor, *, train: bool
 ) -> dict[str, Tensor]:
-    """`compare.module_step` with the module's tensors given; it updates the buffers in place."""
+    """`steps.module_step` with the module's tensors given; it updates the buffers in place."""
     module.train(train)
     buffers = tree.flatten(state)
     own = {name: leaf.detach().requires_grad_() for name, leaf in tree.flatten(params).items()}

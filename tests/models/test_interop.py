@@ -12,8 +12,9 @@ import torchvision
 from torch import nn
 
 import resnet_func as rf
-from parity.compare import assert_close, function_step, generator, module_step, perturbed, randn
+from parity.steps import function_step, module_step, perturbed
 from resnet_func import tree
+from resnet_func.testing import assert_trees_near, generator, randn
 
 
 def resnet18(**changes: Any) -> tuple[rf.Model, dict, dict]:
@@ -166,7 +167,7 @@ def test_a_module_with_another_norm() -> None:
     got = function_step(model, params, state, x, cotangent, train=True)
     want = module_step(module, x, cotangent, train=True)
     assert torch.equal(got["logits"], want["logits"])
-    assert_close(got, want, rtol=1e-12)
+    assert_trees_near(got, want, rtol=1e-12)
 
 
 def test_a_module_has_no_init() -> None:
