@@ -198,6 +198,18 @@ def named_leaves(values: Any) -> dict[str, Any]:
     return dict(zip((name or "leaf" for name in names), leaves, strict=True))
 
 
+def describe_difference(got: Tensor, want: Tensor) -> str:
+    """How two tensors differ, in words: dtype and shape, or how many entries by how many ULP; "" if not.
+
+    >>> describe_difference(torch.ones(2), torch.ones(3))
+    'torch.float32 [2], not torch.float32 [3]'
+    """
+    if _kind(got) != _kind(want):
+        return f"{_kind(got)}, not {_kind(want)}"
+    found = _difference(got, want)
+    return found[1] if found else ""
+
+
 def _check_alike(got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
     """The same names, and under each the same type, dtype and shape."""
     lines = _unlike_names(got, want)

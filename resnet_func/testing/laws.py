@@ -50,7 +50,7 @@ def purity(case: Case) -> str:
 def determinism(case: Case) -> str:
     """The same call gives the same bits, whatever was computed in between."""
     first = case.logits()
-    case.logits(case.x.flip(0)[:1])
+    case.logits(case.x.flip(0))
     case.model.apply(case.params, case.state, case.x, train=True)
     assert_trees_equal(case.logits(), first)
     return "bitwise"
@@ -188,7 +188,10 @@ def adjoint(case: Case) -> str:
         return double.logits(params=params)
 
     v, u = _direction(double.params, 1), _direction(case.outputs.exact, 2)
-    forward = torch.func.jvp(logits, (double.params,), (v,))[1]
+    try:
+        forward = torch.func.jvp(logits, (double.params,), (v,))[1]
+    except NotImplementedError as error:
+        raise SkipTest(f"torch has no forward mode for it: {first_line(error)}") from error
     (back,) = torch.func.vjp(logits, double.params)[1](u)
     return _agree(tree.dot(u, forward), tree.dot(back, v), tree.norm(back) * tree.norm(v), roundings)
 

@@ -243,14 +243,15 @@ def _convolutions(draw: st.DrawFn, channels: int, sizes: Sequence[int]) -> Layer
     kernel, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     extent, smallest = dilation * (kernel - 1) + 1, min(sizes)
     stride = draw(st.integers(1, 3))
-    mode = draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"]))
+    modes = ["zeros", "reflect", "circular", "replicate"]
+    mode = draw(st.sampled_from([*modes, "same"] if stride == 1 else modes))
     least = max(0, -(-(extent - smallest) // 2))  # so that the kernel fits
     most = smallest - 1 if mode == "reflect" else smallest
     padding: int | str = draw(st.integers(least, max(least, min(2, most))))
-    if padding > most:
+    if mode == "same":
+        mode, padding = "zeros", "same"
+    elif padding > most:
         mode = "zeros"
-    if stride == 1 and mode == "zeros" and draw(st.booleans()):
-        padding = "same"
     return Layer(
         "conv",
         {

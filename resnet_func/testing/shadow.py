@@ -79,7 +79,7 @@ class Shadow(NamedTuple):
         try:
             exact = compute(case.double)
         except RuntimeError as error:
-            raise SkipTest(f"the network does not run in float64: {first_line(error)}") from error
+            raise SkipTest(f"not computed in float64: {first_line(error)}") from error
         single, double = named_leaves(compute(case.converted(torch.float32))), named_leaves(exact)
         unit = torch.finfo(torch.float32).eps
         roundings = {
@@ -100,7 +100,8 @@ class Shadow(NamedTuple):
             figures.append((error / allowed if error == error else float("inf"), name, error, allowed))
         assert figures, "there is nothing to compare"
         ratio, name, error, allowed = max(figures)
-        said = f"{name} is off by {error:.2g}, allowed {allowed:.2g}"
+        subject = "the output" if name == "leaf" else name
+        said = f"{subject} is off by {error:.2g}, allowed {allowed:.2g}"
         assert ratio <= 1, said
         return f"at most {error:.2g}, allowed {allowed:.2g}"
 
