@@ -19,7 +19,7 @@ class NoMatchError(Exception):
 
 
 class Matching(NamedTuple):
-    """`names`: the second network's leaf for each of the first's. `how`: "by name" or "by order and shape"."""
+    """`names`: the second's leaf for each of the first's. `how`: "by name" or "by order and shape"."""
 
     names: dict[str, str]
     how: str

@@ -111,6 +111,7 @@ def _options(func: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]
             arguments = inspect.signature(func).bind(*args, **kwargs)
             arguments.apply_defaults()
             bound = arguments.arguments
+            bound = {**bound, **bound.pop("kwargs", {})}  # of functions that only pass them on
         except (TypeError, ValueError):  # built in
             bound = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
     ignored = {"inplace", "out"}
