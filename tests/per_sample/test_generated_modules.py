@@ -45,7 +45,7 @@ def check(made: GeneratedModule, share: float) -> None:
     """Gradients, norms and clipped sums by the chosen way, by `vmap` and by the loop."""
     model, params, state = rf.from_module(made.module)
     want = loop(made)
-    rows = torch.cat([leaf.flatten(1) for leaf in tree.leaves(want)], 1)
+    rows = torch.cat([leaf.reshape(len(leaf), -1) for leaf in tree.leaves(want)], 1)
     norms = rows.norm(dim=1)
     max_norm = share * norms.median().item()
     factors = torch.where(norms <= max_norm, 1.0, max_norm / norms)

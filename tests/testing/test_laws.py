@@ -38,7 +38,8 @@ def test_modules_of_every_layer_keep_the_laws(made: testing.GeneratedModule) -> 
     laws = [name for name in ALL if name != "second-order" or "weight_norm" not in repr(made)]
     found = outcomes(check_laws(model, params, state, [made.x], laws=laws))
     assert set(found.values()) <= {"passed", "skipped"}
-    assert {name for name, outcome in found.items() if outcome == "skipped"} <= {"nan-stays"}
+    skipped = {name for name, outcome in found.items() if outcome == "skipped"}
+    assert skipped <= {"nan-stays", "adjoint"}  # tokens have no NaN, weight_norm no forward mode
 
 
 # --------------------------------------------------------------------------- what breaks them
