@@ -181,12 +181,15 @@ def _against_shadow(
 def compare_graphs(pair: Pair, x: Tensor, mode: str) -> Row:
     """Whether the steps trace to one graph; that they do not says nothing where bits are equal."""
     variant = f"graphs-{mode}"
-    images = (len(x), *x.shape[2:])
+    images = (len(x), x.shape[2], x.shape[3])
     try:
-        meta = tree.map(lambda leaf: torch.empty_like(leaf, device="meta"), (pair.params, pair.state))
+        params, state = (
+            tree.map(lambda leaf: torch.empty_like(leaf, device="meta"), part)
+            for part in (pair.params, pair.state)
+        )
         classes = _cotangent(pair.first, pair.params, pair.state, x.float()).shape[1]
         traces = [
-            trace(partial(function_step, model, train=MODES[mode]), *meta, images, classes=classes)
+            trace(partial(function_step, model, train=MODES[mode]), params, state, images, classes=classes)
             for model in (pair.second, pair.first)
         ]
     except Exception as error:
@@ -235,7 +238,7 @@ def _backward_divergence(
     order = list(dict.fromkeys(name for call in calls[0] for name in call.leaves))
     buffers = [name for name in order if f"buffer {name}" in wrong]
     if buffers:
-        why = layer_options(*calls, buffers[0]) or "the outputs are equal"
+        why = layer_options(calls[0], calls[1], buffers[0]) or "the outputs are equal"
         return f"{buffers[0]}: {why}; afterwards {wrong[f'buffer {buffers[0]}']}"
     grads = [name for name in reversed(order) if f"gradient {name}" in wrong]
     if grads:

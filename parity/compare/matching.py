@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -71,16 +71,15 @@ def _differences(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> l
     return [*lines[:LISTED], *more]
 
 
-def renamed(model: Model, params: Matching, state: Matching) -> Model:
+def renamed(model: Model, params_names: Matching, state_names: Matching) -> Model:
     """The second network with its leaves under the first's names."""
-    back = {theirs: ours for ours, theirs in state.names.items()}
+    back = {name: ours for ours, name in state_names.names.items()}
 
-    def apply(given_params: Params, given_state: State, x: Tensor, *, train: bool) -> tuple[Tensor, State]:
-        theirs = (
-            tree.unflatten({matching.names[name]: leaf for name, leaf in tree.flatten(given).items()})
-            for matching, given in ((params, given_params), (state, given_state))
-        )
-        logits, after = model.apply(*theirs, x, train=train)
+    def theirs(matching: Matching, given: dict[str, Any]) -> dict[str, Any]:
+        return tree.unflatten({matching.names[path]: leaf for path, leaf in tree.flatten(given).items()})
+
+    def apply(params: Params, state: State, x: Tensor, *, train: bool) -> tuple[Tensor, State]:
+        logits, after = model.apply(theirs(params_names, params), theirs(state_names, state), x, train=train)
         return logits, tree.unflatten({back[name]: leaf for name, leaf in tree.flatten(after).items()})
 
     return Model(None, model.init, apply)

@@ -55,7 +55,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self.source: dict[int, Call | None] = {id(x): None}  # of tensors that depend on the images
-        self.derived = {id(leaf): (name,) for name, leaf in leaves.items()}
+        self.derived: dict[int, tuple[str, ...]] = {id(leaf): (name,) for name, leaf in leaves.items()}
         self.alive: list[Any] = [x, *leaves.values()]  # so that no id is given twice
 
     def __torch_function__(
