@@ -2,6 +2,8 @@
 
 `python -m parity museum`: show the bugs that the suite kills, exit 1 when any survives.
 `python -m parity machines`: check the quick cells as several machines, exit 1 when any fails on any.
+`python -m parity laws NETWORK`: check what holds for any network.
+`python -m parity compare A B`: compare two networks.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from parity import environment, machines, museum, runner, suite
+from parity import environment, laws, machines, museum, runner, suite
+from parity.compare import command as compare_command
 from resnet_func.machine import cpu_flags
 
 WIDE = 180  # where no terminal says how wide it is
@@ -24,8 +27,10 @@ WIDE = 180  # where no terminal says how wide it is
 
 @dataclass(frozen=True)
 class Options:
-    """Proofs that the functions are the networks. `python -m parity museum` shows the bugs they kill, and
-    `python -m parity machines` repeats them with other instructions and thread counts.
+    """Proofs that the functions are the networks.
+
+    `museum` shows the bugs they kill, `machines` repeats them with other instructions and thread counts;
+    `laws` and `compare` take any network.
     """
 
     quick: bool = False
@@ -73,6 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when no cell failed, 1 when one did, 2 for options that cannot be."""
     arguments = sys.argv[1:] if arguments is None else arguments
     complaints = Console(stderr=True, soft_wrap=True, highlight=False)
+    if arguments[:1] in (["compare"], ["laws"]):
+        command = compare_command.main if arguments[0] == "compare" else laws.main
+        console = Console(width=None if sys.stdout.isatty() else WIDE)
+        return command(arguments[1:], console, complaints)
     if arguments[:1] == ["museum"]:
         return tour(tyro.cli(Tour, args=arguments[1:], prog="python -m parity museum"), complaints)
     if arguments[:1] == ["machines"]:

@@ -18,7 +18,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ATEN = {"per_sample/contract.py"}
 # Only names and words; `python -m resnet_func`; what the folder as a whole is tested for.
 UNTESTED = {"types.py", "__main__.py"}
-TESTED_AS_A_WHOLE = {"per_sample", "optim"}
+TESTED_AS_A_WHOLE = {"per_sample", "optim", "testing"}
 
 # What README.md and the design promise, and where from.
 PROMISED = """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_func as rf
-from parity.compare import loaded
+from parity.steps import loaded
 from resnet_func import tree
 from resnet_func.models import summary, zoo
 from resnet_func.types import Params, State

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet
 
-from parity.compare import loaded
 from parity.reference import CifarResNet
+from parity.steps import loaded
 from resnet_func import tree
 from resnet_func.models.config import ResNetConfig
 from resnet_func.types import Params

@@ -201,7 +201,7 @@ EXHIBITS = [
         edit(
             contract._grads,
             (
-                "            return torch.vmap(lambda grad: pullback(grad)[0])(inner)",
+                "            return sample_by_sample(lambda grad: pullback(grad)[0], inner)",
                 "            return inner",
             ),
         ),

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import resnet_func as rf
-from parity.compare import generator
-from parity.properties.cases import SEEDS, batches, near, networks, normal
+from parity.properties.cases import SEEDS, batches, networks, normal
 from parity.properties.comparisons import refusal
 from parity.properties.per_sample import bounded_loss, of
 from parity.properties.table import prop
-from resnet_func.testing import Batch, Network
+from resnet_func.testing import Batch, Network, assert_trees_near, generator
 from resnet_func.types import Model, Params, State
 
 ROUNDING = "the same sums in another order, in float64"
@@ -29,7 +28,9 @@ def wrapped_networks_have_the_gradients_of_what_they_compute(network: Network, b
     model, params, state = network
     wrapped = (rf.train.average_flips(model), params, state)
     for transform in (rf.per_sample.grads, rf.per_sample.norms):
-        near(of(transform, wrapped, *batch), of(transform, wrapped, *batch, method="loop"), 1e-10)
+        assert_trees_near(
+            of(transform, wrapped, *batch), of(transform, wrapped, *batch, method="loop"), 1e-10
+        )
 
 
 @prop(tolerance="fp64 1e-10", why=ROUNDING, seed=SEEDS, depth=st.integers(2, 3))
@@ -45,7 +46,7 @@ def norms_of_a_tied_weight_count_its_uses_together(seed: int, depth: int) -> Non
     network = (Model(None, _no_init, apply), {"weight": normal(4, 5, seed=seed)}, {})
     x, y = normal(3, 5, seed=seed + 1), torch.arange(3)
     for transform in (rf.per_sample.grads, rf.per_sample.norms):
-        near(of(transform, network, x, y), of(transform, network, x, y, method="loop"), 1e-10)
+        assert_trees_near(of(transform, network, x, y), of(transform, network, x, y, method="loop"), 1e-10)
 
 
 @prop(
@@ -58,7 +59,7 @@ def derived_weights_have_the_gradients_of_a_loop(network: Network, batch: Batch)
     """Gradients of standardised weights are pulled back to the weights, per sample and summed."""
     for transform, options in ((rf.per_sample.grads, {}), (rf.per_sample.clipped_sum, {"max_norm": 0.1})):
         want = of(transform, network, *batch, method="loop", **options)
-        near(of(transform, network, *batch, **options), want, 1e-10)
+        assert_trees_near(of(transform, network, *batch, **options), want, 1e-10)
 
 
 @prop(tolerance="exact", why="an error", seed=SEEDS, affine=st.booleans())

@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 import resnet_func as rf
-from parity.compare import generator
-from parity.properties.cases import SEEDS, batches, near, networks, normal, normal_like
+from parity.properties.cases import SEEDS, batches, networks, normal, normal_like
 from parity.properties.table import needs, prop
 from resnet_func import tree
 from resnet_func.losses import cross_entropy
-from resnet_func.testing import Batch, Network, assert_trees_equal
+from resnet_func.testing import Batch, Network, assert_trees_equal, assert_trees_near, generator
 from resnet_func.types import Params
 
 ROUNDING = "float64 rounding through a whole network"
@@ -80,7 +79,7 @@ def forward_mode_is_linear(network: Network, batch: Batch, seed: int, train: boo
     u, v = (normal_like(network.params, seed + i) for i in range(2))
     mixed = tree.map(lambda a, b: 2 * a - 3 * b, u, v)
     along_u, along_v, along_mixed = (jvp(logits, (network.params,), (d,))[1] for d in (u, v, mixed))
-    near(along_mixed, 2 * along_u - 3 * along_v, 1e-9)
+    assert_trees_near(along_mixed, 2 * along_u - 3 * along_v, 1e-9)
 
 
 @prop(tolerance="fp64 1e-8", why=ROUNDING + ", twice", network=NETWORKS, batch=BATCHES, seed=SEEDS)
@@ -105,7 +104,7 @@ def the_gradient_of_a_sum_is_the_sum_of_gradients(network: Network, batch: Batch
     total = tree.map(torch.zeros_like, network.params)
     for x, y in zip(batch.x.split(1), batch.y.split(1), strict=True):
         total = tree.map(torch.add, total, slopes(x, y))
-    near(total, slopes(batch.x, batch.y), 1e-10)
+    assert_trees_near(total, slopes(batch.x, batch.y), 1e-10)
 
 
 @prop(tolerance="bitwise", why="nothing of other samples enters", network=NETWORKS, batch=BATCHES)
@@ -164,7 +163,7 @@ def the_cross_entropys_gradient_is_softmax_less_target(seed: int, scale: float) 
     """The gradient of each sample's cross-entropy is `softmax(logits) - one_hot(target)`."""
     logits, y = normal(6, 5, seed=seed, scale=scale), torch.randint(5, (6,), generator=generator(seed))
     slopes = grad(lambda z: cross_entropy(z, y).sum())(logits)
-    near(slopes, logits.softmax(1) - F.one_hot(y, 5), 1e-13)
+    assert_trees_near(slopes, logits.softmax(1) - F.one_hot(y, 5), 1e-13)
 
 
 @prop(tolerance="fp64 1e-13", why="the formula, in float64", seed=SEEDS, smoothing=st.floats(0, 0.99))
@@ -172,4 +171,6 @@ def smoothing_is_a_mixture_of_targets(seed: int, smoothing: float) -> None:
     """A smoothed cross-entropy's gradient is `softmax` less target and uniform distribution, mixed."""
     logits, y = normal(6, 5, seed=seed, scale=3), torch.randint(5, (6,), generator=generator(seed))
     slopes = grad(lambda z: rf.losses.smoothed_cross_entropy(smoothing)(z, y).sum())(logits)
-    near(slopes, logits.softmax(1) - (1 - smoothing) * F.one_hot(y, 5).double() - smoothing / 5, 1e-13)
+    assert_trees_near(
+        slopes, logits.softmax(1) - (1 - smoothing) * F.one_hot(y, 5).double() - smoothing / 5, 1e-13
+    )

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import resnet_func as rf
-from parity.compare import generator
 from resnet_func import testing, tree
 from resnet_func.models.layers import NORM_EPS
 from resnet_func.per_sample.intercept import Calls, Interception
+from resnet_func.testing import generator
 from resnet_func.testing.assertions import named_leaves
 from resnet_func.types import Model, Params, State
 
@@ -173,17 +173,3 @@ def same(got: Any, want: Any) -> None:
     """Equal to the bit, but for the sign of a zero: that depends on the order even of an exact sum."""
     unsigned = (tree.map(lambda leaf: leaf + 0, values) for values in (got, want))
     testing.assert_trees_equal(*unsigned)
-
-
-def near(got: Any, want: Any, rtol: float) -> None:
-    """Every leaf to `rtol` of its largest entry, or of a thousandth of the tree's; names the worst leaf."""
-    a, b = named_leaves(got), named_leaves(want)
-    assert list(a) == list(b), f"leaves {sorted(a)} against {sorted(b)}"
-    floor = 1e-3 * max((leaf.abs().max().item() for leaf in b.values()), default=0.0)
-    errors = {}
-    for name, leaf in b.items():
-        assert a[name].shape == leaf.shape, f"{name}: {list(a[name].shape)}, not {list(leaf.shape)}"
-        scale = max(leaf.abs().max().item(), floor) or 1.0
-        errors[name] = (a[name] - leaf).abs().max().item() / scale
-    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN is the worst
-    assert errors[worst] <= rtol, f"worst {worst}: relative error {errors[worst]:.3g}, allowed {rtol:.3g}"

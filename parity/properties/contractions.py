@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import resnet_func as rf
-from parity.properties.cases import batches, near, networks
+from parity.properties.cases import batches, networks
 from parity.properties.comparisons import refusal
 from parity.properties.per_sample import grads, of
 from parity.properties.table import needs, prop
 from resnet_func import tree
 from resnet_func.losses import cross_entropy
 from resnet_func.per_sample.quantity import by_layer
-from resnet_func.testing import Batch, Network
+from resnet_func.testing import Batch, Network, assert_trees_near
 from resnet_func.types import Params
 
 ROUNDING = "the same sums in another order, in float64"
@@ -28,7 +28,7 @@ UNCOUPLED, BATCHES = networks(norms=["group", "none"]), batches(samples=st.integ
 @prop(tolerance="fp64 1e-10", why=ROUNDING, network=GROUPED, batch=batches(samples=st.integers(2, 3)))
 def grouped_convolutions_have_the_gradients_of_a_loop(network: Network, batch: Batch) -> None:
     """With grouped convolutions too, contraction gives what a loop over samples gives."""
-    near(grads(network, *batch, method="contract"), grads(network, *batch, method="loop"), 1e-10)
+    assert_trees_near(grads(network, *batch, method="contract"), grads(network, *batch, method="loop"), 1e-10)
 
 
 @prop(
@@ -45,7 +45,7 @@ def ghost_norms_are_norms_of_gradients(network: Network, batch: Batch) -> None:
         plan = rf.per_sample.plan(network.model, x.shape, "norms")
         for way in ("ghost", "materialize"):
             forced = replace(plan, entries=tuple(replace(entry, way=way) for entry in plan.entries))
-            near(of(rf.per_sample.layer_norms, network, x, y, method=forced), want, 1e-8)
+            assert_trees_near(of(rf.per_sample.layer_norms, network, x, y, method=forced), want, 1e-8)
 
 
 def layer_norms(each: Params) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def clipping_by_layer_keeps_the_bound(network: Network, batch: Batch, share: flo
     for layer, paths in by_layer(each).items():
         factors = (bound / len(norms) ** 0.5 / norms[layer]).nan_to_num(1.0).clamp(max=1)
         want |= {path: torch.einsum("n,n...->...", factors, each[path]) for path in paths}
-    near(total, tree.unflatten({path: want[path] for path in each}), 1e-10)
+    assert_trees_near(total, tree.unflatten({path: want[path] for path in each}), 1e-10)
 
 
 @prop(
@@ -87,7 +87,7 @@ def a_sample_that_is_not_finite_harms_no_other(network: Network, batch: Batch, v
     total, norms = of(rf.per_sample.clipped_sum, network, broken, batch.y, **clip)
     needs(not norms[0].isfinite(), "a norm that is not finite")
     rest, others = of(rf.per_sample.clipped_sum, network, batch.x[1:], batch.y[1:], **clip)
-    near((total, norms[1:]), (rest, others), 1e-10)
+    assert_trees_near((total, norms[1:]), (rest, others), 1e-10)
 
 
 @prop(
@@ -102,7 +102,7 @@ def microbatches_change_no_clipped_sum_and_no_moment(network: Network, batch: Ba
     for transform, options in ((rf.per_sample.clipped_sum, {"max_norm": 1.0}), (rf.per_sample.moments, {})):
         parts = of(transform, network, *batch, microbatch=size, **options)
         whole = of(transform, network, *batch, **options)
-        near(_without_noise_scales(parts), _without_noise_scales(whole), 1e-10)
+        assert_trees_near(_without_noise_scales(parts), _without_noise_scales(whole), 1e-10)
 
 
 def _without_noise_scales(answer: Any) -> Any:

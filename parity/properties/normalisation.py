@@ -6,13 +6,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parity.compare import generator
-from parity.properties.cases import SEEDS, batches, near, networks, normal
+from parity.properties.cases import SEEDS, batches, networks, normal
 from parity.properties.table import prop
 from resnet_func import tree
 from resnet_func.models import layers
 from resnet_func.models.layers import NORM_EPS, GroupNorm
-from resnet_func.testing import Batch, Network, assert_trees_equal
+from resnet_func.testing import Batch, Network, assert_trees_equal, assert_trees_near, generator
 from resnet_func.types import Params, State
 
 ROUNDING = "the same formula in another order, in float64"
@@ -46,8 +45,8 @@ def training_normalises_each_channel(shape: tuple[int, ...], seed: int) -> None:
     _, state, x = batch_norm_case(shape, seed)
     y, _ = layers.batch_norm(plain(shape), state, x, train=True)
     variance = x.var((0, 2, 3), correction=0)
-    near(y.mean((0, 2, 3)) + 1, torch.ones(shape[1]), 1e-12)
-    near(y.var((0, 2, 3), correction=0), variance / (variance + NORM_EPS), 1e-12)
+    assert_trees_near(y.mean((0, 2, 3)) + 1, torch.ones(shape[1]), 1e-12)
+    assert_trees_near(y.var((0, 2, 3), correction=0), variance / (variance + NORM_EPS), 1e-12)
 
 
 @prop(tolerance="fp64 1e-12", why=ROUNDING, shape=SHAPES, seed=SEEDS)
@@ -55,8 +54,10 @@ def running_statistics_move_by_a_tenth(shape: tuple[int, ...], seed: int) -> Non
     """Training moves the running mean and variance by 0.1 towards the batch's, the variance unbiased."""
     params, state, x = batch_norm_case(shape, seed)
     _, after = layers.batch_norm(params, state, x, train=True)
-    near(after["running_mean"], 0.9 * state["running_mean"] + 0.1 * x.mean((0, 2, 3)), 1e-12)
-    near(after["running_var"], 0.9 * state["running_var"] + 0.1 * x.var((0, 2, 3), correction=1), 1e-12)
+    assert_trees_near(after["running_mean"], 0.9 * state["running_mean"] + 0.1 * x.mean((0, 2, 3)), 1e-12)
+    assert_trees_near(
+        after["running_var"], 0.9 * state["running_var"] + 0.1 * x.var((0, 2, 3), correction=1), 1e-12
+    )
     assert after["num_batches_tracked"] == state["num_batches_tracked"] + 1
 
 
@@ -66,12 +67,12 @@ def a_repeated_batch_is_normalised_alike(shape: tuple[int, ...], seed: int, copi
     params, state, x = batch_norm_case(shape, seed)
     once, after_one = layers.batch_norm(params, state, x, train=True)
     often, after_many = layers.batch_norm(params, state, x.repeat(copies, 1, 1, 1), train=True)
-    near(often, once.repeat(copies, 1, 1, 1), 1e-12)
-    near(after_many["running_mean"], after_one["running_mean"], 1e-12)
+    assert_trees_near(often, once.repeat(copies, 1, 1, 1), 1e-12)
+    assert_trees_near(after_many["running_mean"], after_one["running_mean"], 1e-12)
     n = shape[0] * shape[2] * shape[3]
     ratio = (copies * n / (copies * n - 1)) / (n / (n - 1))
     moved = after_one["running_var"] - 0.9 * state["running_var"]
-    near(after_many["running_var"] - 0.9 * state["running_var"], moved * ratio, 1e-12)
+    assert_trees_near(after_many["running_var"] - 0.9 * state["running_var"], moved * ratio, 1e-12)
 
 
 @prop(tolerance="fp64 1e-11", why="the shift costs digits of x", shape=SHAPES, seed=SEEDS)
@@ -81,9 +82,9 @@ def training_does_not_see_a_shift_of_a_channel(shape: tuple[int, ...], seed: int
     shift = normal(shape[1], seed=seed + 5, scale=10.0)
     y, after = layers.batch_norm(params, state, x, train=True)
     shifted, after_shift = layers.batch_norm(params, state, x + shift[:, None, None], train=True)
-    near(shifted, y, 1e-11)
-    near(after_shift["running_mean"], after["running_mean"] + 0.1 * shift, 1e-11)
-    near(after_shift["running_var"], after["running_var"], 1e-11)
+    assert_trees_near(shifted, y, 1e-11)
+    assert_trees_near(after_shift["running_mean"], after["running_mean"] + 0.1 * shift, 1e-11)
+    assert_trees_near(after_shift["running_var"], after["running_var"], 1e-11)
 
 
 @prop(tolerance="bitwise", why="a copy is a copy", network=NORMALISED, batch=batches())
@@ -126,7 +127,7 @@ def statistics_fold_into_convolutions(network: Network, batch: Batch) -> None:
         statistics[f"{path}.running_mean"] = torch.zeros_like(scale)
         statistics[f"{path}.running_var"] = torch.ones_like(scale) - NORM_EPS
     folded, _ = model.apply(tree.unflatten(flat), tree.unflatten(statistics), batch.x, train=False)
-    near(folded, model.apply(params, state, batch.x, train=False)[0], 1e-10)
+    assert_trees_near(folded, model.apply(params, state, batch.x, train=False)[0], 1e-10)
 
 
 @prop(tolerance="fp64 1e-12", why=ROUNDING, shape=SHAPES, seed=SEEDS)
@@ -135,7 +136,7 @@ def the_batchs_own_statistics_make_evaluation_training(shape: tuple[int, ...], s
     params, state, x = batch_norm_case(shape, seed)
     own = {"running_mean": x.mean((0, 2, 3)), "running_var": x.var((0, 2, 3), correction=0)}
     evaluated, _ = layers.batch_norm(params, {**state, **own}, x, train=False)
-    near(evaluated, layers.batch_norm(params, state, x, train=True)[0], 1e-12)
+    assert_trees_near(evaluated, layers.batch_norm(params, state, x, train=True)[0], 1e-12)
 
 
 # --------------------------------------------------------------------------- GroupNorm
@@ -162,7 +163,7 @@ def group_norm_hardly_sees_the_scale(shape: tuple[int, ...], seed: int, scale: f
     variance = x.reshape(n, spec.groups, -1).var(2, correction=0)
     factor = ((variance + NORM_EPS) / (variance + NORM_EPS / scale**2)).sqrt()
     factor = factor.repeat_interleave(c // spec.groups, 1)[:, :, None, None]
-    near(scaled, y * factor, 1e-11)
+    assert_trees_near(scaled, y * factor, 1e-11)
 
 
 @prop(tolerance="fp64 1e-12", why=ROUNDING, shape=SHAPES, seed=SEEDS)
@@ -170,7 +171,7 @@ def groups_of_one_channel_are_batches_of_one_sample(shape: tuple[int, ...], seed
     """GroupNorm with a group for each channel is BatchNorm of each sample by itself."""
     params, state, x = batch_norm_case(shape, seed)
     alone = [layers.batch_norm(params, state, sample, train=True)[0] for sample in x.split(1)]
-    near(layers.group_norm(GroupNorm(shape[1], shape[1]), params, x), torch.cat(alone), 1e-12)
+    assert_trees_near(layers.group_norm(GroupNorm(shape[1], shape[1]), params, x), torch.cat(alone), 1e-12)
 
 
 # --------------------------------------------------------------------------- weight standardisation
@@ -183,8 +184,8 @@ def standardised_filters_have_mean_0_and_variance_1(shape: tuple[int, ...], seed
     """Every standardised filter has mean 0 and variance v / (v + 1e-10)."""
     weight = 2.0 + normal(*shape, seed=seed)
     got, variance = layers.standardize(weight), weight.var((1, 2, 3), correction=0)
-    near(got.mean((1, 2, 3)) + 1, torch.ones(shape[0]), 1e-12)
-    near(got.var((1, 2, 3), correction=0), variance / (variance + 1e-10), 1e-12)
+    assert_trees_near(got.mean((1, 2, 3)) + 1, torch.ones(shape[0]), 1e-12)
+    assert_trees_near(got.var((1, 2, 3), correction=0), variance / (variance + 1e-10), 1e-12)
 
 
 @prop(
@@ -206,4 +207,4 @@ def standardised_networks_see_neither_shift_nor_scale(network: Network, batch: B
         return (1 + a) * leaf + b
 
     logits, _ = model.apply(tree.map(change, params), state, batch.x, train=False)
-    near(logits, model.apply(params, state, batch.x, train=False)[0], 1e-6)
+    assert_trees_near(logits, model.apply(params, state, batch.x, train=False)[0], 1e-6)

@@ -8,12 +8,11 @@ import torch
 from hypothesis import strategies as st
 
 import resnet_func as rf
-from parity.compare import generator
 from parity.properties.cases import SEEDS, batches, networks, normal_like
 from parity.properties.table import prop
 from resnet_func import testing, tree
 from resnet_func.losses import cross_entropy
-from resnet_func.testing import Batch, Network, assert_pure, assert_trees_equal
+from resnet_func.testing import Batch, Network, assert_pure, assert_trees_equal, generator
 
 WHY = "the same kernels on the same shapes"
 NETWORKS, BATCHES = networks(torch.float32), batches(torch.float32)

@@ -11,13 +11,20 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import resnet_func as rf
-from parity.compare import function_step, generator, module_step
-from parity.properties.cases import SEEDS, batches, near, networks, normal
+from parity.properties.cases import SEEDS, batches, networks, normal
 from parity.properties.table import needs, prop
+from parity.steps import function_step, module_step
 from resnet_func import testing, tree
 from resnet_func.models import layers
 from resnet_func.models.layers import Conv
-from resnet_func.testing import Batch, Network, assert_trees_close, assert_trees_equal
+from resnet_func.testing import (
+    Batch,
+    Network,
+    assert_trees_close,
+    assert_trees_equal,
+    assert_trees_near,
+    generator,
+)
 
 # --------------------------------------------------------------------------- shapes
 
@@ -125,7 +132,7 @@ def channels_last_changes_no_logit(network: Network, batch: Batch, train: bool) 
     last = rf.train.arrange(params, torch.channels_last)
     x = batch.x.contiguous(memory_format=torch.channels_last)
     got, want = (model.apply(p, state, v, train=train) for p, v in ((last, x), (params, batch.x)))
-    near(tree.map(torch.Tensor.double, got), tree.map(torch.Tensor.double, want), 1e-10)
+    assert_trees_near(tree.map(torch.Tensor.double, got), tree.map(torch.Tensor.double, want), 1e-10)
 
 
 @prop(
@@ -145,7 +152,7 @@ def single_precision_is_near_double(network: Network, batch: Batch, train: bool)
     rounded = tree.map(single, params), tree.map(single, state)
     logits, _ = model.apply(*rounded, batch.x.float(), train=train)
     assert logits.dtype == torch.float32
-    near(logits, model.apply(params, state, batch.x, train=train)[0], 1e-3)
+    assert_trees_near(logits, model.apply(params, state, batch.x, train=train)[0], 1e-3)
 
 
 # --------------------------------------------------------------------------- modules
@@ -225,7 +232,7 @@ def group_norm_is_torchvisions_to_rounding(network: Network, batch: Batch, seed:
     needs(want["gradient conv1.weight"].any(), "gradients")
     got = function_step(*network, batch.x, cotangent, train=True)
     assert_trees_equal(got["logits"], want["logits"])
-    near(got, want, 1e-10)
+    assert_trees_near(got, want, 1e-10)
 
 
 @prop(

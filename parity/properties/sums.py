@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import resnet_func as rf
-from parity.compare import generator
 from parity.properties.cases import SEEDS, Exact, exact, exact_cases, linear_loss, same
 from parity.properties.table import needs, prop
 from resnet_func import testing, tree
+from resnet_func.testing import generator
 from resnet_func.types import Params
 
 WHY = "small integers and powers of two: every sum is exact in float64, in any order"

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import resnet_func as rf
-from parity.compare import generator
 from parity.properties.cases import SEEDS, Exact, batches, exact_cases, networks, same
 from parity.properties.sums import WHY
 from parity.properties.table import needs, prop
 from resnet_func import testing, tree
-from resnet_func.testing import Batch, Network, assert_trees_equal
+from resnet_func.testing import Batch, Network, assert_trees_equal, generator
 from resnet_func.types import Params
 
 POWERS = "a power of two goes through every rounding of float32 unchanged"

@@ -10,12 +10,12 @@ import torch
 from hypothesis import strategies as st
 
 import resnet_func as rf
-from parity.properties.cases import SEEDS, batches, near, networks, normal_like
+from parity.properties.cases import SEEDS, batches, networks, normal_like
 from parity.properties.table import needs, prop
 from resnet_func import tree
 from resnet_func.losses import cross_entropy
 from resnet_func.optim import schedules
-from resnet_func.testing import Batch, Network, assert_trees_equal
+from resnet_func.testing import Batch, Network, assert_trees_equal, assert_trees_near
 from resnet_func.types import Params
 
 SHAPES = {"conv": (4, 3, 3, 3), "fc": (5, 4), "bias": (5,)}
@@ -95,8 +95,8 @@ def uneven_pieces_change_no_training_step(network: Network, batch: Batch, pieces
     whole, told = rf.train.make_train_step(model, cross_entropy, optimizer)(begin, *batch)
     step = rf.train.make_train_step(model, cross_entropy, optimizer, microbatches=pieces)
     after, metrics = step(begin, *batch)
-    near(after.params, whole.params, 1e-10)
-    near(metrics, told, 1e-6)  # the accuracy is a share in float32
+    assert_trees_near(after.params, whole.params, 1e-10)
+    assert_trees_near(metrics, told, 1e-6)  # the accuracy is a share in float32
 
 
 @prop(
@@ -140,4 +140,4 @@ def averages_follow_parameters_and_statistics(network: Network, batch: Batch, mo
             newest,
         )
     needs(not torch.equal(now.params["fc"]["bias"], params["fc"]["bias"]), "a step")
-    near((now.ema_params, now.ema_state), averages, 1e-12)
+    assert_trees_near((now.ema_params, now.ema_state), averages, 1e-12)

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import resnet_func as rf
-from parity.compare import function_step, generator, module_step
-from parity.properties.cases import SEEDS, batches, near, networks, normal
+from parity.properties.cases import SEEDS, batches, networks, normal
 from parity.properties.structure import TORCHVISION, module_of
 from parity.properties.table import needs, prop
+from parity.steps import function_step, module_step
 from resnet_func import testing, tree
-from resnet_func.testing import Batch, Network, assert_trees_equal
+from resnet_func.testing import Batch, Network, assert_trees_equal, assert_trees_near, generator
 
 # What a block ends with: its norm, or its convolution where no norm follows.
 ENDS = {"basic": ("bn2", "conv2"), "bottleneck": ("bn3", "conv3"), "preact": ("conv2", "conv2")}
@@ -41,7 +41,7 @@ def networks_start_as_torchs_do(config: rf.ResNetConfig, seed: int) -> None:
         else:
             nn.init.constant_(fresh, float(path.endswith("weight")))
         want[path] = fresh
-    near(params, tree.unflatten(want), 1e-6)
+    assert_trees_near(params, tree.unflatten(want), 1e-6)
 
 
 @prop(tolerance="bitwise", why="zeros and copies", config=testing.configs(), seed=SEEDS)

@@ -35,11 +35,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from parity.cell import Cell
-from parity.compare import function_step, generator
 from parity.reference import module as reference
 from parity.sections.isomorphism import Trace, assert_isomorphic
+from parity.steps import function_step
 from resnet_func import tree
 from resnet_func.models import modules, zoo
+from resnet_func.testing import generator
 from resnet_func.types import Params, State
 
 Step: TypeAlias = Callable[[Params, State, Tensor, Tensor], dict[str, Tensor]]  # of images and cotangent
@@ -94,7 +95,7 @@ def _shapes(name: str) -> tuple[Params, State]:
 def module_step(
     module: nn.Module, params: Params, state: State, x: Tensor, cotangent: Tensor, *, train: bool
 ) -> dict[str, Tensor]:
-    """`compare.module_step` with the module's tensors given; it updates the buffers in place."""
+    """`steps.module_step` with the module's tensors given; it updates the buffers in place."""
     module.train(train)
     buffers = tree.flatten(state)
     own = {name: leaf.detach().requires_grad_() for name, leaf in tree.flatten(params).items()}
@@ -108,14 +109,14 @@ def module_step(
     }
 
 
-def trace(step: Step, params: Params, state: State, images: Images) -> Trace:
+def trace(step: Step, params: Params, state: State, images: Images, *, classes: int | None = None) -> Trace:
     """The graph of a step, for parameters and buffers of these shapes, and images of all sizes like these.
 
     Nothing is computed and no memory taken: the tensors are fake.
     """
     env = ShapeEnv(duck_shape=False)  # sizes equal by chance are not taken to be one size
     fake = FakeTensorMode(shape_env=env)
-    leaves = _inputs(fake, params, state, images)
+    leaves = _inputs(fake, params, state, images, classes or params["fc"]["weight"].shape[0])
     symbols = _symbols(leaves["x"])  # before the trace, which may find that a size has to be a number
     names: list[str] = []
 
@@ -141,7 +142,9 @@ def trace(step: Step, params: Params, state: State, images: Images) -> Trace:
     )
 
 
-def _inputs(fake: FakeTensorMode, params: Params, state: State, images: Images) -> dict[str, Tensor]:
+def _inputs(
+    fake: FakeTensorMode, params: Params, state: State, images: Images, classes: int
+) -> dict[str, Tensor]:
     """Every input by name: parameters and buffers of fixed shapes, images and cotangent of symbolic ones."""
     n, h, w = images
     one = DimDynamic.STATIC if n == 1 else DimDynamic.DYNAMIC  # a single image is a case of its own
@@ -150,7 +153,7 @@ def _inputs(fake: FakeTensorMode, params: Params, state: State, images: Images) 
     fixed = {**tree.flatten(params), **tree.flatten(state)}
     with fake:
         leaves = {name: torch.empty(leaf.shape, dtype=leaf.dtype) for name, leaf in fixed.items()}
-        return {**leaves, "x": x, "cotangent": torch.empty(x.shape[0], params["fc"]["weight"].shape[0])}
+        return {**leaves, "x": x, "cotangent": torch.empty(x.shape[0], classes)}
 
 
 def _symbols(x: Tensor) -> dict[Any, sympy.Symbol]:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from parity.cell import Cell
-from parity.compare import function_step, generator, perturbed, randn
 from parity.sections import oracle_numpy
+from parity.steps import function_step, perturbed
 from resnet_func import tree
 from resnet_func.models import zoo
 from resnet_func.models.config import ResNetConfig
 from resnet_func.models.resnet import build
+from resnet_func.testing import generator, randn
 from resnet_func.types import Params, State
 
 Leaves: TypeAlias = dict[str, Tensor]

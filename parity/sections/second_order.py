@@ -19,11 +19,12 @@ from torch.autograd import grad as backward
 from torch.func import grad, jvp, vjp
 
 from parity.cell import Cell
-from parity.compare import generator, loaded, perturbed, randn, with_small_branches
 from parity.reference import module as reference
+from parity.steps import loaded, perturbed, with_small_branches
 from resnet_func import tree
 from resnet_func.losses import cross_entropy
 from resnet_func.models import zoo
+from resnet_func.testing import generator, randn
 from resnet_func.types import Params
 
 RTOL = 1e-10

@@ -38,19 +38,12 @@ from torch import Tensor, nn
 from torch._inductor.exc import InvalidCxxCompiler
 
 from parity.cell import Cell
-from parity.compare import (
-    function_step,
-    generator,
-    loaded,
-    module_step,
-    perturbed,
-    randn,
-    with_small_branches,
-)
 from parity.reference import CifarResNet, WideResNet
+from parity.steps import function_step, loaded, module_step, perturbed, with_small_branches
 from resnet_func import tree
 from resnet_func.models import zoo
 from resnet_func.models.config import ResNetConfig
+from resnet_func.testing import generator, randn
 from resnet_func.train import arrange
 from resnet_func.types import Model, Params, State
 

@@ -10,6 +10,7 @@ pixels it is summed over anyway.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
@@ -124,7 +125,7 @@ def _grads(factors: Factors) -> Tensor:
         case Derived():
             inner = grads(factors.factors)
             pullback = torch.func.vjp(factors.derive, factors.weight)[1]
-            return torch.vmap(lambda grad: pullback(grad)[0])(inner)
+            return sample_by_sample(lambda grad: pullback(grad)[0], inner)
         case Several():
             return _sum([grads(part) for part in factors.parts])
         case Direct():
@@ -207,12 +208,21 @@ def _call_grads(factors: CallFactors) -> Tensor:
         return pullback(tuple([g.unsqueeze(0) for g in cotangents]))[0]
 
     try:
-        by_view = torch.vmap(one)(factors.cotangents, *factors.inputs)
+        by_view = sample_by_sample(one, factors.cotangents, *factors.inputs)
     except RuntimeError as error:
         raise ValueError(
             f"a call of this network has no batching rule ({error}). Use method='loop' for this network"
         ) from error
     return split_views(by_view, factors.views).sum(0)
+
+
+def sample_by_sample(function: Callable[..., Tensor], *batches: Any) -> Tensor:
+    """`torch.vmap(function)(*batches)`, silent where torch has no batching rule and loops by itself."""
+    if torch.compiler.is_compiling():
+        return torch.vmap(function)(*batches)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return torch.vmap(function)(*batches)
 
 
 def split_views(tensor: Tensor, views: int) -> Tensor:
@@ -224,6 +234,11 @@ def _one_dtype(factors: LinearFactors) -> tuple[Tensor, Tensor]:
     """Input and cotangent in the weight's dtype: they are small, and may be narrower under autocast."""
     dtype = factors.weight.dtype
     return factors.inputs.to(dtype), factors.cotangents.to(dtype)
+
+
+def rows(leaf_grads: Tensor) -> Tensor:
+    """`[N, *shape]` as `[N, D]`; a leaf may be a single number."""
+    return leaf_grads.flatten(1) if leaf_grads.ndim > 1 else leaf_grads.unsqueeze(1)
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
@@ -345,7 +360,7 @@ def materialized_squared_norms(leaf_grads: Tensor) -> Tensor:
     """Squared norms of `[N, *shape]` over all but the first dimension."""
     # the kernel accumulates in at least float32, and makes no squared copy
     dtype = accumulation_dtype(leaf_grads.dtype)
-    return torch.linalg.vector_norm(leaf_grads.flatten(1), dim=1, dtype=dtype).square()
+    return torch.linalg.vector_norm(rows(leaf_grads), dim=1, dtype=dtype).square()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -465,4 +480,4 @@ def channels(factors: ConvFactors, start: int, stop: int) -> ConvFactors:
 
 def _matrix_product(a: Tensor, b: Tensor) -> Tensor:
     dtype = accumulation_dtype(a.dtype)
-    return F.linear(a.flatten(1).to(dtype), b.flatten(1).to(dtype))
+    return F.linear(rows(a).to(dtype), rows(b).to(dtype))

@@ -35,10 +35,8 @@ def sketch_quantity(dim: int, seed: int, projection: Projection) -> Quantity:
     def leaf(path: str, factors: Factors, way: Way) -> Tensor:
         own = leaf_seed(seed, path)
         if projection == "dense":
-            parts = [
-                dense(contract.grads(part).flatten(1), dim, own) for part in contract.sample_slices(factors)
-            ]
-            return torch.cat(parts)
+            grads = (contract.rows(contract.grads(part)) for part in contract.sample_slices(factors))
+            return torch.cat([dense(part, dim, own) for part in grads])
         return factorized(factors, dim, own)
 
     def finish(answers: dict[str, Tensor], captured: Captured) -> Tensor:
@@ -109,7 +107,7 @@ def factorized(factors: Factors, dim: int, seed: int) -> Float[Tensor, "n dim"]:
 
 def _factorized_grads(grads: Tensor, dim: int, seed: int) -> Tensor:
     if grads.ndim < 3:
-        return dense(grads.flatten(1), dim, seed)
+        return dense(contract.rows(grads), dim, seed)
     grouped = grads.flatten(2)
     rows, columns = split_dim(dim)
     p, q = signs(rows, grouped.shape[1], grads, seed), signs(columns, grouped.shape[2], grads, seed + 1)

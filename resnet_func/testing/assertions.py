@@ -1,6 +1,6 @@
 """Assertions on pytrees of tensors: equal to the bit, close to a float64 shadow, pure.
 
-`resnet_func.testing` has them beside its Hypothesis strategies; here they need no Hypothesis.
+The only comparer of trees: the tests, the proofs in `parity/` and the benchmarks use it too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
     0 for equal entries, +0 against -0, and NaN against NaN; 2^63 - 1 for NaN against a number, and where the
     count is larger than that. Infinity is one step beyond the largest number.
 
+    >>> ulp_distance(torch.tensor([1.0]), torch.tensor([1 + 2**-22]))
+    tensor([2])
+
     Raises:
         ValueError: shapes or dtypes differ, or the dtype is not floating.
     """
@@ -37,18 +40,26 @@ def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a.isnan() ^ b.isnan(), MOST, apart)
 
 
-def assert_trees_equal(got: Any, want: Any) -> None:
+def assert_trees_equal(got: Any, want: Any, *, finite: bool = False) -> None:
     """Both trees have the same leaves, bit for bit.
 
     Leaf names (dotted paths), dtypes, shapes and bits must agree. So -0.0 is not 0.0, and a NaN equals a NaN
     of the same bits only. Devices, strides, empty branches and the kind of container (dict, list, tuple) do
     not count. Leaves that are not tensors are compared by type and `==`.
 
+    Args:
+        finite: Also require that all of `want` is finite: two broken computations may agree.
+
+    >>> assert_trees_equal({"a": torch.ones(2)}, {"a": torch.ones(2)})
+
     Raises:
         AssertionError: naming missing, unexpected and mis-shaped leaves; or else how many differ, and for the
             worst of them its entries and its ULP distance.
     """
     a, b = named_leaves(got), named_leaves(want)
+    if finite:
+        endless = [name for name, leaf in b.items() if isinstance(leaf, Tensor) and not leaf.isfinite().all()]
+        assert not endless, f"{', '.join(endless)} of the reference is not finite: nothing is proven"
     _check_alike(a, b)
     differing = {name: _difference(a[name], b[name]) for name in b}
     wrong = {name: found for name, found in differing.items() if found is not None}
@@ -73,6 +84,9 @@ def assert_trees_close(got: Any, want: Any, shadow: Any, *, factor: float = 2.0)
         AssertionError: naming leaves that do not fit, or the worst leaf with its error and the allowed one.
         ValueError: the shadow proves nothing: leaves that are missing, not float64 or not finite; or `want`
             is not finite.
+
+    >>> x = torch.rand(9, generator=torch.Generator().manual_seed(0))
+    >>> assert_trees_close(x.flip(0).sum(), x.sum(), x.double().sum())
     """
     a, b, truth = named_leaves(got), named_leaves(want), named_leaves(shadow)
     _check_alike(a, b)
@@ -96,6 +110,43 @@ def assert_trees_close(got: Any, want: Any, shadow: Any, *, factor: float = 2.0)
         )
 
 
+def assert_trees_near(got: Any, want: Any, rtol: float = 1e-10, *, floor: float = 1e-3) -> None:
+    """Every leaf is within `rtol` of its own largest entry: for float64, where rounding is no matter.
+
+    For every leaf, `max|got - want| <= rtol * max(max|want|, floor * largest)`, where `largest` is that of
+    the whole tree; a tree of zeros allows `rtol` itself. Dtypes do not count. A NaN is near nothing.
+
+    Args:
+        got, want: Pytrees with the same names and shapes.
+        rtol: Of a leaf's largest entry, for all entries of that leaf.
+        floor: Leaves smaller than this share of the largest (a sum that cancels) are measured against it;
+            0 measures each against itself.
+
+    Raises:
+        AssertionError: naming leaves that do not fit, or the worst leaf with its error and the allowed one.
+
+    >>> assert_trees_near({"a": torch.ones(2) + 1e-6}, {"a": torch.ones(2)}, rtol=1e-5)
+    """
+    a, b = named_leaves(got), named_leaves(want)
+    lines = _unlike_names(a, b) or [
+        f"{name}: {list(a[name].shape)}, not {list(leaf.shape)}"
+        for name, leaf in b.items()
+        if a[name].shape != leaf.shape
+    ]
+    assert not lines, "; ".join(["the trees do not fit", *lines])
+    sizes = {name: leaf.abs().max().item() for name, leaf in b.items() if leaf.numel()}
+    least = floor * max(sizes.values(), default=0.0)
+    errors = {
+        name: (a[name] - b[name]).abs().max().item() / (max(size, least) or 1.0)
+        for name, size in sizes.items()
+    }
+    order = {name: (errors[name] != errors[name], errors[name]) for name in errors}  # NaN is the worst
+    worst = max(order, key=lambda name: order[name], default=None)
+    assert worst is None or errors[worst] <= rtol, (
+        f"worst {worst}: relative error {errors[worst]:.3g}, allowed {rtol:.3g}"
+    )
+
+
 def assert_pure(fn: Callable[..., Any], *args: Any, may_return: Any = (), **kwargs: Any) -> Any:
     """`fn(*args, **kwargs)` leaves the world as it was, and gives the same bits again; returns its output.
 
@@ -112,6 +163,9 @@ def assert_pure(fn: Callable[..., Any], *args: Any, may_return: Any = (), **kwar
     Raises:
         AssertionError: one of these is not so; it says which leaf of which argument, by position or keyword
             ("0.conv1.weight").
+
+    >>> assert_pure(torch.add, torch.ones(2), 1)
+    tensor([2., 2.])
     """
     inputs = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
     before, random = named_leaves(inputs), torch.get_rng_state()
@@ -134,16 +188,31 @@ def assert_pure(fn: Callable[..., Any], *args: Any, may_return: Any = (), **kwar
 
 
 def named_leaves(values: Any) -> dict[str, Any]:
-    """The leaves of any pytree by dotted path, fields of named tuples by name; a lone leaf is "leaf"."""
+    """The leaves of any pytree by dotted path, fields of named tuples by name; a lone leaf is "leaf".
+
+    >>> named_leaves({"conv1": {"weight": 1}, "fc": [2, 3]})
+    {'conv1.weight': 1, 'fc.0': 2, 'fc.1': 3}
+    """
     accessors, leaves, _ = optree.tree_flatten_with_accessor(values)
     names = [".".join(str(getattr(e, "field", e.entry)) for e in accessor) for accessor in accessors]
     return dict(zip((name or "leaf" for name in names), leaves, strict=True))
 
 
+def describe_difference(got: Tensor, want: Tensor) -> str:
+    """How two tensors differ, in words: dtype and shape, or how many entries by how many ULP; "" if not.
+
+    >>> describe_difference(torch.ones(2), torch.ones(3))
+    'torch.float32 [2], not torch.float32 [3]'
+    """
+    if _kind(got) != _kind(want):
+        return f"{_kind(got)}, not {_kind(want)}"
+    found = _difference(got, want)
+    return found[1] if found else ""
+
+
 def _check_alike(got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
     """The same names, and under each the same type, dtype and shape."""
-    lines = [f"missing {name}" for name in want if name not in got]
-    lines += [f"unexpected {name}" for name in got if name not in want]
+    lines = _unlike_names(got, want)
     lines += [
         f"{name}: got {_kind(got[name])}, want {_kind(want[name])}"
         for name in want
@@ -151,6 +220,11 @@ def _check_alike(got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
     ]
     if lines:
         raise AssertionError("; ".join(["the trees do not fit", *lines]))
+
+
+def _unlike_names(got: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
+    missing = [f"missing {name}" for name in want if name not in got]
+    return missing + [f"unexpected {name}" for name in got if name not in want]
 
 
 def _kind(leaf: Any) -> str:

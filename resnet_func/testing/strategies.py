@@ -17,7 +17,7 @@ try:
     from hypothesis import strategies as st
 except ImportError as error:
     raise ImportError(
-        "resnet_func.testing needs Hypothesis, which is not installed. "
+        "the strategies of resnet_func.testing need Hypothesis, which is not installed. "
         "Run `pip install hypothesis`, or `pip install 'resnet-func[testing]'`"
     ) from error
 
@@ -170,6 +170,75 @@ def batches(
 
 
 # --------------------------------------------------------------------------- tensors and trees
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+SIZES = (1, 2, 3, 4, 1, 2, 3, 4, 0)  # seldom 0: then there is nothing to look at
+LAYOUTS = ("contiguous", "transposed", "channels_last", "strided", "expanded", "offset")
+Layout: TypeAlias = Literal["contiguous", "transposed", "channels_last", "strided", "expanded", "offset"]
+
+
+@st.composite
+def tensors(
+    draw: st.DrawFn,
+    shape: Sequence[int] | st.SearchStrategy[Sequence[int]] | None = None,
+    *,
+    dtypes: Sequence[torch.dtype] = (*FLOATING, *WHOLE),
+    layouts: Sequence[Layout] = LAYOUTS,
+    special: bool = True,
+) -> Tensor:
+    """Tensors of any dtype, layout and stride, some with special values.
+
+    Args:
+        shape: A shape, or a strategy of shapes; None draws 0 to 5 dimensions of 0 to 4 entries.
+        dtypes: What to draw from; the first is the simplest, which shrinking goes to.
+        layouts: The same: "transposed" stores the dimensions backwards, "channels_last" is for 4 and 5
+            dimensions (else contiguous), "strided" skips every other entry of its storage, "expanded" has
+            stride 0 in its first dimension, "offset" starts in the middle of its storage.
+        special: Put NaN, infinities, zeros of both signs, the smallest subnormal, and the smallest and
+            largest number of the dtype among the entries (zero and those two, where it is not floating).
+
+    >>> from hypothesis import find
+    >>> find(tensors((2,), special=False), lambda leaf: True).dtype
+    torch.float32
+    """
+    sizes = st.lists(st.sampled_from(SIZES), max_size=5) if shape is None else shape
+    sizes = draw(sizes) if isinstance(sizes, st.SearchStrategy) else sizes
+    dtype, layout = draw(st.sampled_from(dtypes)), draw(st.sampled_from(layouts))
+    source = torch.Generator().manual_seed(draw(SEEDS))
+    leaf = (10 * torch.randn(tuple(sizes), generator=source, dtype=torch.float64)).to(dtype)
+    if special and leaf.numel() and draw(st.booleans()):
+        for value in draw(st.lists(st.sampled_from(_special_values(dtype)), min_size=1, max_size=4)):
+            leaf.view(-1)[draw(st.integers(0, leaf.numel() - 1))] = value
+    return _laid_out(leaf, layout)
+
+
+def _special_values(dtype: torch.dtype) -> list[float | int]:
+    if dtype == torch.bool:
+        return [0, 1]
+    if not dtype.is_floating_point:
+        return [0, torch.iinfo(dtype).min, torch.iinfo(dtype).max]
+    info = torch.finfo(dtype)
+    return [0.0, -0.0, info.smallest_normal * info.eps, info.tiny, info.min, info.max, *NOT_FINITE]
+
+
+NOT_FINITE = (float("inf"), float("-inf"), float("nan"))
+
+
+def _laid_out(leaf: Tensor, layout: Layout) -> Tensor:
+    """The same values (but for "expanded", which repeats the first entry) in other strides."""
+    if layout == "transposed":
+        backwards = tuple(reversed(range(leaf.ndim)))
+        return leaf.permute(backwards).contiguous().permute(backwards)
+    if layout == "channels_last" and leaf.ndim in (4, 5):
+        return leaf.contiguous(memory_format=[torch.channels_last, torch.channels_last_3d][leaf.ndim - 4])
+    if layout == "strided" and leaf.ndim:
+        return leaf.repeat_interleave(2, -1)[..., ::2]
+    if layout == "expanded" and leaf.ndim and len(leaf):
+        return leaf[:1].expand(leaf.shape)
+    if layout == "offset":
+        return torch.cat([leaf.new_zeros(1), leaf.reshape(-1)])[1:].view(leaf.shape)
+    return leaf
 
 
 @st.composite

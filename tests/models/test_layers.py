@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parity.compare import generator, randn
 from resnet_func.models import layers
 from resnet_func.models.layers import Conv, GroupNorm, Linear, Pad
+from resnet_func.testing import generator, randn
 
 FP64 = torch.float64
 

@@ -13,8 +13,8 @@ import torch
 import torchvision
 
 import resnet_func as rf
-from parity.compare import generator, randn
 from resnet_func import tree
+from resnet_func.testing import generator, randn
 
 CODE = """
 import torch

@@ -11,9 +11,10 @@ import torchvision
 from torch import nn
 
 import resnet_func as rf
-from parity.compare import assert_close, function_step, generator, module_step, randn
+from parity.steps import function_step, module_step
 from resnet_func import tree
 from resnet_func.models.modules import unwrap_module
+from resnet_func.testing import assert_trees_near, generator, randn
 
 
 class Tied(nn.Module):
@@ -76,7 +77,7 @@ def test_a_module_with_another_norm() -> None:
     got = function_step(model, params, state, x, cotangent, train=True)
     want = module_step(module, x, cotangent, train=True)
     assert torch.equal(got["logits"], want["logits"])
-    assert_close(got, want, rtol=1e-12)
+    assert_trees_near(got, want, rtol=1e-12)
 
 
 def test_a_module_has_no_init() -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import resnet_func as rf
-from parity.compare import generator, randn
 from resnet_func import tree
 from resnet_func.losses import cross_entropy
+from resnet_func.testing import generator, randn
 from resnet_func.types import Model, Params
 from tests.per_sample.cases import CLASSES
 from tests.per_sample.cases import small as small_config

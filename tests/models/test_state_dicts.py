@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import resnet_func as rf
-from parity.compare import generator, perturbed
+from parity.steps import perturbed
 from resnet_func import tree
+from resnet_func.testing import generator
 
 
 def resnet18(**changes: Any) -> tuple[rf.Model, dict, dict]:

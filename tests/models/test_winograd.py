@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import resnet_func as rf
-from parity.compare import assert_close, function_step, randn
+from parity.steps import function_step
 from resnet_func import tree
 from resnet_func.models import winograd
-from resnet_func.testing import batches, dyadic_tensors, models
+from resnet_func.testing import assert_trees_near, batches, dyadic_tensors, models, randn
 
 FP64 = torch.float64
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
@@ -58,7 +58,7 @@ def test_is_the_convolution_and_its_gradients(
 ) -> None:
     x, weight = randn(*shape, seed=seed, dtype=FP64), randn(c_out, shape[1], 3, 3, seed=seed + 1, dtype=FP64)
     got = both(lambda x, weight: winograd.conv2d(x, weight, tile), x, weight)
-    assert_close(got, both(direct, x, weight), rtol=1e-12)
+    assert_trees_near(got, both(direct, x, weight), rtol=1e-12)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -134,7 +134,7 @@ def test_under_every_transform(tile: winograd.Tile) -> None:
             "hessian": torch.func.hessian(loss, 1)(x[0], weight[0]),
         }
 
-    assert_close(derived(convolve), derived(direct), rtol=1e-11)
+    assert_trees_near(derived(convolve), derived(direct), rtol=1e-11)
 
 
 def test_gradient_is_checked_by_differences() -> None:
@@ -202,7 +202,7 @@ def test_a_product_is_the_1x1_convolution(shape: tuple[int, ...], c_out: int, st
         got = both(product, x, weight)
     want = both(convolution, x, weight)
     assert asked == [(shape[1], c_out, *want["y"].shape[2:])]
-    assert_close(got, want, rtol=1e-12)
+    assert_trees_near(got, want, rtol=1e-12)
 
 
 def test_products_are_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,7 @@ def test_wrapped_networks_are_the_same(network: Any, batch: Any, train: bool) ->
         cotangent = randn(len(batch.x), 3, seed=0, dtype=FP64)
         want = function_step(model, params, state, batch.x, cotangent, train=train)
         got = function_step(winograd.wrap(model), params, state, batch.x, cotangent, train=train)
-    assert_close(got, want, rtol=1e-7)
+    assert_trees_near(got, want, rtol=1e-7)
 
 
 def test_modules_are_wrapped_too(everywhere: None) -> None:
@@ -315,4 +315,4 @@ def test_a_compiled_step_is_one_graph_and_the_same() -> None:
     step = rf.train.make_train_step(winograd.wrap(model), rf.losses.cross_entropy, optimizer)
     want, _ = plain(train_state, x, y)
     got, _ = torch.compile(step, fullgraph=True, dynamic=False)(train_state, x, y)
-    assert_close(tree.flatten(got.params), tree.flatten(want.params), rtol=1e-4)
+    assert_trees_near(tree.flatten(got.params), tree.flatten(want.params), rtol=1e-4)

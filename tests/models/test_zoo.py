@@ -8,9 +8,9 @@ from torchvision.models import get_model_weights
 
 import resnet_func as rf
 from parity import reference
-from parity.compare import generator
 from resnet_func import tree
 from resnet_func.models import zoo
+from resnet_func.testing import generator
 from resnet_func.types import Model
 
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from parity.cell import Cell, run
-from parity.compare import function_step, generator
 from parity.sections import graphs
 from parity.sections.graphs import trace
 from parity.sections.isomorphism import Side, Trace, Walk, assert_isomorphic
+from parity.steps import function_step
 from resnet_func.models import layers, resnet, zoo
 from resnet_func.models.config import ResNetConfig
 from resnet_func.models.resnet import Scope, shortcut
+from resnet_func.testing import generator
 from resnet_func.types import Model, Params, State
 
 # --------------------------------------------------------------------------- the cells

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parity import compare
+from parity import steps
 from parity.cell import Cell, Result, run
 from parity.sections import shadow
 from parity.sections.shadow import Case, Errors, Leaves, Step
@@ -243,6 +243,6 @@ def test_the_branches_that_are_made_small(name: str, norm: str, ends: str) -> No
     model = zoo.by_name(name, norm=norm)
     ones = tree.map(torch.ones_like, model.init(torch.Generator(), device="meta")[0])
     ones = tree.map(lambda leaf: torch.ones(leaf.shape[:1]), ones)
-    scaled = tree.flatten(compare.with_small_branches(ones))
+    scaled = tree.flatten(steps.with_small_branches(ones))
     small = {path for path, leaf in scaled.items() if leaf[0] != 1}
     assert small == {path for path in scaled if path.startswith("layer") and path.endswith(f"{ends}.weight")}

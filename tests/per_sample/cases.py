@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import resnet_func as rf
-from parity.compare import generator
 from resnet_func import tree
 from resnet_func.per_sample.ghost import ConvSpec
+from resnet_func.testing import generator
 from resnet_func.types import Model, Params, State
 
 CLASSES = 3

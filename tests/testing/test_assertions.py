@@ -16,6 +16,7 @@ from resnet_func.testing.assertions import (
     assert_pure,
     assert_trees_close,
     assert_trees_equal,
+    assert_trees_near,
     ulp_distance,
 )
 
@@ -189,6 +190,60 @@ def test_a_shadow_that_is_none_is_refused(shadow: Any) -> None:
 def test_close_trees_have_the_same_leaves() -> None:
     with pytest.raises(AssertionError, match="missing a; unexpected b"):
         assert_trees_close({"b": ones(3)}, {"a": ones(3)}, {"a": SHADOW})
+
+
+# --------------------------------------------------------------------------- near
+
+
+@given(
+    st.floats(1e-12, 1e-2),
+    st.sampled_from([0.5, 2.0]),
+    st.integers(0, 3),
+    st.sampled_from([1e-30, 1.0, 1e30]),
+)
+def test_near_is_relative_to_the_largest_entry(rtol: float, factor: float, at: int, scale: float) -> None:
+    want = torch.tensor([1.0, -2.0, 4.0, 0.0], dtype=torch.float64) * scale
+    got = want.clone()
+    got[at] += factor * rtol * 4 * scale
+    if factor < 1:
+        assert_trees_near({"a": got}, {"a": want}, rtol)
+    else:
+        with pytest.raises(AssertionError, match="worst a: relative error"):
+            assert_trees_near({"a": got}, {"a": want}, rtol)
+
+
+def test_a_small_leaf_is_measured_against_the_tree_unless_asked_not_to_be() -> None:
+    want = {"large": ones(1), "small": ones(1) * 1e-9}
+    got = {"large": ones(1), "small": ones(1) * 1.5e-9}
+    assert_trees_near(got, want, 1e-6)
+    with pytest.raises(AssertionError, match="worst small: relative error 0.5, allowed 1e-06"):
+        assert_trees_near(got, want, 1e-6, floor=0)
+
+
+@pytest.mark.parametrize("name", "ab")
+def test_no_nan_is_near(name: str) -> None:
+    want = {"a": ones(2), "b": ones(2)}
+    got = {**want, name: torch.tensor([1.0, math.nan])}
+    with pytest.raises(AssertionError, match=f"worst {name}: relative error nan"):
+        assert_trees_near(got, want, 1.0)
+    with pytest.raises(AssertionError, match=f"worst {name}: relative error nan"):
+        assert_trees_near(want, got, 1.0)
+
+
+def test_near_trees_have_the_same_leaves() -> None:
+    with pytest.raises(AssertionError, match="missing a; unexpected b"):
+        assert_trees_near({"b": ones(3)}, {"a": ones(3)})
+    with pytest.raises(AssertionError, match=r"a: \[1, 3\], not \[3\]"):
+        assert_trees_near({"a": ones(1, 3)}, {"a": ones(3)})
+    assert_trees_near({}, {})
+    assert_trees_near({"e": ones(0)}, {"e": ones(0)})
+
+
+def test_a_reference_that_is_not_finite_can_be_refused() -> None:
+    broken = {"a": torch.tensor([1.0, math.nan]), "n": torch.tensor(1)}
+    assert_trees_equal(broken, broken)
+    with pytest.raises(AssertionError, match="a of the reference is not finite: nothing is proven"):
+        assert_trees_equal(broken, broken, finite=True)
 
 
 # --------------------------------------------------------------------------- pure

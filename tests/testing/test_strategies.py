@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import resnet_func as rf
 from resnet_func import testing, tree
-from resnet_func.testing import Batch, Network, random_batch, random_network  # what drawn values print
+from resnet_func.testing import Batch, Network, random_batch, random_network, strategies
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -146,16 +146,64 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-def test_the_library_does_without_hypothesis() -> None:
-    code = "import sys; sys.modules['hypothesis'] = None; import resnet_func, resnet_func.assertions"
+def test_the_library_and_its_comparers_do_without_hypothesis() -> None:
+    code = "import sys; sys.modules['hypothesis'] = None; from resnet_func.testing import check_laws, randn"
     done = python(code)
     assert done.returncode == 0, done.stderr
 
 
-def test_without_hypothesis_the_error_says_how_to_get_it() -> None:
-    done = python("import sys; sys.modules['hypothesis'] = None; import resnet_func.testing")
+@pytest.mark.parametrize("name", ["models", "modules"])
+def test_without_hypothesis_the_error_says_how_to_get_it(name: str) -> None:
+    done = python(f"import sys; sys.modules['hypothesis'] = None; from resnet_func.testing import {name}")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: resnet_func.testing needs Hypothesis")
+    assert last.startswith("ImportError: the strategies of resnet_func.testing need Hypothesis")
     assert "pip install hypothesis" in last
     assert "resnet-func[testing]" in last
+
+
+def test_every_name_that_is_promised_is_there() -> None:
+    for name in testing.__all__:
+        assert getattr(testing, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nonesuch'"):
+        testing.nonesuch  # noqa: B018
+
+
+# --------------------------------------------------------------------------- tensors
+
+
+def test_tensors_reach_every_dtype_layout_and_special_value() -> None:
+    dtypes, strides, values = set(), set(), set()
+
+    @settings(max_examples=400, database=None)
+    @given(testing.tensors())
+    def collect(leaf: torch.Tensor) -> None:
+        dtypes.add(leaf.dtype)
+        strides.add("contiguous" if leaf.is_contiguous() else "other")
+        strides.update(["offset"] if leaf.storage_offset() else [])
+        strides.update(["expanded"] if leaf.numel() > 1 and leaf.stride(0) == 0 else [])
+        if leaf.is_floating_point() and leaf.numel():
+            values.update(map(str, leaf.flatten().tolist()))
+
+    collect()
+    assert dtypes == {*strategies.FLOATING, *strategies.WHOLE}
+    assert strides == {"contiguous", "other", "offset", "expanded"}
+    assert {"nan", "inf", "-inf", "0.0", "-0.0"} <= values
+
+
+@given(st.data(), st.sampled_from(strategies.LAYOUTS), st.sampled_from([*strategies.FLOATING]))
+def test_tensors_keep_to_what_is_asked(data: st.DataObject, layout: Any, dtype: torch.dtype) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(0, 4), max_size=5)))
+    leaf = data.draw(testing.tensors(shape, dtypes=[dtype], layouts=[layout], special=False))
+    assert (tuple(leaf.shape), leaf.dtype) == (shape, dtype)
+    assert leaf.isfinite().all()
+    if layout == "channels_last" and len(shape) == 4:
+        assert leaf.is_contiguous(memory_format=torch.channels_last)
+
+
+@given(
+    testing.tensors((2, 3, 2, 2), layouts=["contiguous"]),
+    st.sampled_from(["transposed", "strided", "offset"]),
+)
+def test_another_layout_holds_the_same_values(leaf: torch.Tensor, layout: Any) -> None:
+    testing.assert_trees_equal(strategies._laid_out(leaf, layout), leaf)

@@ -1,4 +1,4 @@
-"""One step of the function, the same step of the module, and the comparison of the two."""
+"""One network twice, with the same tensors: one step of the function, and the same step of the module."""
 
 from __future__ import annotations
 
@@ -9,18 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from resnet_func import tree
-from resnet_func.testing.assertions import assert_trees_equal
+from resnet_func.testing import generator
 from resnet_func.types import Model, Params, State
 
 BRANCH = 0.2  # the factor of the last weight of a residual branch
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def perturbed(params: Params, state: State, seed: int) -> tuple[Params, State]:
@@ -97,22 +89,3 @@ def _named(
         **{f"gradient {name}": leaf for name, leaf in {"x": grad_x, **grads}.items()},
         **{f"buffer {name}": leaf for name, leaf in buffers.items()},
     }
-
-
-def assert_bitwise(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
-    """The same names, dtypes and bits, all finite; names the worst leaf and its distance in ULP."""
-    endless = [name for name, leaf in want.items() if not leaf.isfinite().all()]
-    assert not endless, f"{', '.join(endless)} of the reference is not finite: nothing is proven"
-    assert_trees_equal(got, want)
-
-
-def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor], *, rtol: float = 1e-10) -> None:
-    """Every leaf to `rtol` of its largest entry; names the worst leaf."""
-    assert set(got) == set(want)
-    errors = {}
-    for name, leaf in want.items():
-        assert got[name].shape == leaf.shape, name
-        scale = leaf.abs().max().item() or 1.0
-        errors[name] = (got[name] - leaf).abs().max().item() / scale
-    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN is the worst
-    assert errors[worst] <= rtol, f"worst {worst}: relative error {errors[worst]:.3g}, allowed {rtol:.3g}"
