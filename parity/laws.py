@@ -106,7 +106,7 @@ def main(arguments: list[str], console: Console, complaints: Console) -> int:
     options = tyro.cli(LawsOptions, args=arguments, prog="python -m parity laws")
     try:
         results = check_network(options)
-    except ValueError as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         complaints.print(f"Error: {error}", markup=False)
         return 2
     console.print(as_table(options.network, results))

@@ -74,7 +74,7 @@ def compare(options: CompareOptions, console: Console, complaints: Console) -> i
         if options.image_size < 1 or options.samples < 1:
             raise ValueError(f"sizes must be 1 or more; got {options.image_size} and {options.samples}")
         networks = [load_network(spec) for spec in (options.a, options.b)]
-    except ValueError as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         complaints.print(f"Error: {error}", markup=False)
         return 2
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)

@@ -110,8 +110,8 @@ def _options(func: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]
         try:
             arguments = inspect.signature(func).bind(*args, **kwargs)
             arguments.apply_defaults()
-            bound = arguments.arguments
-            bound = {**bound, **bound.pop("kwargs", {})}  # of functions that only pass them on
+            passed_on = arguments.arguments.pop("kwargs", {})  # of functions that only pass them on
+            bound = {**arguments.arguments, **passed_on}
         except (TypeError, ValueError):  # built in
             bound = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
     ignored = {"inplace", "out"}

@@ -48,7 +48,7 @@ def test_a_network_that_couples_samples_exits_1(file: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["resnet19"], "Error: no network is called 'resnet19'. Give one of resnet18, "),
+        (["resnet19"], "Error: no network of the zoo is called 'resnet19'; near it are resnet18, "),
         (["resnet20", "--only", "truth"], "Error: no law is called truth; there are purity, "),
         (["resnet20", "--samples", "0"], "Error: sizes must be 1 or more; got 64 and 0"),
     ],
