@@ -16,7 +16,7 @@ from parity import environment
 from resnet_func.losses import cross_entropy
 from resnet_func.per_sample import contract, plan
 from resnet_func.per_sample.capture import Batch, capture, make_task
-from resnet_func.per_sample.contract import ConvFactors
+from resnet_func.per_sample.factors import ConvFactors
 
 HOPELESS = 20  # times the other way's estimated cost: not tried, and more memory than there is
 WAYS = ("ghost", "materialize")

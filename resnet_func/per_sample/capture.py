@@ -17,7 +17,7 @@ from resnet_func import tree
 from resnet_func.autodiff import is_differentiated
 from resnet_func.losses import check_per_sample
 from resnet_func.per_sample import layer_factors
-from resnet_func.per_sample.contract import ConvFactors, Derived, Direct, Factors, Several
+from resnet_func.per_sample.factors import ConvFactors, Derived, Direct, Factors, Several
 from resnet_func.per_sample.intercept import Call, Calls, Interception, derivation, substitute, tensors_of
 from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State
 

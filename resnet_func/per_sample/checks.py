@@ -11,6 +11,7 @@ from torch.func import debug_unwrap
 from resnet_func import tree
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Batch, Captured, Task, capture
+from resnet_func.per_sample.factors import split_views
 from resnet_func.per_sample.reference import reference
 
 COMPARED = 2  # samples
@@ -87,7 +88,7 @@ def _first_samples(batch: Batch, count: int) -> Batch:
     count = min(count, batch.samples)
 
     def first(leaf: Tensor) -> Tensor:
-        return contract.split_views(leaf, batch.views)[:, :count].flatten(0, 1)
+        return split_views(leaf, batch.views)[:, :count].flatten(0, 1)
 
     return Batch(tree.map(first, batch.x), tree.map(first, batch.y), count, batch.views)
 

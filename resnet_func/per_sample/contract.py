@@ -1,12 +1,4 @@
-"""Contractions: what one leaf's captured `(input, cotangent)` pairs say about its per-sample gradients.
-
-A trainable leaf is seen through its factors: for a convolution or a linear layer the layer's input and the
-cotangent of its output; for small leaves (biases, normalisation affine) the per-sample gradient itself.
-
-Samples may come in several views (augmentation multiplicity, or a weight that is used several times alike).
-The leading dimension of every factor is then `views * N`, views first, so that a sample's views fold into the
-pixels it is summed over anyway.
-"""
+"""Contractions: what a leaf's factors say about its per-sample gradients, by the cheaper of several ways."""
 
 from __future__ import annotations
 
@@ -14,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,83 +14,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resnet_func.per_sample import ghost
+from resnet_func.per_sample.factors import (
+    MAX_ELEMENTS,
+    CallFactors,
+    ConvFactors,
+    Derived,
+    Direct,
+    EmbeddingFactors,
+    Factors,
+    LinearFactors,
+    Several,
+    accumulation_dtype,
+    grad_rows,
+    has_ghost,
+    num_samples,
+    sample_slices,
+    split_views,
+)
 from resnet_func.per_sample.ghost import ConvSpec
 
 # "ghost": pixel Gram matrices, no gradient is formed. "materialize": form [N, *shape], use it, drop it.
 # "keep": form it and hold on to it, where a second look at it is to come.
 Way: TypeAlias = Literal["ghost", "materialize", "keep"]
-
-# Where a gradient is needed only to be reduced, at most about this many entries exist at a time.
-MAX_ELEMENTS = 2**25
-
-
-class ConvFactors(NamedTuple):
-    """A convolution's weight: input `[views * N, c_in, *pixels]`, cotangent `[views * N, c_out, *pixels]`.
-
-    A linear layer over positions is a convolution whose kernel is one pixel; `weight` has the leaf's own
-    shape.
-    """
-
-    spec: ConvSpec
-    weight: Tensor
-    inputs: Tensor
-    cotangents: Tensor
-    views: int
-
-
-class LinearFactors(NamedTuple):
-    """A linear layer's weight: input `[views * N, c_in]`, cotangent `[views * N, c_out]`."""
-
-    weight: Tensor
-    inputs: Tensor
-    cotangents: Tensor
-    views: int
-
-
-class EmbeddingFactors(NamedTuple):
-    """An embedding's weight: indices `[views * N, T]`, cotangent `[views * N, T, dim]`."""
-
-    weight: Tensor
-    inputs: Tensor
-    cotangents: Tensor
-    views: int
-
-
-class CallFactors(NamedTuple):
-    """The weight of any other call: `function(weight, *inputs)`, a tuple of tensors.
-
-    All of `inputs`, of what it returns and of `cotangents` lead with `views * N`.
-    """
-
-    function: Callable[..., tuple[Tensor, ...]]
-    weight: Tensor
-    inputs: tuple[Tensor, ...]
-    cotangents: tuple[Tensor, ...]
-    views: int
-
-
-class Derived(NamedTuple):
-    """A leaf that the network uses only through `derive(leaf)`: the factors of what derives from it."""
-
-    derive: Callable[[Tensor], Tensor]
-    weight: Tensor
-    factors: Any  # Factors; a recursive name is no NamedTuple's
-
-
-class Several(NamedTuple):
-    """A leaf that is used in several ways, whose contributions add up."""
-
-    weight: Tensor
-    parts: tuple[Any, ...]  # of Factors
-
-
-class Direct(NamedTuple):
-    """A leaf whose per-sample gradients `[N, *shape]` are there already."""
-
-    grads: Tensor
-
-
-Factors: TypeAlias = ConvFactors | LinearFactors | EmbeddingFactors | CallFactors | Derived | Several | Direct
 
 
 # --------------------------------------------------------------------------- per-sample gradients
@@ -225,20 +162,10 @@ def sample_by_sample(function: Callable[..., Tensor], *batches: Any) -> Tensor:
         return torch.vmap(function)(*batches)
 
 
-def split_views(tensor: Tensor, views: int) -> Tensor:
-    """`[views * N, ...]` as `[views, N, ...]`."""
-    return tensor.reshape(views, tensor.shape[0] // views, *tensor.shape[1:])
-
-
 def _one_dtype(factors: LinearFactors) -> tuple[Tensor, Tensor]:
     """Input and cotangent in the weight's dtype: they are small, and may be narrower under autocast."""
     dtype = factors.weight.dtype
     return factors.inputs.to(dtype), factors.cotangents.to(dtype)
-
-
-def rows(leaf_grads: Tensor) -> Tensor:
-    """`[N, *shape]` as `[N, D]`; a leaf may be a single number."""
-    return leaf_grads.flatten(1) if leaf_grads.ndim > 1 else leaf_grads.unsqueeze(1)
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
@@ -298,37 +225,7 @@ def _scale_samples(g: Tensor, weights: Tensor) -> Tensor:
     return (g.to(dtype) * weights.to(dtype)).to(g.dtype)
 
 
-def masked(factors: Factors, keep: Tensor) -> Factors:
-    """The factors with zeros for every sample where `keep [N]` is False, whatever (NaN, Inf) it held."""
-
-    def mask(tensor: Tensor, keep: Tensor) -> Tensor:
-        return torch.where(keep.reshape(-1, *[1] * (tensor.ndim - 1)), tensor, 0)
-
-    match factors:
-        case Direct():
-            return Direct(mask(factors.grads, keep))
-        case Derived():
-            return factors._replace(factors=masked(factors.factors, keep))
-        case Several():
-            return factors._replace(parts=tuple([masked(part, keep) for part in factors.parts]))
-        case CallFactors():
-            keep = keep.repeat(factors.views)
-            both = factors.inputs, factors.cotangents
-            inputs, cotangents = (tuple([mask(x, keep) for x in tensors]) for tensors in both)
-            return factors._replace(inputs=inputs, cotangents=cotangents)
-    keep = keep.repeat(factors.views)
-    inputs = factors.inputs if isinstance(factors, EmbeddingFactors) else mask(factors.inputs, keep)
-    return factors._replace(inputs=inputs, cotangents=mask(factors.cotangents, keep))
-
-
 # --------------------------------------------------------------------------- squared norms
-
-
-def has_ghost(factors: Factors) -> bool:
-    """Whether the ghost identity gives these factors' norms and inner products."""
-    if isinstance(factors, ConvFactors):
-        return len(factors.spec.kernel) == 2
-    return isinstance(factors, LinearFactors)
 
 
 def squared_norms(factors: Factors, way: Way) -> Float[Tensor, "n"]:
@@ -360,60 +257,7 @@ def materialized_squared_norms(leaf_grads: Tensor) -> Tensor:
     """Squared norms of `[N, *shape]` over all but the first dimension."""
     # the kernel accumulates in at least float32, and makes no squared copy
     dtype = accumulation_dtype(leaf_grads.dtype)
-    return torch.linalg.vector_norm(rows(leaf_grads), dim=1, dtype=dtype).square()
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to accumulate in: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-# --------------------------------------------------------------------------- parts of a batch
-
-
-def num_samples(factors: Factors) -> int:
-    """N."""
-    match factors:
-        case Direct():
-            return factors.grads.shape[0]
-        case Derived():
-            return num_samples(factors.factors)
-        case Several():
-            return num_samples(factors.parts[0])
-        case CallFactors():
-            return factors.cotangents[0].shape[0] // factors.views
-    return factors.cotangents.shape[0] // factors.views
-
-
-def sample_slices(factors: Factors, max_elements: int = MAX_ELEMENTS) -> list[Factors]:
-    """The factors cut into runs of samples, each with at most about `max_elements` gradient entries."""
-    n = num_samples(factors)
-    per_sample = factors.grads[:1].numel() if isinstance(factors, Direct) else factors.weight.numel()
-    step = max(1, max_elements // max(per_sample, 1))
-    if n <= step:
-        return [factors]
-    return [samples(factors, start, min(start + step, n)) for start in range(0, n, step)]
-
-
-def samples(factors: Factors, start: int, stop: int) -> Factors:
-    """The factors of the samples `start:stop` alone."""
-
-    def cut(tensor: Tensor, views: int) -> Tensor:
-        return split_views(tensor, views)[:, start:stop].flatten(0, 1)
-
-    match factors:
-        case Direct():
-            return Direct(factors.grads[start:stop])
-        case Derived():
-            return factors._replace(factors=samples(factors.factors, start, stop))
-        case Several():
-            return factors._replace(parts=tuple([samples(part, start, stop) for part in factors.parts]))
-        case CallFactors():
-            both = factors.inputs, factors.cotangents
-            inputs, cotangents = (tuple([cut(x, factors.views) for x in tensors]) for tensors in both)
-            return factors._replace(inputs=inputs, cotangents=cotangents)
-    a, g = cut(factors.inputs, factors.views), cut(factors.cotangents, factors.views)
-    return factors._replace(inputs=a, cotangents=g)
+    return torch.linalg.vector_norm(grad_rows(leaf_grads), dim=1, dtype=dtype).square()
 
 
 # --------------------------------------------------------------------------- inner products between samples
@@ -480,4 +324,4 @@ def channels(factors: ConvFactors, start: int, stop: int) -> ConvFactors:
 
 def _matrix_product(a: Tensor, b: Tensor) -> Tensor:
     dtype = accumulation_dtype(a.dtype)
-    return F.linear(rows(a).to(dtype), rows(b).to(dtype))
+    return F.linear(grad_rows(a).to(dtype), grad_rows(b).to(dtype))

@@ -12,7 +12,8 @@ from resnet_func import tree
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Batch, Captured, capture, losses_of, make_task
 from resnet_func.per_sample.checks import can_read
-from resnet_func.per_sample.contract import Direct, Factors, Way
+from resnet_func.per_sample.contract import Way
+from resnet_func.per_sample.factors import Direct, Factors, sample_slices
 from resnet_func.per_sample.options import Settings, refuse_batch_statistics
 from resnet_func.per_sample.plan import check_plan, plan_factors
 from resnet_func.per_sample.quantity import Quantity
@@ -133,7 +134,7 @@ def _contract(settings: Settings, quantities: Sequence[Quantity], captured: Capt
         wanted: list[tuple[int, Way]] = [
             (i, ways[i].get(path, "materialize")) for i, q in enumerate(quantities) if q.name
         ]
-        if sum(way != "ghost" for _, way in wanted) > 1 and len(contract.sample_slices(factors)) == 1:
+        if sum(way != "ghost" for _, way in wanted) > 1 and len(sample_slices(factors)) == 1:
             factors = Direct(contract.grads(factors))  # formed once for all, where that is small enough
         for i, way in wanted:
             answers[i][path] = quantities[i].leaf(path, factors, way)

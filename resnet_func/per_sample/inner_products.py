@@ -12,8 +12,9 @@ from torch import Tensor
 from resnet_func import tree
 from resnet_func.losses import logit
 from resnet_func.per_sample import contract
-from resnet_func.per_sample.contract import Direct, Factors, Way
+from resnet_func.per_sample.contract import Way
 from resnet_func.per_sample.engine import capture_batch, parts, plan_ways
+from resnet_func.per_sample.factors import Direct, Factors, num_samples
 from resnet_func.per_sample.options import Options, Settings, check_options
 from resnet_func.per_sample.quantity import by_layer
 from resnet_func.types import LossFn, Model, Params, State
@@ -103,7 +104,7 @@ def _block(settings: Settings, params: Params, state: State, a: Batch, b: Batch 
 
 def _products(a: Factors, b: Factors, way: Way) -> Tensor:
     """Inner products of one leaf, `[N_a, N_b]`; either may be 0."""
-    na, nb = contract.num_samples(a), contract.num_samples(b)
+    na, nb = num_samples(a), num_samples(b)
     if na and nb:
         return contract.inner_products(a, b, way)
     leaf = a.grads if isinstance(a, Direct) else a.weight

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_func.models import winograd
-from resnet_func.per_sample.contract import (
+from resnet_func.per_sample.factors import (
     CallFactors,
     ConvFactors,
     Direct,

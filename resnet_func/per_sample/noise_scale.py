@@ -10,7 +10,8 @@ from torch import Tensor
 from resnet_func import tree
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
-from resnet_func.per_sample.contract import Factors, Way
+from resnet_func.per_sample.contract import Way
+from resnet_func.per_sample.factors import Factors, accumulation_dtype, sample_slices
 from resnet_func.per_sample.quantity import Quantity, by_layer
 from resnet_func.types import Params
 
@@ -47,9 +48,9 @@ def moments_quantity() -> Quantity:
 
     def leaf(path: str, factors: Factors, way: Way) -> tuple[Tensor, Tensor]:
         first, second = [], []
-        for part in contract.sample_slices(factors):
+        for part in sample_slices(factors):
             grads = contract.grads(part)
-            grads = grads.to(contract.accumulation_dtype(grads.dtype))
+            grads = grads.to(accumulation_dtype(grads.dtype))
             first.append(grads.sum(0))
             second.append(grads.square().sum(0))
         return torch.stack(first).sum(0), torch.stack(second).sum(0)

@@ -11,9 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from resnet_func import tree
-from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Batch, Trainable, capture, make_task
-from resnet_func.per_sample.contract import ConvFactors, Derived, Factors, LinearFactors, Way
+from resnet_func.per_sample.contract import Way
+from resnet_func.per_sample.factors import (
+    ConvFactors,
+    Derived,
+    Factors,
+    LinearFactors,
+    has_ghost,
+    num_samples,
+)
 from resnet_func.types import Logits, Model, Params, PerSample, State
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")
@@ -222,13 +229,13 @@ def _layers(factors: Mapping[str, Factors], other: Mapping[str, Factors]) -> lis
     for path, leaf in factors.items():
         inner = leaf.factors if isinstance(leaf, Derived) else leaf
         if isinstance(inner, ConvFactors | LinearFactors):
-            pairs = _static(contract.num_samples(leaf)) * _static(contract.num_samples(other[path]))
-            layers.append(_layer(path, inner, pairs, ghost=contract.has_ghost(leaf)))
+            pairs = _static(num_samples(leaf)) * _static(num_samples(other[path]))
+            layers.append(_layer(path, inner, pairs, ghost=has_ghost(leaf)))
     return layers
 
 
 def _layer(path: str, factors: ConvFactors | LinearFactors, pairs: int, *, ghost: bool) -> _Layer:
-    n, size = _static(contract.num_samples(factors)), factors.cotangents.element_size()
+    n, size = _static(num_samples(factors)), factors.cotangents.element_size()
     if isinstance(factors, LinearFactors):
         c_out, c_in = factors.weight.shape
         return _Layer(

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
-from resnet_func.per_sample.contract import ConvFactors, Factors, LinearFactors, Way
+from resnet_func.per_sample.contract import Way
+from resnet_func.per_sample.factors import (
+    ConvFactors,
+    Factors,
+    LinearFactors,
+    grad_rows,
+    sample_slices,
+    split_views,
+)
 from resnet_func.per_sample.ghost import ConvSpec
 from resnet_func.per_sample.quantity import Quantity
 
@@ -35,7 +43,7 @@ def sketch_quantity(dim: int, seed: int, projection: Projection) -> Quantity:
     def leaf(path: str, factors: Factors, way: Way) -> Tensor:
         own = leaf_seed(seed, path)
         if projection == "dense":
-            grads = (contract.rows(contract.grads(part)) for part in contract.sample_slices(factors))
+            grads = (grad_rows(contract.grads(part)) for part in sample_slices(factors))
             return torch.cat([dense(part, dim, own) for part in grads])
         return factorized(factors, dim, own)
 
@@ -98,16 +106,14 @@ def factorized(factors: Factors, dim: int, seed: int) -> Float[Tensor, "n dim"]:
         rows, columns = split_dim(dim)
         inputs, g = factors.inputs.to(factors.cotangents.dtype), factors.cotangents
         p, q = signs(rows, g.shape[1], g, seed), signs(columns, inputs.shape[1], g, seed + 1)
-        a, g = (contract.split_views(t, factors.views) for t in (inputs @ q.T, g @ p.T))
+        a, g = (split_views(t, factors.views) for t in (inputs @ q.T, g @ p.T))
         return torch.einsum("knr,knc->nrc", g, a).flatten(1) / math.sqrt(dim)
-    return torch.cat(
-        [_factorized_grads(contract.grads(part), dim, seed) for part in contract.sample_slices(factors)]
-    )
+    return torch.cat([_factorized_grads(contract.grads(part), dim, seed) for part in sample_slices(factors)])
 
 
 def _factorized_grads(grads: Tensor, dim: int, seed: int) -> Tensor:
     if grads.ndim < 3:
-        return dense(contract.rows(grads), dim, seed)
+        return dense(grad_rows(grads), dim, seed)
     grouped = grads.flatten(2)
     rows, columns = split_dim(dim)
     p, q = signs(rows, grouped.shape[1], grads, seed), signs(columns, grouped.shape[2], grads, seed + 1)
@@ -121,7 +127,7 @@ def _factorized_conv(factors: ConvFactors, dim: int, seed: int) -> Tensor:
     p, q = signs(rows, spec.c_out, g, seed), signs(columns, prod(spec.weight_shape[1:]), g, seed + 1)
     inputs = _convolve(spec, factors.inputs.to(g.dtype), q.reshape(columns, *spec.weight_shape[1:]))
     cotangents = torch.einsum("ro,not->nrt", p, g.flatten(2))
-    a, g = (contract.split_views(t.flatten(2), views) for t in (inputs, cotangents))
+    a, g = (split_views(t.flatten(2), views) for t in (inputs, cotangents))
     return torch.einsum("knrt,knct->nrc", g, a).flatten(1) / math.sqrt(dim)
 
 

@@ -13,7 +13,8 @@ from resnet_func import tree
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
 from resnet_func.per_sample.checks import can_read
-from resnet_func.per_sample.contract import Direct, Factors, Way
+from resnet_func.per_sample.contract import Way
+from resnet_func.per_sample.factors import Direct, Factors, accumulation_dtype, masked, split_views
 
 Clipping: TypeAlias = Literal["flat", "per_layer", "automatic"]
 
@@ -139,9 +140,9 @@ def clipped_sum(max_norm: float | Mapping[str, float], clipping: Clipping) -> Qu
         for path in list(answers):
             factors = answers.pop(path).factors
             if mask:
-                factors = contract.masked(factors, finite)
+                factors = masked(factors, finite)
             total = contract.weighted_sum(factors, torch.where(finite, clip[path], 0))
-            sums[path] = Sum(total.to(contract.accumulation_dtype(total.dtype)), total.dtype)
+            sums[path] = Sum(total.to(accumulation_dtype(total.dtype)), total.dtype)
         return sums, norms
 
     def join(parts: list[tuple[dict[str, Sum], Tensor]]) -> tuple[dict[str, Sum], Tensor]:
@@ -241,7 +242,7 @@ def el2n() -> Quantity:
             return captured.losses
         _check_class_indices("el2n", captured)
         errors = logits.softmax(1) - F.one_hot(captured.targets, logits.shape[1]).to(logits.dtype)
-        return contract.split_views(torch.linalg.vector_norm(errors, dim=1), captured.views).mean(0)
+        return split_views(torch.linalg.vector_norm(errors, dim=1), captured.views).mean(0)
 
     return _of_logits(scores)
 
@@ -254,7 +255,7 @@ def correct() -> Quantity:
             return captured.losses
         _check_class_indices("correct", captured)
         hits = (captured.logits.argmax(1) == captured.targets).to(captured.logits.dtype)
-        return contract.split_views(hits, captured.views).mean(0)
+        return split_views(hits, captured.views).mean(0)
 
     return _of_logits(shares)
 

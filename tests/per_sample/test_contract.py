@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resnet_func.per_sample import contract
-from resnet_func.per_sample.contract import ConvFactors, Derived, Direct, LinearFactors, Several
+from resnet_func.per_sample.factors import (
+    ConvFactors,
+    Derived,
+    Direct,
+    LinearFactors,
+    Several,
+    has_ghost,
+    masked,
+    num_samples,
+    sample_slices,
+)
 from resnet_func.per_sample.ghost import ConvSpec
 from tests.per_sample.cases import convolutions, generator
 
@@ -124,10 +134,10 @@ def test_linear_contractions_match_autograd(views: int) -> None:
 
 def test_materialized_norms_do_not_depend_on_the_slices() -> None:
     factors = conv_factors(conv(2, 3, 3, padding=1), 5, 6, 7, 2, seed=0)
-    whole = contract.sample_slices(factors)
-    slices = contract.sample_slices(factors, max_elements=3 * factors.weight.numel())
-    assert [contract.num_samples(part) for part in whole] == [7]
-    assert [contract.num_samples(part) for part in slices] == [3, 3, 1]
+    whole = sample_slices(factors)
+    slices = sample_slices(factors, max_elements=3 * factors.weight.numel())
+    assert [num_samples(part) for part in whole] == [7]
+    assert [num_samples(part) for part in slices] == [3, 3, 1]
     close(torch.cat([contract.grads(part) for part in slices]), contract.grads(factors))
 
 
@@ -142,8 +152,8 @@ def test_output_channel_slices_respect_groups(groups: int, most: int, expected: 
 def test_what_has_no_ghost_norm_says_so() -> None:
     factors = conv_factors(conv(2, 3, 3), 5, 5, 2, 1, seed=0)
     derived = Derived(lambda weight: 2 * weight, factors.weight, factors)
-    assert contract.has_ghost(factors)
-    assert not contract.has_ghost(derived)
+    assert has_ghost(factors)
+    assert not has_ghost(derived)
     with pytest.raises(ValueError, match="no ghost norm"):
         contract.squared_norms(derived, "ghost")
 
@@ -167,6 +177,6 @@ def test_masked_zeroes_what_is_not_finite() -> None:
     keep = torch.tensor([True, False, True])
     weights = torch.ones(3, dtype=torch.float64)
     expected = conv_oracle(factors)[keep].sum(0)
-    close(contract.weighted_sum(contract.masked(factors, keep), weights), expected)
+    close(contract.weighted_sum(masked(factors, keep), weights), expected)
     direct = Direct(torch.tensor([[1.0], [torch.nan], [2.0]]))
-    assert contract.weighted_sum(contract.masked(direct, keep), torch.ones(3)).item() == 3.0
+    assert contract.weighted_sum(masked(direct, keep), torch.ones(3)).item() == 3.0

@@ -164,4 +164,5 @@ def test_a_network_that_fails_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_bad_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "resnet20", "resnet21"]) == 2
-    assert capsys.readouterr().err.startswith("Error: no network of the zoo is called 'resnet21'; near it are ")
+    said = capsys.readouterr().err
+    assert said.startswith("Error: no network of the zoo is called 'resnet21'; near it are ")
