@@ -17,10 +17,9 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,10 +29,12 @@ from torch.utils.benchmark import Timer
 
 from benchmarks.forms import networks
 from benchmarks.forms.networks import Case
-from benchmarks.forms.variants import LR, MOMENTUM, WEIGHT_DECAY, make_optimizer
+from benchmarks.forms.step import LR, MOMENTUM, WEIGHT_DECAY
+from benchmarks.forms.variants import make_optimizer
 from benchmarks.harness import conditions, measure, memory, pictures, report
-from benchmarks.harness.report import RESULTS, Row
-from benchmarks.harness.statistics import Rule, interleave, until_steady
+from benchmarks.harness.options import Threaded, check_without, toy
+from benchmarks.harness.report import Row
+from benchmarks.harness.statistics import interleave, until_steady
 from parity import environment
 from resnet_func.app import runtime
 from resnet_func.app.experiment import compute_by
@@ -57,27 +58,13 @@ WARM_UP = 2  # steps before each turn that `Timer.timeit` does not time
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Threaded):
     """Measure the stock loop and the step of `resnet-func train`, each under both allocators."""
 
-    model: str = "resnet20"
-    """A network of the zoo."""
-    batch: int = 128
-    """Images a step."""
-    size: int = 32
-    """Side of the images in pixels; up to 64 torchvision's networks get the CIFAR stem."""
-    threads: int | None = None
-    """Inside one operation; as many as torch takes if left out."""
     without: tuple[str, ...] = ()
     """Leave out the variants whose names contain one of these words, such as compiled."""
     seconds: float = 300.0
     """Time after which timing stops, if the interquartile ranges are not under 10 % before."""
-    quick: bool = False
-    """A toy: resnet8, 4 images of 8 pixels, traced without generating code. No measurement."""
-    write: bool = True
-    """Whether to write the result file and the picture."""
-    results: Path = RESULTS
-    """The folder for both."""
 
 
 class Turn(NamedTuple):
@@ -95,13 +82,12 @@ def run(options: Options) -> None:
         ValueError: options that cannot be.
         Disagreement: a variant computes another loss.
     """
-    options = replace(options, model=networks.TOY, batch=4, size=8) if options.quick else options
+    options = toy(options)
     names = select(options)
     case = networks.make_case(options.model, options.batch, options.size)
     machine = runtime.configure(device="cpu", threads=options.threads, compile="off")
     where = environment.capture() | {"tuned_allocator": machine.allocator, "precision": machine.precision}
-    rule = conditions.QUICK if options.quick else Rule(seconds=options.seconds)
-    turn_seconds = 1e-3 if options.quick else 0.2
+    rule, turn_seconds = options.stopping_rule(options.seconds), 2 * options.turn_seconds
     with workers(options, names) as (pipes, first_call):
         turns: dict[str, list[Turn]] = {name: [] for name in names}
 
@@ -126,11 +112,11 @@ def select(options: Options) -> list[str]:
     """The variants of these options.
 
     Raises:
-        ValueError: a word of `without` is in no name.
+        ValueError: a word of `without` is in no name, or another device than the CPU.
     """
-    lost = [word for word in options.without if not any(word in name for name in VARIANTS[2:])]
-    if lost:
-        raise ValueError(f"no variant has {', '.join(lost)} in its name; there are {', '.join(VARIANTS[2:])}")
+    if options.device not in ("auto", "cpu"):
+        raise ValueError(f"--device must be cpu, whose allocators are compared; got {options.device}")
+    check_without(options.without, list(VARIANTS[2:]))
     return [*VARIANTS[:2], *(n for n in VARIANTS[2:] if not any(word in n for word in options.without))]
 
 
@@ -140,17 +126,12 @@ def select(options: Options) -> list[str]:
 @contextmanager
 def workers(options: Options, names: list[str]) -> Iterator[tuple[dict[str, Connection], dict[str, float]]]:
     """A pipe to each variant's process, warmed up, and the seconds of its first step."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes, first_call, reference = {}, [], {}, None
+    pipes, stops, first_call, reference = {}, [], {}, None
     try:
         for name in names:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(name, options, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
-            pipes[name] = ours
-            loss, first_call[name] = ours.recv()  # one by one: nobody starts while another warms up
+            pipes[name], stop = start_worker(name, options)
+            stops.append(stop)
+            loss, first_call[name] = pipes[name].recv()  # one by one: nobody starts while another warms up
             reference = loss if reference is None else reference
             if not abs(loss - reference) <= LOSS_TOLERANCE * abs(reference):
                 raise measure.Disagreement(
@@ -160,34 +141,52 @@ def workers(options: Options, names: list[str]) -> Iterator[tuple[dict[str, Conn
             measure.progress.print(f"{name}: first call {first_call[name]:.1f} s")
         yield pipes, first_call
     finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+        for stop in stops:
+            stop()
+
+
+def start_worker(name: str, options: Options) -> tuple[Connection, Callable[[], None]]:
+    """A fresh process that serves a variant: the pipe to it, and what ends it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(name, options, theirs), daemon=True)
+    process.start()
+    theirs.close()
+
+    def stop() -> None:
+        process.terminate()
+        process.join()
+
+    return ours, stop
 
 
 def serve(name: str, options: Options, pipe: Connection) -> None:
-    """A variant's process: send loss and seconds of the first step, then a `Turn` for every time asked."""
+    """Send loss and seconds of a variant's first step, then a `Turn` for every time asked, until hung up."""
     os.environ[runtime.ALLOCATOR_VARIABLE] = "tuned" if "tuned" in name else "stock"
-    backend = conditions.QUICK_BACKEND if options.quick else "inductor"
     conditions.set_up("cpu", options.threads)  # the allocator first: nothing large is there yet
     case = networks.make_case(options.model, options.batch, options.size)
     compiles = "compiled" in name
-    with conditions.empty_compiler_cache(backend, compiles=compiles):
+    with conditions.empty_compiler_cache(options.backend, compiles=compiles):
         if name.startswith("stock"):
             step = make_stock_step(case)
         else:
-            step = make_our_step(case, options.threads, backend if compiles else None)
+            step = make_our_step(case, options.threads, options.backend if compiles else None)
         start = time.perf_counter()
         loss = step()
         pipe.send((loss, time.perf_counter() - start))
         timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
         one = timer.timeit(1).mean
-        while True:
-            steps = max(1, round(pipe.recv() / one))
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            seconds = timer.timeit(steps).mean
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-            pipe.send(Turn(seconds, faults / (steps + WARM_UP), memory.status_bytes("VmHWM")))
+        with suppress(EOFError):
+            while True:
+                pipe.send(take_turn(timer, max(1, round(pipe.recv() / one))))
+
+
+def take_turn(timer: Timer, steps: int) -> Turn:
+    """Seconds and page faults of that many steps."""
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    seconds = timer.timeit(steps).mean
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return Turn(seconds, faults / (steps + WARM_UP), memory.status_bytes("VmHWM"))
 
 
 def make_stock_step(case: Case) -> Callable[[], float]:
@@ -229,36 +228,30 @@ def make_our_step(case: Case, threads: int | None, backend: str | None) -> Calla
 
 
 def publish(options: Options, where: dict[str, Any], rows: list[Row], turns: dict[str, list[Turn]]) -> None:
+    """Table, result file and picture."""
     faults = {name: float(np.median([turn.faults for turn in of])) for name, of in turns.items()}
-    toy = ", toy run" if options.quick else ""
-    title = f"{options.model}, training step, batch {options.batch}, {options.size} px{toy}"
     texts = {name: f"{count:,.0f}" for name, count in faults.items()}
-    more = {"page faults a step": texts}
-    report.show(report.as_table(f"{title}; peak memory of the whole process", rows, "stock", more))
-    if not options.write:
-        return
-    stem = f"allocator-{options.model}-n{options.batch}-{options.size}px-{environment.machine()}"
-    path = options.results / f"{stem}.json"
-    pictures.bars(
-        path.with_suffix(".png"),
-        [as_bar(row, f"{texts[row.name]} page faults") for row in rows if row.name != AGAIN],
-        title=title,
-        subtitle=conditions.describe(where),
-        xlabel="time of a step / stock loop under the stock allocator (shorter is faster; 95 % intervals)",
-        colours=COLOURS,
-        noise=next(row.ratio for row in rows if row.name == AGAIN),
+    title = (
+        f"{options.model}, training step, batch {options.batch}, {options.size} px{options.toy_note}; "
+        "peak memory of the whole process"
     )
-    result = {
-        "options": vars(options),
-        "environment": where,
-        "figures": report.as_json(rows),
-        "page_faults": faults,
-        "seconds": {name: [turn.seconds for turn in of] for name, of in turns.items()},
-    }
-    report.write(path, result)
-
-
-def as_bar(row: Row, note: str) -> pictures.Bar:
-    loop, _, allocator = row.name.rpartition(", ")
-    speed = f"{row.ratio.median:.2f}   {report.rate(row.images_per_second)} img/s, {note}"
-    return pictures.Bar(loop, row.ratio, speed, allocator)
+    style = report.Bars(
+        AGAIN,
+        "time of a step / stock loop under the stock allocator (shorter is faster; 95 % intervals)",
+        COLOURS,
+        group=lambda name: name.rpartition(", ")[2],
+        label=lambda name: name.rpartition(", ")[0],
+        note=lambda row: f"{report.speed(row)}, {texts[row.name]} page faults",
+    )
+    report.publish(
+        options,
+        where,
+        f"allocator-{options.model}-n{options.batch}-{options.size}px",
+        {
+            "figures": report.as_json(rows),
+            "page_faults": faults,
+            "seconds": {name: [turn.seconds for turn in of] for name, of in turns.items()},
+        },
+        tables=[report.as_table(title, rows, "stock", {"page faults a step": texts})],
+        draw=lambda path: report.draw_bars(path, title.partition(";")[0], where, rows, style),
+    )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.utils.benchmark import Timer
 
 from benchmarks.forms.networks import Case
 from benchmarks.harness import report
-from parity import environment
+from benchmarks.harness.options import Step
 from resnet_func.losses import cross_entropy
 from resnet_func.per_sample import contract, plan
 from resnet_func.per_sample.capture import Batch, capture, make_task
@@ -22,14 +20,12 @@ HOPELESS = 20  # times the other way's estimated cost: not tried, and more memor
 WAYS = ("ghost", "materialize")
 
 
-def run(case: Case, where: dict[str, Any], results: Path | None, *, quick: bool) -> None:
-    """Measure, print the table, and write the result file where a folder is given."""
-    rows = measure(case, min_run_time=1e-3 if quick else 0.3)
-    n, _, _, width = case.x.shape
-    Console().print(as_table(f"norms of {case.name}, batch {n}, {width} px, milliseconds", rows))
-    if results is not None:
-        name = f"layers-{case.name}-n{n}-{width}px-{environment.machine(where['device'])}.json"
-        report.write(results / name, {"environment": where, "layers": rows})
+def run(options: Step, case: Case, where: dict[str, Any]) -> None:
+    """Measure, print the table, and write the result file."""
+    rows = measure(case, min_run_time=1e-3 if options.quick else 0.3)
+    name = f"{case.name}-n{options.batch}-{options.size}px"
+    title = f"norms of {case.name}, batch {options.batch}, {options.size} px, milliseconds{options.toy_note}"
+    report.publish(options, where, f"layers-{name}", {"layers": rows}, tables=[as_table(title, rows)])
 
 
 def measure(case: Case, min_run_time: float) -> list[dict[str, Any]]:

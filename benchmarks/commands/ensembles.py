@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,10 @@ import torch
 from benchmarks.forms import ensemble_forms, networks
 from benchmarks.forms.ensemble_forms import AGAIN, BASELINE, FORMS, Work
 from benchmarks.forms.networks import Case
-from benchmarks.forms.variants import FORMATS
+from benchmarks.forms.step import FORMATS
 from benchmarks.harness import conditions, measure, memory, pictures, report
-from benchmarks.harness.conditions import check_words
-from benchmarks.harness.report import RESULTS, Row
-from benchmarks.harness.statistics import Rule
-from parity import environment
+from benchmarks.harness.options import Compared, check_without, check_words, toy
+from benchmarks.harness.report import Row
 from resnet_func.app import runtime
 
 COLOURS = {
@@ -39,35 +36,15 @@ NOISE = f"{AGAIN}, NCHW"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Compared):
     """Measure the training step of K networks, by vmap and otherwise."""
 
-    model: str = "resnet20"
-    """A network of the zoo."""
     members: tuple[int, ...] = (4, 16)
     """Networks in an ensemble; each number is measured apart."""
     batch: int = 64
     """Images a step, of each network."""
-    size: int = 32
-    """Side of the images in pixels; up to 64 torchvision's networks get the CIFAR stem."""
     layout: tuple[str, ...] = ("NCHW", "channels_last")
     """Of images and convolution weights."""
-    threads: int | None = None
-    """Inside one operation, or side by side, on the CPU; as many as torch takes if left out."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    without: tuple[str, ...] = ()
-    """Leave out the forms whose names contain one of these words, such as compiled."""
-    memory: bool = True
-    """Whether to look at peak memory, each form in a fresh process."""
-    seconds: float = 300.0
-    """Time after which timing stops, if the interquartile ranges are not under 10 % before."""
-    quick: bool = False
-    """A toy: two of resnet8, 2 images of 8 pixels, traced without generating code. No measurement."""
-    write: bool = True
-    """Whether to write the result file and the picture."""
-    results: Path = RESULTS
-    """The folder for both."""
 
 
 def run(options: Options) -> None:
@@ -77,12 +54,11 @@ def run(options: Options) -> None:
         ValueError: options that cannot be.
         Disagreement: a form computes something else.
     """
-    if options.quick:
-        options = replace(options, model=networks.TOY, members=(2,), batch=2, size=8)
+    options = toy(options, members=(2,), batch=2)
     names = select(options)
     machine = conditions.set_up(options.device, options.threads)
     for count in options.members:
-        where = environment.capture(str(machine.device)) | {"allocator": machine.allocator}
+        where = conditions.capture(machine)
         rows, raw = measure_one(options, machine, names, count)
         publish(options, where, count, rows, raw)
 
@@ -98,9 +74,7 @@ def select(options: Options) -> dict[str, tuple[str, str]]:
         raise ValueError(f"--members must be numbers of 1 or more; got {options.members or 'nothing'}")
     rows = {f"{form}, {layout}": (form, layout) for form in FORMS for layout in options.layout}
     rows = {name: row for name, row in rows.items() if row[0] != AGAIN}
-    lost = [word for word in options.without if not any(word in name for name in rows)]
-    if lost:
-        raise ValueError(f"no form has {', '.join(lost)} in its name; there are {'; '.join(rows)}")
+    check_without(options.without, list(rows), "form")
     rows = {name: row for name, row in rows.items() if not any(word in name for word in options.without)}
     return {FIRST: (BASELINE, "NCHW"), NOISE: (AGAIN, "NCHW"), **rows}
 
@@ -109,17 +83,21 @@ def measure_one(
     options: Options, machine: runtime.Runtime, names: dict[str, tuple[str, str]], count: int
 ) -> tuple[list[Row], dict[str, Any]]:
     """Rows of an ensemble of `count`, and what else goes into the result file."""
-    backend = conditions.QUICK_BACKEND if options.quick else "inductor"
     cases = make_cases(options, count, machine.device)
     works = {
-        name: Work(form, layout, cases, machine.threads, backend) for name, (form, layout) in names.items()
+        name: Work(form, layout, cases, machine.threads, options.backend)
+        for name, (form, layout) in names.items()
     }
-    rule = conditions.QUICK if options.quick else Rule(seconds=options.seconds)
-    with conditions.empty_compiler_cache(backend, compiles=any("compiled" in name for name in names)):
+    with conditions.empty_compiler_cache(options.backend, compiles=any("compiled" in name for name in names)):
         makers = {name: partial(ensemble_forms.make_variant, work) for name, work in works.items()}
         ready = measure.prepare(makers, FIRST)
-        turn = 1e-3 if options.quick else 0.1
-        seconds = measure.time_steps(ready.steps, FIRST, rule, threads=machine.threads, turn_seconds=turn)
+        seconds = measure.time_steps(
+            ready.steps,
+            FIRST,
+            options.stopping_rule(options.seconds),
+            threads=machine.threads,
+            turn_seconds=options.turn_seconds,
+        )
         looked_at = list(seconds)[: 1 if options.quick else None] if options.memory else []
         kind = machine.device.type
         peaks = {
@@ -147,39 +125,32 @@ def make_cases(options: Options, count: int, device: torch.device) -> tuple[Case
 def alone(options: Options, count: int, form: str, layout: str) -> Callable[[], Any]:
     """A form's step in a process of its own."""
     machine = conditions.set_up_alone(options.device, options.threads)
-    backend = conditions.QUICK_BACKEND if options.quick else "inductor"
     cases = make_cases(options, count, machine.device)
-    return ensemble_forms.make_variant(Work(form, layout, cases, machine.threads, backend)).step
+    return ensemble_forms.make_variant(Work(form, layout, cases, machine.threads, options.backend)).step
 
 
 def publish(
     options: Options, where: dict[str, Any], count: int, rows: list[Row], raw: dict[str, Any]
 ) -> None:
-    toy = ", toy run" if options.quick else ""
-    title = f"{count} of {options.model}, training step, batch {options.batch} each, {options.size} px{toy}"
-    report.show(report.as_table(title, rows, "one by one"))
-    for name, reason in raw["skipped"].items():
-        report.say(f"left out: {name}: {reason}")
-    if not options.write:
-        return
-    stem = f"ensembles-{options.model}-k{count}-n{options.batch}-{options.size}px"
-    path = options.results / f"{stem}-{environment.machine(where['device'])}.json"
-    pictures.bars(
-        path.with_suffix(".png"),
-        [as_bar(row) for row in rows if row.name != NOISE],
-        title=title,
-        subtitle=conditions.describe(where),
-        xlabel="time of a step of all / one after another, eager, NCHW (shorter is faster; 95 % intervals)",
-        colours=COLOURS,
-        noise=next(row.ratio for row in rows if row.name == NOISE),
+    """Table, result file and picture of one ensemble."""
+    title = (
+        f"{count} of {options.model}, training step, batch {options.batch} each, "
+        f"{options.size} px{options.toy_note}"
     )
-    options = replace(options, members=(count,))
-    report.write(
-        path, {"options": vars(options), "environment": where, "figures": report.as_json(rows), **raw}
+    report.publish(
+        replace(options, members=(count,)),
+        where,
+        f"ensembles-{options.model}-k{count}-n{options.batch}-{options.size}px",
+        {"figures": report.as_json(rows), **raw},
+        tables=[report.as_table(title, rows, "one by one")],
+        notes=report.left_out(raw["skipped"]),
+        draw=lambda path: report.draw_bars(path, title, where, rows, STYLE),
     )
 
 
-def as_bar(row: Row) -> pictures.Bar:
-    note = f"{row.ratio.median:.2f}   {report.rate(row.images_per_second)} img/s"
-    group = next(group for group in COLOURS if row.name.startswith(group))
-    return pictures.Bar(row.name, row.ratio, note, group)
+STYLE = report.Bars(
+    NOISE,
+    "time of a step of all / one after another, eager, NCHW (shorter is faster; 95 % intervals)",
+    COLOURS,
+    group=lambda name: next(group for group in COLOURS if name.startswith(group)),
+)

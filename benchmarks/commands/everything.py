@@ -10,10 +10,9 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.harness import measure
-from benchmarks.harness.report import RESULTS
+from benchmarks.harness.options import RESULTS, Output
 
 FULL = (
     "throughput --model resnet20 --batch 128",
@@ -45,17 +44,11 @@ QUICK = (
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Output):
     """Run every benchmark."""
 
-    quick: bool = False
-    """Toys, to see that each works. No measurement."""
     threads: int | None = None
     """Inside one operation, on the CPU; as many as torch takes if left out."""
-    write: bool = True
-    """Whether to write result files and pictures."""
-    results: Path = RESULTS
-    """The folder for both."""
 
 
 def run(options: Options) -> None:

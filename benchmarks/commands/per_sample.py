@@ -12,12 +12,10 @@ instead, which is what plans choose between.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 import resnet_func as rf
@@ -27,9 +25,9 @@ from benchmarks.forms.loop_check import MAX_NORM
 from benchmarks.forms.networks import Case
 from benchmarks.forms.peers import PEERS, make_jax_plain, make_peer
 from benchmarks.harness import conditions, measure, memory, pictures, report
-from benchmarks.harness.report import RESULTS, Row
-from benchmarks.harness.statistics import Rule
-from parity import environment
+from benchmarks.harness.options import Compared, check_without, toy
+from benchmarks.harness.report import Row
+from benchmarks.harness.statistics import Seconds
 from resnet_func import tree
 from resnet_func.losses import cross_entropy
 
@@ -46,15 +44,11 @@ COLOURS = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Compared):
     """Measure per-sample gradients against the ordinary step."""
 
-    model: str = "resnet20"
-    """A network of the zoo, built with GroupNorm."""
     batch: int = 64
     """Images a step."""
-    size: int = 32
-    """Side of the images in pixels; up to 64 torchvision's networks get the CIFAR stem."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16 puts autocast around every variant, the plain step too."""
     compile: bool = False
@@ -65,22 +59,6 @@ class Options:
     """Measure other libraries' clipped sums too; needs the extra `bench`."""
     layers: bool = False
     """Time every convolution's ghost norm and materialised norm, and the plan's choice between them."""
-    threads: int | None = None
-    """Inside one operation, on the CPU; as many as torch takes if left out."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    without: tuple[str, ...] = ()
-    """Leave out the variants whose names contain one of these words, such as loop."""
-    memory: bool = True
-    """Whether to look at peak memory, each variant in a fresh process."""
-    seconds: float = 300.0
-    """Time after which timing stops, if the interquartile ranges are not under 10 % before."""
-    quick: bool = False
-    """A toy: resnet8, 4 images of 8 pixels. No measurement."""
-    write: bool = True
-    """Whether to write the result file and the picture."""
-    results: Path = RESULTS
-    """The folder for both."""
 
 
 def run(options: Options) -> None:
@@ -90,19 +68,23 @@ def run(options: Options) -> None:
         ValueError: options that cannot be.
         Disagreement: a variant computes something else.
     """
-    options = replace(options, model=networks.TOY, batch=4, size=8) if options.quick else options
+    options = toy(options)
     names = select(options)
     machine = set_up(options)
     case = make_case(options, machine.device)
-    where = environment.capture(str(machine.device)) | {"allocator": machine.allocator}
+    where = conditions.capture(machine)
     if options.layers:
-        contractions.run(case, where, options.results if options.write else None, quick=options.quick)
+        contractions.run(options, case, where)
         return
     steps = {name: make_step(name, options, case) for name in names}
     loop_check.check(steps, case, allowed=5e-3 if options.dtype == "fp32" else 0.1)
-    rule = conditions.QUICK if options.quick else Rule(seconds=options.seconds)
-    turn = 1e-3 if options.quick else 0.1
-    seconds = measure.time_steps(steps, BASELINE, rule, threads=machine.threads, turn_seconds=turn)
+    seconds = measure.time_steps(
+        steps,
+        BASELINE,
+        options.stopping_rule(options.seconds),
+        threads=machine.threads,
+        turn_seconds=options.turn_seconds,
+    )
     # JAX compiles where the others allocate: what its process takes at most says nothing of the step
     looked_at = [name for name in names if "JAX" not in name] if options.memory else []
     peaks = {name: memory.peak_bytes(alone, options, name, device=machine.device.type) for name in looked_at}
@@ -116,9 +98,7 @@ def select(options: Options) -> list[str]:
     Raises:
         ValueError: a word of `without` is in no name, or peers where they cannot be compared.
     """
-    lost = [word for word in options.without if not any(word in name for name in VARIANTS[2:])]
-    if lost:
-        raise ValueError(f"no variant has {', '.join(lost)} in its name; there are {', '.join(VARIANTS[2:])}")
+    check_without(options.without, list(VARIANTS[2:]))
     if options.peers and (options.compile or options.dtype != "fp32"):
         raise ValueError("other libraries are measured as they come, eager and in fp32; leave out --peers")
     names = [name for name in VARIANTS if options.peers or name not in OTHERS]
@@ -201,35 +181,23 @@ def alone(options: Options, name: str) -> Callable[[], Any]:
 # --------------------------------------------------------------------------- results
 
 
-def publish(
-    options: Options, where: dict[str, Any], rows: list[Row], seconds: dict[str, list[float]]
-) -> None:
+def publish(options: Options, where: dict[str, Any], rows: list[Row], seconds: Seconds) -> None:
+    """Table, result file and picture."""
     kind = f"{options.dtype}, {'compiled' if options.compile else 'eager'}"
     title = (
         f"{options.model} with GroupNorm, batch {options.batch}, {options.size} px, {kind}, "
-        f"{options.allocator} allocator{', toy run' if options.quick else ''}"
+        f"{options.allocator} allocator{options.toy_note}"
     )
-    Console().print(report.as_table(title, rows, BASELINE))
-    if not options.write:
-        return
     words = [options.model, f"n{options.batch}", f"{options.size}px"]
     words += ["bf16"] * (options.dtype == "bf16") + ["compiled"] * options.compile
     words += ["stock"] * (options.allocator == "stock")
-    path = options.results / f"per-sample-{'-'.join(words)}-{environment.machine(where['device'])}.json"
-    noise = next(row.ratio for row in rows if row.name == AGAIN)
-    shown = [row for row in rows if row.name not in (BASELINE, AGAIN)]
-    pictures.bars(
-        path.with_suffix(".png"),
-        [pictures.Bar(row.name, row.ratio, f"{row.ratio.median:.2f}", group(row.name)) for row in shown],
-        title=title,
-        subtitle=conditions.describe(where),
-        xlabel="time / plain step: forward and backward of the mean loss (bars: 95 % intervals)",
-        colours=COLOURS,
-        noise=noise,
-    )
-    figures = report.as_json(rows)
-    report.write(
-        path, {"options": vars(options), "environment": where, "figures": figures, "seconds": seconds}
+    report.publish(
+        options,
+        where,
+        f"per-sample-{'-'.join(words)}",
+        {"figures": report.as_json(rows), "seconds": seconds},
+        tables=[report.as_table(title, rows, BASELINE)],
+        draw=lambda path: report.draw_bars(path, title, where, rows, STYLE),
     )
 
 
@@ -237,3 +205,13 @@ def group(name: str) -> str:
     if name in OTHERS:
         return "JAX" if "JAX" in name else "Opacus"
     return "the references" if "," in name else "ours"
+
+
+STYLE = report.Bars(
+    AGAIN,
+    "time / plain step: forward and backward of the mean loss (bars: 95 % intervals)",
+    COLOURS,
+    group,
+    note=lambda row: f"{row.ratio.median:.2f}",
+    hidden=(BASELINE,),
+)

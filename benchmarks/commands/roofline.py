@@ -14,12 +14,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -35,10 +33,9 @@ from benchmarks.harness.operations import (
     operations,
     what_of,
 )
+from benchmarks.harness.options import Threaded
 from benchmarks.harness.peaks import Peaks, median_seconds
-from benchmarks.harness.report import RESULTS
 from benchmarks.harness.roofline_picture import picture
-from parity import environment
 from resnet_func.app import runtime
 from resnet_func.autodiff import value_and_grad
 from resnet_func.losses import cross_entropy
@@ -51,33 +48,21 @@ SHOWN_ROWS = 25
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Threaded):
     """Time every layer of a training step, and draw it under the machine's roofs."""
 
     model: str = "resnet18"
     """A network of the zoo."""
-    stem: Literal["cifar", "imagenet"] = "cifar"
-    """3x3 and 10 classes, or 7x7, max-pool and 1000 classes."""
     batch: int = 32
     """Images a step."""
-    size: int = 32
-    """Side of the images in pixels."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """3x3 and 10 classes, or 7x7, max-pool and 1000 classes."""
     norm: Literal["batch", "group", "none"] = "batch"
     """Normalisation."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the activations; bf16 is autocast over fp32 parameters."""
     layout: Literal["channels_last", "contiguous"] = "channels_last"
     """Of images and convolution weights."""
-    threads: int | None = None
-    """Threads of an operation on the CPU; as many as torch takes if left out."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to measure."""
-    quick: bool = False
-    """A look in seconds, not a measurement."""
-    write: bool = True
-    """Whether to write the result file and the picture."""
-    results: Path = RESULTS
-    """The folder for both."""
 
 
 def run(options: Options) -> None:
@@ -88,16 +73,19 @@ def run(options: Options) -> None:
     """
     config, machine = prepare(options)
     print(runtime.describe(machine))
-    where = environment.capture(str(machine.device)) | {"allocator": machine.allocator}
+    where = conditions.capture(machine)
     best = peaks.measure(machine.device, quick=options.quick)
-    result = {"options": vars(options) | {"results": options.results.name}, "environment": where}
-    result |= {"peaks": best._asdict()} | measure(options, config, machine, best)
-    console = Console()
-    console.width = max(console.width, 150)  # in a file or a pipe too
-    console.print(as_table(options, result))
-    console.print(as_sentence(result["step"]), highlight=False)
-    if options.write:
-        write(options, result)
+    result = {"peaks": best._asdict()} | measure(options, config, machine, best)
+    heading = "\n".join([title_of(options), conditions.describe(where), as_sentence(result["step"])])
+    report.publish(
+        options,
+        where,
+        stem_of(options),
+        result,
+        tables=[as_table(options, result)],
+        notes=[as_sentence(result["step"])],
+        draw=lambda path: pictures.save(picture(result, heading, options.dtype), path),
+    )
 
 
 def prepare(options: Options) -> tuple[ResNetConfig, runtime.Runtime]:
@@ -270,8 +258,8 @@ def title_of(options: Options) -> str:
     )
 
 
-def write(options: Options, result: dict[str, Any]) -> None:
-    """roofline-MODEL-MACHINE.json and .png; the name says what departs from the defaults."""
+def stem_of(options: Options) -> str:
+    """roofline-MODEL, and what departs from the defaults."""
     departures = {
         f"{options.stem}-stem": options.stem != Options.stem,
         "group": options.norm == "group",
@@ -282,9 +270,4 @@ def write(options: Options, result: dict[str, Any]) -> None:
         options.layout: options.layout != Options.layout,
         "quick": options.quick,
     }
-    name = "-".join(["roofline", options.model, *(word for word, departs in departures.items() if departs)])
-    where = result["environment"]
-    path = options.results / f"{name}-{environment.machine(where['device'])}.json"
-    heading = "\n".join([title_of(options), conditions.describe(where), as_sentence(result["step"])])
-    pictures.save(picture(result, heading, options.dtype), path.with_suffix(".png"))
-    report.write(path, result)
+    return "-".join(["roofline", options.model, *(word for word, departs in departures.items() if departs)])

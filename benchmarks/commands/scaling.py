@@ -9,7 +9,7 @@ the other, so between points the machine may drift; the ratios within one do not
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.forms import networks, variants
-from benchmarks.forms.variants import BASELINE, FORMATS, TRAIN, Setting, Spec
+from benchmarks.forms.step import BASELINE, FORMATS, Setting, Spec
+from benchmarks.forms.variants import TRAIN
 from benchmarks.harness import conditions, measure, pictures, report
-from benchmarks.harness.conditions import check_words
+from benchmarks.harness.options import Step, check_words, toy
 from benchmarks.harness.pictures import Line, Panel
-from benchmarks.harness.report import RESULTS
-from benchmarks.harness.statistics import Rule, Seconds
-from parity import environment
+from benchmarks.harness.statistics import Seconds
 from resnet_func.app import runtime
 from resnet_func.machine import available_cores
 
@@ -33,35 +32,21 @@ Points = dict[int, Seconds]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Step):
     """Measure throughput against batch size and threads."""
 
-    model: str = "resnet20"
-    """A network of the zoo."""
     batches: tuple[int, ...] = (1, 4, 16, 64, 256)
     """Images a step."""
     threads: tuple[int, ...] = ()
     """Inside one operation; powers of two up to the cores if left out. The largest is for the batches."""
-    batch: int = 128
-    """Images a step where the threads change."""
-    size: int = 32
-    """Side of the images in pixels; up to 64 torchvision's networks get the CIFAR stem."""
     forms: tuple[str, ...] = ("module eager", "function eager", COMPILED)
     """Of `throughput`."""
     layout: tuple[str, ...] = ("channels_last",)
     """Of images and convolution weights, beside the eager module's NCHW."""
-    device: str = "auto"
-    """auto, cpu or cuda; on cuda, threads are left out."""
     ema: bool = True
     """Whether the step keeps a moving average of parameters and running statistics."""
     seconds: float = 40.0
     """Time after which a point stops, if the interquartile ranges are not under 10 % before."""
-    quick: bool = False
-    """A toy: eager resnet8, 2 and 4 images of 8 pixels, one thread. No measurement."""
-    write: bool = True
-    """Whether to write the result file and the picture."""
-    results: Path = RESULTS
-    """The folder for both."""
 
 
 def run(options: Options) -> None:
@@ -71,12 +56,12 @@ def run(options: Options) -> None:
         ValueError: options that cannot be.
         Disagreement: a form computes something else.
     """
-    options = toy(options) if options.quick else options
+    options = as_toy(options)
     specs = select(options)
     machine = conditions.set_up(options.device, None)
     counts = thread_counts(options, machine)
     machine = conditions.set_up(options.device, counts[-1])
-    where = environment.capture(str(machine.device)) | {"allocator": machine.allocator}
+    where = conditions.capture(machine)
     compiles = any("compiled" in spec.form for spec in specs)
     with conditions.empty_compiler_cache("inductor", compiles=compiles):
         by_batch = {n: measure_point(options, specs, n, counts[-1]) for n in options.batches}
@@ -84,9 +69,10 @@ def run(options: Options) -> None:
     publish(options, where, by_batch, by_threads)
 
 
-def toy(options: Options) -> Options:
+def as_toy(options: Options) -> Options:
+    """One thread, and only eager forms."""
     forms = tuple(form for form in options.forms if "compiled" not in form)
-    return replace(options, model=networks.TOY, batches=(2, 4), threads=(1,), batch=2, size=8, forms=forms)
+    return toy(options, batches=(2, 4), threads=(1,), batch=2, forms=forms)
 
 
 def select(options: Options) -> list[Spec]:
@@ -121,34 +107,39 @@ def measure_point(options: Options, specs: list[Spec], batch: int, threads: int)
     setting = Setting(train=True, ema=options.ema, backend="inductor")
     makers = {spec.name: partial(variants.make_variant, spec, case, setting) for spec in specs}
     steps = measure.prepare(makers, BASELINE.name).steps
-    rule = conditions.QUICK if options.quick else Rule(seconds=options.seconds)
-    turn = 1e-3 if options.quick else 0.1
-    return measure.time_steps(steps, BASELINE.name, rule, threads=threads, turn_seconds=turn)
+    return measure.time_steps(
+        steps,
+        BASELINE.name,
+        options.stopping_rule(options.seconds),
+        threads=threads,
+        turn_seconds=options.turn_seconds,
+    )
 
 
 # --------------------------------------------------------------------------- results
 
 
 def publish(options: Options, where: dict[str, Any], by_batch: Points, by_threads: Points) -> None:
-    toy = ", toy run" if options.quick else ""
-    title = f"{options.model}, training step, {options.size} px{toy}"
-    figures = {"by_batch": {}, "by_threads": {}}
-    for n, seconds in by_batch.items():
-        rows = report.rows(seconds, BASELINE.name, images=n)
-        figures["by_batch"][n] = report.as_json(rows)
-        report.show(report.as_table(f"{title}, batch {n}", rows, "module"))
-    for n, seconds in by_threads.items():
-        rows = report.rows(seconds, BASELINE.name, images=options.batch)
-        figures["by_threads"][n] = report.as_json(rows)
-        report.show(report.as_table(f"{title}, batch {options.batch}, threads {n}", rows, "module"))
-    if not options.write:
-        return
-    stem = f"scaling-{options.model}-{options.size}px"
-    path = options.results / f"{stem}-{environment.machine(where['device'])}.json"
-    draw(path.with_suffix(".png"), options, where, title, by_batch, by_threads)
-    seconds = {"by_batch": by_batch, "by_threads": by_threads}
-    report.write(
-        path, {"options": vars(options), "environment": where, "figures": figures, "seconds": seconds}
+    """A table for every point, the result file and the picture."""
+    title = f"{options.model}, training step, {options.size} px{options.toy_note}"
+    points = [("by_batch", n, n, f"batch {n}", seconds) for n, seconds in by_batch.items()]
+    points += [
+        ("by_threads", n, options.batch, f"batch {options.batch}, threads {n}", seconds)
+        for n, seconds in by_threads.items()
+    ]
+    figures: dict[str, dict[int, Any]] = {"by_batch": {}, "by_threads": {}}
+    tables = []
+    for axis, n, images, name, seconds in points:
+        rows = report.rows(seconds, BASELINE.name, images=images)
+        figures[axis][n] = report.as_json(rows)
+        tables.append(report.as_table(f"{title}, {name}", rows, "module"))
+    report.publish(
+        options,
+        where,
+        f"scaling-{options.model}-{options.size}px",
+        {"figures": figures, "seconds": {"by_batch": by_batch, "by_threads": by_threads}},
+        tables=tables,
+        draw=lambda path: draw(path, options, where, title, by_batch, by_threads),
     )
 
 

@@ -12,20 +12,18 @@ step. With more than 64 pixels torchvision's networks have their own stem and 10
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.forms import networks, variants
-from benchmarks.forms.variants import AGAIN, BASELINE, JAX, Setting, Spec
+from benchmarks.forms.step import AGAIN, BASELINE, FORMATS, JAX, Setting, Spec
 from benchmarks.harness import conditions, measure, memory, pictures, report
-from benchmarks.harness.conditions import check_words
-from benchmarks.harness.report import RESULTS, Row
-from benchmarks.harness.statistics import Rule, Seconds, ratio
-from parity import environment
+from benchmarks.harness.options import Compared, check_words, toy
+from benchmarks.harness.report import Row
+from benchmarks.harness.statistics import Seconds, ratio
 from resnet_func.app import runtime
 from resnet_func.machine import has_bf16
 
@@ -41,39 +39,17 @@ COLOURS = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Compared):
     """Measure a training step, or inference, of every form, layout and precision."""
 
-    model: str = "resnet20"
-    """A network of the zoo."""
-    batch: int = 128
-    """Images a step."""
-    size: int = 32
-    """Side of the images in pixels; up to 64 torchvision's networks get the CIFAR stem."""
     task: str = "training"
     """training or inference."""
     dtype: tuple[str, ...] = ("auto",)
     """fp32, bf16 (autocast) or both; auto is fp32, and bf16 where the hardware multiplies it."""
     layout: tuple[str, ...] = ("NCHW", "channels_last")
     """Of images and convolution weights."""
-    threads: int | None = None
-    """Inside one operation, on the CPU; as many as torch takes if left out."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
     ema: bool = True
     """Whether the step keeps a moving average of parameters and running statistics."""
-    without: tuple[str, ...] = ()
-    """Leave out the variants whose names contain one of these words, such as compiled or JAX."""
-    memory: bool = True
-    """Whether to look at peak memory, each variant in a fresh process."""
-    seconds: float = 300.0
-    """Time after which timing stops, if the interquartile ranges are not under 10 % before."""
-    quick: bool = False
-    """A toy: resnet8, 4 images of 8 pixels, traced without generating code. No measurement."""
-    write: bool = True
-    """Whether to write the result file and the picture."""
-    results: Path = RESULTS
-    """The folder for both."""
 
 
 def run(options: Options) -> None:
@@ -83,13 +59,12 @@ def run(options: Options) -> None:
         ValueError: options that cannot be.
         Disagreement: a variant computes something else.
     """
-    options = toy(options) if options.quick else options
+    options = toy(options)
     check(options)
     machine = conditions.set_up(options.device, options.threads)
     case = networks.make_case(options.model, options.batch, options.size, machine.device)
     wanted = select(options, machine)
-    where = environment.capture(str(machine.device)) | {"allocator": machine.allocator}
-    rule = conditions.QUICK if options.quick else Rule(seconds=options.seconds)
+    where = conditions.capture(machine)
     compiles = any("compiled" in spec.form for spec in wanted)
     with conditions.empty_compiler_cache(setting(options).backend, compiles=compiles):
         makers = {spec.name: partial(variants.make_variant, spec, case, setting(options)) for spec in wanted}
@@ -97,9 +72,9 @@ def run(options: Options) -> None:
         seconds = measure.time_steps(
             ready.steps,
             BASELINE.name,
-            rule,
+            options.stopping_rule(options.seconds),
             threads=machine.threads,
-            turn_seconds=1e-3 if options.quick else 0.1,
+            turn_seconds=options.turn_seconds,
         )
         timed = [spec for spec in wanted if spec.name in seconds]
         looked_at = timed[: 1 if options.quick else None] if options.memory else []
@@ -113,24 +88,18 @@ def run(options: Options) -> None:
         compile_seconds=measure.compile_seconds(ready.first_call, seconds),
         peak_bytes=peaks,
     )
-    publish(options, machine, where, rows, {"seconds": seconds, "skipped": ready.skipped})
-
-
-def toy(options: Options) -> Options:
-    return replace(options, model=networks.TOY, batch=4, size=8)
+    publish(options, where, rows, seconds, ready.skipped)
 
 
 def check(options: Options) -> None:
     """Refuse words that no option has."""
     check_words("task", (options.task,), ("training", "inference"))
     check_words("dtype", options.dtype, ("auto", "fp32", "bf16"))
-    check_words("layout", options.layout, tuple(variants.FORMATS))
+    check_words("layout", options.layout, tuple(FORMATS))
 
 
 def setting(options: Options) -> Setting:
-    return Setting(
-        options.task == "training", options.ema, conditions.QUICK_BACKEND if options.quick else "inductor"
-    )
+    return Setting(options.task == "training", options.ema, options.backend)
 
 
 def select(options: Options, machine: runtime.Runtime) -> list[Spec]:
@@ -172,51 +141,28 @@ def prepare_alone(options: Options, spec: Spec) -> Callable[[], Any]:
 
 
 def publish(
-    options: Options, machine: runtime.Runtime, where: dict[str, Any], rows: list[Row], raw: dict[str, Any]
+    options: Options, where: dict[str, Any], rows: list[Row], seconds: Seconds, skipped: dict[str, str]
 ) -> None:
-    title = (
-        f"{options.model}, {options.task}, batch {options.batch}, {options.size} px"
-        f"{', toy run' if options.quick else ''}"
-    )
-    report.show(report.as_table(title, rows, "module"))
-    for name, reason in raw["skipped"].items():
-        report.say(f"left out: {name}: {reason}")
-    bests = against_the_function(raw["seconds"])
-    for best in bests:
-        median, low, high = best["ratio"]
-        report.say(f"{best['function']} / {best['other']}: {median:.2f} ({low:.2f}-{high:.2f})")
-    if not options.write:
-        return
-    stem = f"throughput-{options.model}-n{options.batch}-{options.size}px-{options.task}"
-    path = options.results / f"{stem}-{environment.machine(str(machine.device))}.json"
-    noise = next(row.ratio for row in rows if row.name == AGAIN.name)
-    pictures.bars(
-        path.with_suffix(".png"),
-        [
-            pictures.Bar(
-                row.name,
-                row.ratio,
-                f"{row.ratio.median:.2f}   {report.rate(row.images_per_second)} img/s",
-                group(row),
-            )
-            for row in rows
-            if row.name != AGAIN.name
-        ],
-        title=title,
-        subtitle=conditions.describe(where),
-        xlabel="time of a step / module eager, NCHW, fp32 (shorter is faster; bars: 95 % intervals)",
-        colours=COLOURS,
-        noise=noise,
-    )
-    report.write(
-        path,
+    """Table, result file and picture; in words, the fastest function against the fastest of the others."""
+    title = f"{options.model}, {options.task}, batch {options.batch}, {options.size} px{options.toy_note}"
+    bests = against_the_function(seconds)
+    ratios = ["{:.2f} ({:.2f}-{:.2f})".format(*best["ratio"]) for best in bests]
+    compared = [
+        f"{best['function']} / {best['other']}: {text}" for best, text in zip(bests, ratios, strict=True)
+    ]
+    report.publish(
+        options,
+        where,
+        f"throughput-{options.model}-n{options.batch}-{options.size}px-{options.task}",
         {
-            "options": vars(options),
-            "environment": where,
             "figures": report.as_json(rows),
             "best": [best | {"ratio": best["ratio"]._asdict()} for best in bests],
-            **raw,
+            "seconds": seconds,
+            "skipped": skipped,
         },
+        tables=[report.as_table(title, rows, "module")],
+        notes=[*report.left_out(skipped), *compared],
+        draw=lambda path: report.draw_bars(path, title, where, rows, STYLE),
     )
 
 
@@ -239,9 +185,17 @@ def against_the_function(seconds: Seconds) -> list[dict[str, Any]]:
     return found
 
 
-def group(row: Row) -> str:
-    if row.name.startswith(JAX):
+def group(name: str) -> str:
+    if name.startswith(JAX):
         return "JAX"
-    kind = row.name.split()[0].rstrip(",")
-    kind = f"{kind}, compiled" if "compiled" in row.name else kind
-    return f"{kind}, Winograd" if "Winograd" in row.name else kind
+    kind = name.split()[0].rstrip(",")
+    kind = f"{kind}, compiled" if "compiled" in name else kind
+    return f"{kind}, Winograd" if "Winograd" in name else kind
+
+
+STYLE = report.Bars(
+    AGAIN.name,
+    "time of a step / module eager, NCHW, fp32 (shorter is faster; bars: 95 % intervals)",
+    COLOURS,
+    group,
+)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.forms.networks import Case
-from benchmarks.forms.variants import FORMATS, changes, make_optimizer, tolerance
+from benchmarks.forms.step import FORMATS, changes, tolerance
+from benchmarks.forms.variants import make_optimizer
 from benchmarks.harness.conditions import compiled
 from benchmarks.harness.measure import Outcome, Skipped, Variant
 from resnet_func import tree

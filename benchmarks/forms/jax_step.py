@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.forms.networks import Case
-from benchmarks.forms.variants import EMA_DECAY, LR, MOMENTUM, WEIGHT_DECAY, Setting, Spec, changes, tolerance
+from benchmarks.forms.step import EMA_DECAY, LR, MOMENTUM, WEIGHT_DECAY, Setting, Spec, changes, tolerance
 from benchmarks.harness.measure import Outcome, Skipped, Variant
 from resnet_func import tree
 

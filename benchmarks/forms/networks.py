@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import resnet_func as rf
+from benchmarks.harness.options import TOY
 from parity.steps import loaded
 from resnet_func import tree
 from resnet_func.models import summary, zoo
 from resnet_func.types import Params, State
-
-TOY = "resnet8"  # He et al.'s family with one block a stage: not in the zoo, and quick to compile
 
 
 class Case(NamedTuple):

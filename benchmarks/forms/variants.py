@@ -8,13 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.forms.networks import Case, make_module
+from benchmarks.forms.step import (
+    AGAIN,
+    BASELINE,
+    EMA_DECAY,
+    FORMATS,
+    JAX,
+    LR,
+    MOMENTUM,
+    WEIGHT_DECAY,
+    Setting,
+    Spec,
+    changes,
+    tolerance,
+)
 from benchmarks.harness.conditions import compiled
 from benchmarks.harness.measure import Outcome, Skipped, Variant
 from resnet_func import optim, tree
@@ -23,46 +37,6 @@ from resnet_func.losses import cross_entropy
 from resnet_func.models import winograd
 from resnet_func.train import arrange, autocast, init_train_state, make_train_step
 from resnet_func.types import Params, State, TrainState
-
-LR, MOMENTUM, WEIGHT_DECAY, EMA_DECAY = 0.01, 0.9, 5e-4, 0.999
-# Relative distances that rounding excuses. A ReLU whose input rounds across zero moves a gradient, so the
-# update of a step is further off than logits are; a wrong factor or sign is at a distance of 1 or 2.
-TOLERANCES = {
-    ("training", "fp32"): 0.02,  # a ResNet-18 module in its two layouts: 0.005
-    ("training", "bf16"): 0.5,
-    ("inference", "fp32"): 1e-3,
-    ("inference", "bf16"): 5e-2,
-}
-DEEP = 40  # convolutions: more layers have more such ReLUs
-DEEP_TOLERANCE = 0.1  # a ResNet-50 module in its two layouts: 0.04
-FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-class Spec(NamedTuple):
-    """One row of the table."""
-
-    form: str
-    layout: str = "NCHW"
-    dtype: str = "fp32"
-
-    @property
-    def name(self) -> str:
-        return f"{self.form}, {self.layout}, {self.dtype}"
-
-
-class Setting(NamedTuple):
-    """What all variants of a run share."""
-
-    train: bool
-    ema: bool
-    backend: str
-
-
-def tolerance(task: str, dtype: str, case: Case) -> float:
-    """The distance to the baseline's outcome that is put down to rounding."""
-    convolutions = sum(leaf.ndim == 4 for leaf in tree.leaves(case.params))
-    allowed = TOLERANCES[task, dtype]
-    return max(allowed, DEEP_TOLERANCE) if task == "training" and convolutions > DEEP else allowed
 
 
 def make_variant(spec: Spec, case: Case, setting: Setting) -> Variant:
@@ -129,12 +103,6 @@ def _average_of(module: nn.Module) -> AveragedModel:
     averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
     averaged.update_parameters(module)  # the first call only copies
     return averaged
-
-
-def changes(loss: Tensor, params: dict[str, Tensor], start: dict[str, Tensor]) -> Outcome:
-    """A step's loss and how far each parameter moved, as one vector: what two variants must agree on."""
-    moved = [(params[name].detach() - leaf).flatten() for name, leaf in sorted(start.items())]
-    return {"loss": loss, "update": torch.cat(moved)}
 
 
 # --------------------------------------------------------------------------- training, functions
@@ -233,9 +201,6 @@ def _inference(run: Callable[[], Tensor], spec: Spec, case: Case) -> Variant:
 
 # --------------------------------------------------------------------------- names
 
-BASELINE = Spec("module eager")
-AGAIN = Spec("module eager again")
-JAX = "JAX jit"
 TRAIN: dict[str, Callable[[Spec, Case, Setting], Variant]] = {
     BASELINE.form: _module_training,
     AGAIN.form: _module_training,

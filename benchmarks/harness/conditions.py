@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.statistics import Rule
+from parity import environment
 from resnet_func.app import runtime
 
 RECOMPILE_LIMIT = 64  # every variant is one more graph of the same few functions
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-QUICK = Rule(least=2, most=2)
-QUICK_BACKEND = "aot_eager"  # traces as the compiler does, and generates no code
 
 
 def set_up(device: str, threads: int | None) -> runtime.Runtime:
@@ -34,6 +32,11 @@ def set_up_alone(device: str, threads: int | None) -> runtime.Runtime:
     """The same in a process that looks at memory: under the C library's own allocator."""
     os.environ[runtime.ALLOCATOR_VARIABLE] = "stock"
     return set_up(device, threads)
+
+
+def capture(machine: runtime.Runtime) -> dict[str, Any]:
+    """What a result file says of the machine and of this process."""
+    return environment.capture(str(machine.device)) | {"allocator": machine.allocator}
 
 
 def compiled(function: Callable[..., Any], backend: str, mode: str | None = None) -> Any:
@@ -74,14 +77,3 @@ def describe(where: dict[str, Any]) -> str:
     allocator = f", {where['allocator']} allocator" if "allocator" in where else ""
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     return f"{where['cpu']} ({kind}), {threads}{allocator}, torch {where['torch']}"
-
-
-def check_words(name: str, given: tuple[str, ...], allowed: tuple[str, ...]) -> None:
-    """Refuse an option's words that it does not know.
-
-    Raises:
-        ValueError: a word is not allowed, or there is none.
-    """
-    wrong = [word for word in given if word not in allowed]
-    if wrong or not given:
-        raise ValueError(f"--{name} must be of {', '.join(allowed)}; got {', '.join(wrong) or 'nothing'}")

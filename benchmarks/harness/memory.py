@@ -33,10 +33,9 @@ def peak_bytes(prepare: Callable[..., Callable[[], Any]], *arguments: Any, devic
     """
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         return None
-    look = _peak_on_cpu if device == "cpu" else _peak_on_gpu
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(sender, look, prepare, arguments))
+    process = context.Process(target=_serve, args=(sender, prepare, arguments, device))
     process.start()
     sender.close()
     try:
@@ -48,15 +47,17 @@ def peak_bytes(prepare: Callable[..., Callable[[], Any]], *arguments: Any, devic
 
 
 def _serve(
-    pipe: Connection,
-    look: Callable[[Callable[[], Any]], int],
-    prepare: Callable[..., Callable[[], Any]],
-    arguments: tuple[Any, ...],
+    pipe: Connection, prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], device: str
 ) -> None:
+    pipe.send(peak_bytes_here(prepare, *arguments, device=device))
+
+
+def peak_bytes_here(prepare: Callable[..., Callable[[], Any]], *arguments: Any, device: str = "cpu") -> int:
+    """The same in this process, whose allocator and history count too."""
     step = prepare(*arguments)
     step()
     gc.collect()
-    pipe.send(look(step))
+    return _peak_on_cpu(step) if device == "cpu" else _peak_on_gpu(step)
 
 
 def _peak_on_gpu(step: Callable[[], Any]) -> int:

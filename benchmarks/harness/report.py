@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness import conditions, pictures
+from benchmarks.harness.options import Output
 from benchmarks.harness.statistics import Ratio, Seconds, ratio
+from parity import environment
 from resnet_func import files
 
-RESULTS = Path(__file__).parents[1] / "results"
 WIDE = 140
 
 
@@ -114,9 +117,90 @@ def rate(images_per_second: float) -> str:
     return f"{images_per_second:.2g}" if images_per_second < 10 else f"{images_per_second:,.0f}"
 
 
+def speed(row: Row) -> str:
+    """Ratio and images a second, as they stand beside a bar."""
+    return f"{row.ratio.median:.2f}   {rate(row.images_per_second)} img/s"
+
+
 def as_json(rows: list[Row]) -> dict[str, Any]:
     """Figures by variant."""
     return {row.name: {**row._asdict(), "ratio": row.ratio._asdict()} for row in rows}
+
+
+class Bars(NamedTuple):
+    """How rows become a picture of bars.
+
+    Args:
+        again: The row that repeats the baseline: the noise floor.
+        xlabel: What the length of a bar is.
+        colours: Of each group.
+        group: The group of a row by its name.
+        label, note: What stands beside a bar, and after it; the name, and ratio and speed, if left out.
+        hidden: Rows that have no bar, beside `again`.
+    """
+
+    again: str
+    xlabel: str
+    colours: Mapping[str, str]
+    group: Callable[[str], str]
+    label: Callable[[str], str] = str
+    note: Callable[[Row], str] = lambda row: speed(row)
+    hidden: tuple[str, ...] = ()
+
+
+def draw_bars(path: Path, title: str, where: Mapping[str, Any], rows: Sequence[Row], style: Bars) -> None:
+    """The picture of a comparison: its rows as bars, the baseline's repetition as the noise floor."""
+    shown = [row for row in rows if row.name not in (style.again, *style.hidden)]
+    pictures.bars(
+        path,
+        [
+            pictures.Bar(style.label(row.name), row.ratio, style.note(row), style.group(row.name))
+            for row in shown
+        ],
+        title=title,
+        subtitle=conditions.describe(dict(where)),
+        xlabel=style.xlabel,
+        colours=style.colours,
+        noise=next(row.ratio for row in rows if row.name == style.again),
+    )
+
+
+def publish(
+    options: Output,
+    where: Mapping[str, Any],
+    stem: str,
+    result: Mapping[str, Any],
+    *,
+    tables: Sequence[Table],
+    notes: Sequence[str] = (),
+    draw: Callable[[Path], None] | None = None,
+) -> None:
+    """Print the tables; where the options say so, write the result file, and draw its picture beside it.
+
+    Args:
+        options: Of the run; the result file holds them.
+        where: From `conditions.capture`.
+        stem: The files' name, to which the machine is added.
+        result: What the file holds beside options, date and environment.
+        tables, notes: For the terminal, the notes below.
+        draw: Draws the picture into the file that it is given.
+    """
+    for table in tables:
+        show(table)
+    for note in notes:
+        say(note)
+    if not options.write:
+        return
+    path = options.results / f"{stem}-{environment.machine(where['device'])}.json"
+    if draw is not None:
+        draw(path.with_suffix(".png"))
+    today = datetime.now(UTC).date().isoformat()
+    write(path, {"options": vars(options), "date": today, "environment": where, **result})
+
+
+def left_out(skipped: Mapping[str, str]) -> list[str]:
+    """A note on each variant that could not run, with the reason."""
+    return [f"left out: {name}: {reason}" for name, reason in skipped.items()]
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:

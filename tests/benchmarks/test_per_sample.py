@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.commands import contractions, per_sample
 from benchmarks.forms import loop_check
-from benchmarks.harness import measure
+from benchmarks.harness import measure, memory
+from resnet_func.app import runtime
 
 
 def test_a_toy_run_writes_figures_and_picture(tmp_path: Path) -> None:
@@ -33,7 +35,18 @@ def test_both_ways_of_each_layer(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_peak_memory_of_a_variant_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "look",
+    [
+        pytest.param(memory.peak_bytes_here, id="in-process"),
+        pytest.param(memory.peak_bytes, id="fresh-process", marks=pytest.mark.nightly),
+    ],
+)
+def test_peak_memory_of_a_variant_is_looked_at(
+    look: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(runtime.ALLOCATOR_VARIABLE, "stock")  # put back afterwards: looking sets it
+    monkeypatch.setattr(memory, "peak_bytes", look)
     words = ["--without", "norms", "grads", "clipped_sum", "--no-write"]
     assert main(["per-sample", "--quick", *words]) == 0
     assert "peak MB" in capsys.readouterr().out

@@ -216,7 +216,7 @@ def test_a_run_writes_its_file_and_its_picture(tmp_path: Path, capsys: pytest.Ca
     (written,) = (tmp_path / "results").glob("roofline-resnet20-n2-8px-quick-*.json")
     assert written.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     result = json.loads(written.read_text("utf-8"))
-    assert set(result) == {"options", "environment", "peaks", "step", "operations", "stages"}
+    assert set(result) == {"options", "date", "environment", "peaks", "step", "operations", "stages"}
     assert str(tmp_path) not in written.read_text("utf-8")
     step, rows = result["step"], result["operations"]
     assert list(result["stages"]) == ["stem", "layer1", "layer2", "layer3", "head"]

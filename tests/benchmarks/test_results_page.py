@@ -1,0 +1,92 @@
+"""RESULTS.md is what the committed result files say, and its commands are those that made them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.__main__ import main, parse
+from benchmarks.commands import results_page
+from benchmarks.harness.markdown import NOT_WRITTEN, command_of, machine_of
+from benchmarks.harness.options import RESULTS
+
+FILES = results_page.read(RESULTS)
+
+
+def test_the_page_is_current() -> None:
+    page = results_page.PAGE.read_text(encoding="utf-8")
+    assert page == results_page.document(RESULTS), "run `python -m benchmarks report`"
+
+
+def test_every_result_file_is_on_the_page() -> None:
+    assert {result.path for result in FILES} == set(RESULTS.glob("*.json"))
+    page = results_page.PAGE.read_text(encoding="utf-8")
+    assert all(f"results/{path.relative_to(RESULTS)}" in page for path in RESULTS.rglob("*.png"))
+
+
+@pytest.mark.parametrize("result", FILES, ids=[result.path.stem for result in FILES])
+def test_the_command_of_a_file_has_its_options(result: results_page.Result) -> None:
+    recorded = result.content["options"]
+    command = command_of(result.kind, recorded, results_page.MODULES[result.kind].Options)
+    _, options = parse(shlex.split(command.partition("-m benchmarks ")[2]))
+    understood = json.loads(json.dumps({k: v for k, v in vars(options).items() if k not in NOT_WRITTEN}))
+    assert {name: understood[name] for name in recorded if name not in NOT_WRITTEN} == {
+        name: value for name, value in recorded.items() if name not in NOT_WRITTEN
+    }
+
+
+def copied(name: str, folder: Path, **where: Any) -> dict[str, Any]:
+    """A committed file, as if measured on another machine."""
+    (path,) = RESULTS.glob(f"{name}-*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["environment"] |= where
+    stem = path.stem.removesuffix("-epyc-zen3-2c")
+    target = folder / f"{stem}-{machine_of(content['environment'])}.json"
+    target.write_text(json.dumps(content), encoding="utf-8")
+    return content
+
+
+def test_machines_stand_side_by_side(tmp_path: Path) -> None:
+    first = copied("per-sample-resnet18-n128", tmp_path)
+    second = copied("per-sample-resnet18-n128", tmp_path, cpu="Intel Xeon", microarchitecture=None, cores=4)
+    assert machine_of(second["environment"]) == "xeon-avx2-4c"
+    page = results_page.document(tmp_path)
+    (head,) = [line for line in page.splitlines() if line.startswith("| what |")]
+    for content in (first, second):
+        assert f"{machine_of(content['environment'])}: images/s" in head
+    assert page.count("### ") == 1
+    row = next(line for line in page.splitlines() if line.startswith("| grads |"))
+    assert row.count("1.26 (0.97-1.63)") == 2
+
+
+def test_a_variant_that_one_machine_lacks_is_an_empty_cell(tmp_path: Path) -> None:
+    copied("per-sample-resnet18-n128", tmp_path)
+    other = copied("per-sample-resnet18-n128", tmp_path, cores=4)
+    del other["figures"]["grads"]
+    (path,) = tmp_path.glob("*-4c.json")
+    path.write_text(json.dumps(other), encoding="utf-8")
+    row = next(line for line in results_page.document(tmp_path).splitlines() if "| grads |" in line)
+    assert row.endswith("|  |  |")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"environment": 3}'])
+def test_what_is_no_result_file_is_named(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scaling-x.json").write_text(text, encoding="utf-8")
+    page = tmp_path / "page.md"
+    assert main(["report", "--results", str(tmp_path), "--page", str(page)]) == 2
+    error = capsys.readouterr().err
+    assert "scaling-x.json is no result file" in error
+    assert error.count("\n") == 1
+    assert not page.exists()
+
+
+def test_the_command_writes_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    assert main(["report", "--page", str(page)]) == 0
+    assert page.read_text(encoding="utf-8") == results_page.document(RESULTS)
