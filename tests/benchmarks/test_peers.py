@@ -13,7 +13,7 @@ from tests.per_sample.cases import generator
 
 
 @pytest.mark.parametrize("peer", peers.PEERS)
-@pytest.mark.parametrize("name", ["resnet18", "resnet20"])
+@pytest.mark.parametrize("name", ["resnet20", pytest.param("resnet18", marks=pytest.mark.nightly)])
 @pytest.mark.filterwarnings("ignore")
 def test_peers_agree_in_float64(name: str, peer: str) -> None:
     library = peer.partition(",")[0].lower()

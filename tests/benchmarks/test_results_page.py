@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import shlex
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from benchmarks.__main__ import main, parse
 from benchmarks.commands import results_page
+from benchmarks.harness import markdown
 from benchmarks.harness.markdown import NOT_WRITTEN, command_of, machine_of
 from benchmarks.harness.options import RESULTS
 
@@ -90,3 +93,9 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     assert main(["report", "--page", str(page)]) == 0
     assert page.read_text(encoding="utf-8") == results_page.document(RESULTS)
+
+
+@pytest.mark.parametrize("module", [markdown, results_page])
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    attempted = doctest.testmod(module, raise_on_error=True).attempted
+    assert attempted

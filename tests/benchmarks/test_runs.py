@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.__main__ import main
 from benchmarks.commands import allocator, throughput
-from benchmarks.forms import networks, variants
+from benchmarks.forms import ensemble_forms, networks, variants
+from benchmarks.forms.ensemble_forms import Work
 from benchmarks.forms.step import AGAIN, FORMATS, JAX, Setting, Spec
 from benchmarks.harness import conditions, measure
 from benchmarks.harness.options import QUICK_BACKEND, toy
@@ -131,6 +133,17 @@ def test_ensembles(tmp_path: Path) -> None:
         "vmap of matrix products",
     )
     check_figures(result["figures"], {f"{name}, eager, NCHW" for name in names})
+
+
+@pytest.mark.parametrize(
+    "form", [form for form in ensemble_forms.FORMS if "compiled" not in form and "side" not in form]
+)
+def test_an_ensemble_computes_on_the_device_of_its_cases(form: str) -> None:
+    with FakeTensorMode():  # refuses to mix devices, as a GPU would
+        cases = tuple(networks.make_case(networks.TOY, 2, 8, "meta", seed=seed) for seed in (0, 2))
+        variant = ensemble_forms.make_variant(Work(form, "channels_last", cases, threads=1, backend="none"))
+        variant.step()
+        assert {leaf.device.type for leaf in variant.outcome().values()} == {"meta"}
 
 
 def test_scaling(tmp_path: Path) -> None:
