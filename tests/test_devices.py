@@ -116,7 +116,7 @@ def test_train(optimizer: Any, splits: data.Splits, tmp_path: Path, monkeypatch:
     with fake():
         model = winograd.wrap(rf.resnet20(num_classes=len(task.classes)))
         params, state = model.init(torch.Generator(), device=META)
-        chosen = experiment.make_optimizer(described_run.recipe, 10)
+        chosen = experiment.make_optimizer(described_run.recipe, 10, params)
         train_state = init_train_state(arrange(params, torch.channels_last), state, chosen, ema=True)
         loss = losses.smoothed_cross_entropy(0.1)
         step = make_train_step(model, loss, chosen, microbatches=2, ema_decay=0.9)
