@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -14,15 +17,18 @@ from resnet_func.per_sample.capture import Batch, Captured, Task, capture
 from resnet_func.per_sample.factors import split_views
 from resnet_func.per_sample.reference import reference
 
-COMPARED = 2  # samples
+SAMPLES = 2
+
+
+# The networks that were compared, with their losses: both as long as they live.
+_COMPARED: WeakKeyDictionary[Any, WeakSet[Any]] = WeakKeyDictionary()
 
 
 class Checks:
-    """What a transform compares after a pass: once (None), every time (True) or never (False)."""
+    """What a transform compares after a pass: once for a network and a loss (None), always, or never."""
 
     def __init__(self, wanted: bool | None) -> None:
         self.wanted = wanted
-        self.done = False
 
     def after(self, task: Task, batch: Batch, captured: Captured) -> None:
         """Compare the loss, and the gradients of two samples, with what the samples give alone.
@@ -30,7 +36,10 @@ class Checks:
         Raises:
             ValueError: they differ: the loss is not per-sample, or samples are coupled.
         """
-        if self.wanted is False or (self.done and self.wanted is None) or torch.compiler.is_compiling():
+        if self.wanted is False or torch.compiler.is_compiling():
+            return
+        done = _compared_losses(task.model.apply)
+        if self.wanted is None and task.loss_fn in done:
             return
         tensors = [*task.trained.values(), *tree.leaves((batch.x, batch.y, task.state)), captured.losses]
         if not all(can_read(tensor) for tensor in tensors):
@@ -38,7 +47,15 @@ class Checks:
         with torch.no_grad():
             _check_loss(task, batch, captured)
             _check_gradients(task, batch)
-        self.done = True
+        with suppress(TypeError):  # a loss that nothing can refer to weakly
+            done.add(task.loss_fn)
+
+
+def _compared_losses(apply: Any) -> WeakSet[Any]:
+    try:
+        return _COMPARED.setdefault(apply, WeakSet())
+    except TypeError:  # a network that nothing can refer to weakly is compared every time
+        return WeakSet()
 
 
 def can_read(tensor: Tensor) -> bool:
@@ -65,7 +82,7 @@ def _check_loss(task: Task, batch: Batch, captured: Captured) -> None:
 
 def _check_gradients(task: Task, batch: Batch) -> None:
     """The gradients of two samples together against those of each alone."""
-    few = _first_samples(batch, COMPARED)
+    few = _first_samples(batch, SAMPLES)
     with torch.enable_grad():
         ours = capture(task, few)
         alone = reference(task, few, how="loop").factors

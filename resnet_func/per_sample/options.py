@@ -27,8 +27,8 @@ class Options(TypedDict, total=False):
         views: Whether inputs are `[N, views, ...]`. None, the default, takes images of five dimensions for a
             network built from a config so, and nothing else.
         check: Whether results are compared with a loop over single samples, on two samples of the batch.
-            None, the default, does so once for each transform, True every time, False never. Compiled code
-            and `vmap` cannot compare.
+            None, the default, does so once for each network and loss, True every time, False never. Compiled
+            code and `vmap` cannot compare.
     """
 
     method: Method

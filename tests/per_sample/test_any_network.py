@@ -341,17 +341,22 @@ def test_the_comparison_is_made_once_or_always_or_never() -> None:
     x, y = batch(3, 1)
     calls: list[int] = []
 
-    def apply(params: Params, state: State, x: Tensor, *, train: bool) -> tuple[Tensor, State]:
-        calls.append(len(x))
-        return model.apply(params, state, x, train=train)
+    def counting() -> Model:
+        def apply(params: Params, state: State, x: Tensor, *, train: bool) -> tuple[Tensor, State]:
+            calls.append(len(x))
+            return model.apply(params, state, x, train=train)
 
-    counted = model._replace(apply=apply)
-    for check, passes in ((None, [4, 1]), (True, [4, 4]), (False, [1, 1])):
-        norms = ps.norms(counted, losses.cross_entropy, check=check)
-        for expected in passes:  # the batch; two samples together, and each alone
-            calls.clear()
-            norms(params, state, x, y)
+        return model._replace(apply=apply)
+
+    for check, passes in ((None, [4, 1, 1]), (True, [4, 4, 4]), (False, [1, 1, 1])):
+        counted = counting()
+        for transform, expected in zip((ps.norms, ps.norms, ps.grads), passes, strict=True):
+            calls.clear()  # the batch; then two samples together, and each alone
+            transform(counted, losses.cross_entropy, check=check)(params, state, x, y)
             assert len(calls) == expected
+        calls.clear()
+        ps.norms(counted, losses.smoothed_cross_entropy(0.1), check=check)(params, state, x, y)
+        assert len(calls) == (1 if check is False else 4)  # another loss
 
 
 # --------------------------------------------------------------------------- inputs, targets, bounds
