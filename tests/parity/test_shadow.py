@@ -15,6 +15,7 @@ from parity.sections import shadow
 from parity.sections.shadow import Case, Errors, Leaves, Step
 from resnet_func import tree
 from resnet_func.models import zoo
+from resnet_func.testing import generator
 
 
 @pytest.mark.parametrize("cell", shadow.cells(quick=True), ids=lambda cell: cell.path)
@@ -180,7 +181,7 @@ def test_a_module_that_is_not_finite_proves_nothing(monkeypatch: pytest.MonkeyPa
 
 def spread(sigma: float, batches: int, seed: int) -> dict[str, list[float]]:
     """Errors of sixty leaves whose logarithms are normal with this deviation."""
-    logs = sigma * torch.randn(60, batches, generator=compare.generator(seed), dtype=torch.float64)
+    logs = sigma * torch.randn(60, batches, generator=generator(seed), dtype=torch.float64)
     return {str(index): row for index, row in enumerate((1e-6 * logs.exp()).tolist())}
 
 
@@ -221,7 +222,7 @@ def test_a_batch_in_which_a_relu_opens_on_one_side_changes_little() -> None:
 @pytest.mark.parametrize("batches", shadow.FEW_VALUES)
 def test_the_correction_for_few_values(batches: int) -> None:
     """Published figures, found again: the deviation is that of the normal distribution, on average."""
-    values = torch.randn(100_000, batches, generator=compare.generator(0), dtype=torch.float64)
+    values = torch.randn(100_000, batches, generator=generator(0), dtype=torch.float64)
 
     def middle(rows: Tensor) -> Tensor:
         return rows.quantile(0.5, dim=1)
