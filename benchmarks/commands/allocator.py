@@ -38,7 +38,7 @@ from parity import environment
 from resnet_func.app import runtime
 from resnet_func.app.run import as_computed
 from resnet_func.losses import cross_entropy
-from resnet_func.train import arrange, init_train_state, make_train_step
+from resnet_func.train import init_train_state, make_train_step, to_memory_format
 
 BASELINE = "stock loop, stock allocator"
 AGAIN = "stock loop again, stock allocator"
@@ -214,7 +214,9 @@ def make_our_step(case: Case, threads: int | None, backend: str | None) -> Calla
     train_step = make_train_step(as_computed(case.model, machine), cross_entropy, make_optimizer())
     if backend:
         train_step = conditions.compiled(train_step, backend)
-    train_state = init_train_state(arrange(case.params, machine.memory_format), case.state, make_optimizer())
+    train_state = init_train_state(
+        to_memory_format(case.params, machine.memory_format), case.state, make_optimizer()
+    )
     x = case.x.contiguous(memory_format=machine.memory_format)
 
     def step() -> float:

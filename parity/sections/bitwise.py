@@ -17,7 +17,7 @@ from parity.cell import Cell
 from parity.compare import assert_bitwise, function_step, generator, loaded, module_step, perturbed, randn
 from parity.reference import module as reference
 from resnet_func.models import interop, zoo
-from resnet_func.train import arrange
+from resnet_func.train import to_memory_format
 from resnet_func.types import Model, Params, State
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,7 +60,7 @@ def pair(name: str, dtype: str, layout: str, device: str) -> tuple[Model, Params
     """One network twice, with the same parameters."""
     model = zoo.by_name(name)
     params, state = perturbed(*model.init(generator(0), dtype=DTYPES[dtype], device=device), seed=3)
-    params = arrange(params, FORMATS[layout])
+    params = to_memory_format(params, FORMATS[layout])
     return model, params, state, loaded(partial(reference, name), params, state)
 
 

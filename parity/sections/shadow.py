@@ -44,7 +44,7 @@ from parity.reference import CifarResNet, WideResNet
 from resnet_func import tree
 from resnet_func.models import zoo
 from resnet_func.models.config import ResNetConfig
-from resnet_func.train import arrange
+from resnet_func.train import to_memory_format
 from resnet_func.types import Model, Params, State
 
 Leaves: TypeAlias = dict[str, Tensor]
@@ -205,12 +205,12 @@ def module_nchw(case: Case) -> Step:
 
 
 def module_channels_last(case: Case) -> Step:
-    stock = loaded(case.construct, arrange(case.params, torch.channels_last), case.state)
+    stock = loaded(case.construct, to_memory_format(case.params, torch.channels_last), case.state)
     return lambda x, cotangent: module_step(stock, in_channels_last(x), cotangent, train=case.train)
 
 
 def channels_last(case: Case) -> Step:
-    params = arrange(case.params, torch.channels_last)
+    params = to_memory_format(case.params, torch.channels_last)
     return lambda x, cotangent: function_step(
         case.model, params, case.state, in_channels_last(x), cotangent, train=case.train
     )

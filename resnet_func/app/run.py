@@ -34,12 +34,12 @@ from resnet_func.train import (
     Evaluation,
     Progress,
     Step,
-    arrange,
     autocast,
     evaluate,
     init_train_state,
     make_eval_step,
     make_train_step,
+    to_memory_format,
     train_epoch,
 )
 from resnet_func.types import Model, Params, State, TrainState
@@ -134,7 +134,7 @@ def _finish_epoch(
 
 def tested(train_state: TrainState) -> tuple[Params, State]:
     """The parameters and state to evaluate: the moving averages where they are kept."""
-    if train_state.ema_params is None or train_state.ema_state is None:
+    if not train_state.ema_params:
         return train_state.params, train_state.state
     return train_state.ema_params, train_state.ema_state
 
@@ -163,7 +163,7 @@ def _make_steps(
 
 def _init(model: Model, experiment: Experiment, optimizer: optim.Optimizer, runtime: Runtime) -> TrainState:
     params, state = model.init(make_generator("cpu", experiment.seed, 0), device=runtime.device)
-    params = arrange(params, runtime.memory_format)
+    params = to_memory_format(params, runtime.memory_format)
     return init_train_state(params, state, optimizer, ema=experiment.recipe.ema > 0)
 
 

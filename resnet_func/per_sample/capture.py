@@ -15,6 +15,7 @@ from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.autodiff import value_and_grad
+from resnet_func.losses import check_per_sample
 from resnet_func.models.config import ResNetConfig
 from resnet_func.models.layers import BatchNorm, Conv, GroupNorm, LayerSpec, Linear
 from resnet_func.models.resnet import layer_specs
@@ -66,7 +67,7 @@ def capture(
         logits, out_state = model.apply(tree.unflatten({**flat, **tapped}), state, x, train=False)
         inputs = {path: leaf for path, leaf in tree.flatten(out_state).items() if path.endswith(".input")}
         losses = loss_fn(logits, y)
-        check_losses(losses, x.shape[0])
+        check_per_sample(losses, x.shape[0])
         return losses.reshape(views, n).mean(0), (logits, inputs)
 
     losses, gradients, (logits, inputs) = value_and_grad(run, taps)
@@ -80,15 +81,6 @@ def fold_views(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if views == 1:
         return x[:, 0], y
     return x.transpose(0, 1).flatten(0, 1), y.repeat(views, *[1] * (y.ndim - 1))
-
-
-def check_losses(losses: Tensor, n: int) -> None:
-    """Refuse a loss that is not per-sample."""
-    if losses.shape != (n,):
-        raise ValueError(
-            f"loss_fn must return one loss per sample, [{n}]; got {list(losses.shape)}. "
-            "Leave out the reduction, as in F.cross_entropy(..., reduction='none')"
-        )
 
 
 def trained_specs(config: ResNetConfig, trainable: Trainable) -> dict[str, tuple[LayerSpec, tuple[str, ...]]]:

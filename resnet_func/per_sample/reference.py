@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.per_sample.capture import Captured, Trainable, check_losses, fold_views
+from resnet_func.per_sample.capture import Captured, Trainable, fold_views
 from resnet_func.per_sample.contract import Direct, Factors
 from resnet_func.types import LossFn, Model, Params, State
 
@@ -51,7 +51,7 @@ def _gradient_of_one(
     def loss(trained: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         logits, _ = model.apply(tree.unflatten({**params, **trained}), state, x, train=False)
         losses = loss_fn(logits, y.expand(x.shape[0], *y.shape))
-        check_losses(losses, x.shape[0])
+        check_per_sample(losses, x.shape[0])
         return losses.mean(), (losses.mean(), logits)
 
     return torch.func.grad(loss, has_aux=True)

@@ -163,4 +163,4 @@ def test_the_moving_average_is_what_gets_tested() -> None:
     params, state = torch.zeros(1), torch.ones(1)
     averaged = run.TrainState({"w": params}, {}, None, {"w": state}, {})
     assert run.tested(averaged)[0]["w"] is state
-    assert run.tested(averaged._replace(ema_params=None, ema_state=None))[0]["w"] is params
+    assert run.tested(averaged._replace(ema_params={}, ema_state={}))[0]["w"] is params
