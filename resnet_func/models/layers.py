@@ -163,8 +163,8 @@ def _batch_norm_from_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training by the formula, in float32 or wider: the output and the new running statistics.
 
-    The rule that torch has for the kernel's forward mode (2.11 to 2.15) holds mean and deviation for constants
-    where it is differentiated again: reverse over forward and forward over forward are silently wrong.
+    The rule that torch has for the kernel's forward mode takes mean and deviation for constants where it is
+    differentiated again: reverse over forward and forward over forward are silently wrong.
     """
     wide = widen(x)
     count = x.numel() // x.shape[1]
@@ -176,7 +176,7 @@ def _batch_norm_from_moments(
     y = (y + params["bias"].reshape(shape)).to(x.dtype)
     unbiased = batch_var.flatten() * (count / max(count - 1, 1))
     mean, var = (
-        torch.lerp(old, new.to(old.dtype), BATCH_NORM_MOMENTUM)
+        torch.lerp(old, new.detach().to(old.dtype), BATCH_NORM_MOMENTUM)  # a constant, as from the kernel
         for old, new in ((mean, batch_mean.flatten()), (var, unbiased))
     )
     return y, mean, var
@@ -250,9 +250,7 @@ def init_layer(spec: LayerSpec, generator: torch.Generator, device: torch.device
             return {"weight": weight.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)}, {}
         case Linear():
             bound = 1 / math.sqrt(spec.c_in)
-            weight = torch.empty(spec.c_out, spec.c_in, **like).uniform_(
-                -bound, bound, generator=generator
-            )
+            weight = torch.empty(spec.c_out, spec.c_in, **like).uniform_(-bound, bound, generator=generator)
             bias = torch.empty(spec.c_out, **like).uniform_(-bound, bound, generator=generator)
             return {"weight": weight, "bias": bias}, {}
         case BatchNorm():

@@ -31,7 +31,13 @@ Specs = dict[str, Any]
 
 
 def build(config: ResNetConfig) -> Model:
-    """The network of a config as pure functions."""
+    """The network of a config as pure functions.
+
+    >>> model = build(ResNetConfig(block="basic", depths=(1, 1), widths=(8, 16), stem="cifar"))
+    >>> params, state = model.init(torch.Generator().manual_seed(0))
+    >>> model.apply(params, state, torch.zeros(2, 3, 8, 8), train=False)[0].shape
+    torch.Size([2, 1000])
+    """
     specs = layer_specs(config)
 
     def init(
