@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import debug_unwrap
 
+from resnet_func import tree
+
 Tree = TypeVar("Tree")
 
 
@@ -34,6 +36,10 @@ def value_and_grad(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree) -> G
     Args:
         fn: Returns `(value, aux)`; aux is a pytree of tensors.
         primals: Any pytree of tensors.
+
+    >>> value, grad, _ = value_and_grad(lambda p: ((p["a"] ** 2).sum(), ()), {"a": torch.tensor([1.0, 3.0])})
+    >>> value, grad
+    (tensor(10.), {'a': tensor([2., 6.])})
     """
     value, pullback, aux = cast(
         tuple[Tensor, Callable[..., Any], Any], torch.func.vjp(fn, primals, has_aux=True)
@@ -44,7 +50,11 @@ def value_and_grad(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree) -> G
 
 
 def is_differentiated(value: Tensor) -> bool:
-    """Whether an outer transform or graph differentiates a value, in reverse or forward mode."""
+    """Whether a derivative may be taken of what is computed from `value`, by any transform around this call.
+
+    >>> is_differentiated(torch.ones(2)), torch.func.grad(lambda x: x * is_differentiated(x))(torch.ones(()))
+    (False, tensor(1.))
+    """
     if torch.compiler.is_compiling():  # what is not used is not compiled either
         return torch.is_grad_enabled()
     return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _requires_grad(value))
@@ -54,3 +64,21 @@ def _requires_grad(value: Tensor) -> bool:
     """At any level: under `vmap` a tensor does not say that an outer `grad` differentiates it."""
     inner = debug_unwrap(value, recurse=False)
     return value.requires_grad or (inner is not value and _requires_grad(inner))
+
+
+def detach_leaves(of: Tree) -> Tree:
+    """The tree with what requires grad by itself, such as an `nn.Parameter`, detached.
+
+    What a `torch.func` transform differentiates, and what was computed from something that requires grad,
+    stays as it is.
+
+    >>> detach_leaves({"w": torch.nn.Parameter(torch.ones(1))})
+    {'w': tensor([1.])}
+    """
+    return tree.map(lambda leaf: leaf.detach() if _requires_grad_itself(leaf) else leaf, of)
+
+
+def _requires_grad_itself(leaf: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # where one cannot ask for more
+        return isinstance(leaf, torch.nn.Parameter)
+    return leaf.requires_grad and leaf.is_leaf and debug_unwrap(leaf, recurse=False) is leaf

@@ -9,9 +9,15 @@ import optree
 import torch
 from torch import Tensor
 
+from resnet_func.numerics import safe_sqrt, widen
+
 
 def map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Apply `fn` leaf by leaf to trees of the same structure; returns a tree of that structure."""
+    """Apply `fn` leaf by leaf to trees of the same structure; returns a tree of that structure.
+
+    >>> map(lambda a, b: a + b, {"x": 1, "y": {"z": 2}}, {"x": 10, "y": {"z": 20}})
+    {'x': 11, 'y': {'z': 22}}
+    """
     return optree.tree_map(fn, tree, *rest)
 
 
@@ -20,6 +26,9 @@ def map_unzip(fn: Callable[..., tuple[Any, ...]], outputs: int, tree: Any, *rest
 
     Raises:
         ValueError: the trees do not have the same number of leaves.
+
+    >>> map_unzip(lambda n: (n, n * n), 2, {"x": 2, "y": 3})
+    ({'x': 2, 'y': 3}, {'x': 4, 'y': 9})
     """
     flat, structure = optree.tree_flatten(tree)
     results = [fn(*together) for together in zip(flat, *(leaves(other) for other in rest), strict=True)]
@@ -27,23 +36,41 @@ def map_unzip(fn: Callable[..., tuple[Any, ...]], outputs: int, tree: Any, *rest
 
 
 def leaves(tree: Any) -> list[Any]:
-    """All leaves, in the order `map` visits them."""
+    """All leaves, in the order `map` visits them.
+
+    >>> leaves({"x": 1, "y": {"z": 2, "none": None}})
+    [1, 2]
+    """
     return optree.tree_leaves(tree)
 
 
 def dot(a: Any, b: Any) -> Tensor:
-    """Sum over leaves of `<a, b>`: a 0-d tensor. Trees without leaves give 0."""
-    products = leaves(map(lambda x, y: (x * y).sum(), a, b))
-    return torch.stack(products).sum() if products else torch.zeros(())
+    """Sum over leaves of `<a, b>`: a 0-d tensor, in float32 for narrower leaves. Without leaves it is 0.
+
+    >>> dot({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])})
+    tensor(11.)
+    """
+    products = leaves(map(lambda x, y: (widen(x) * widen(y)).sum(), a, b))
+    return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def norm(tree: Any) -> Tensor:
-    """The global L2 norm over all leaves: a 0-d tensor."""
-    return dot(tree, tree).sqrt()
+    """The global L2 norm over all leaves: a 0-d tensor, in float32 for narrower leaves.
+
+    Its derivatives where all leaves are zero count as zero.
+
+    >>> norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
+    return safe_sqrt(dot(tree, tree))
 
 
 def size(tree: Any) -> int:
-    """The number of scalars in all leaves together."""
+    """The number of scalars in all leaves together.
+
+    >>> size({"w": torch.zeros(2, 3), "b": torch.zeros(2)})
+    8
+    """
     return sum(leaf.numel() for leaf in leaves(tree))
 
 
@@ -51,6 +78,9 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts to `{dotted path: leaf}`, in insertion order.
 
     `{"conv1": {"weight": w}}` becomes `{"conv1.weight": w}`; empty dicts vanish.
+
+    >>> flatten({"fc": {"weight": 1, "bias": 2}, "empty": {}})
+    {'fc.weight': 1, 'fc.bias': 2}
     """
     return dict(_walk(tree, ""))
 
@@ -69,6 +99,9 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: a path is both a leaf and a branch, like `"a"` and `"a.b"`.
+
+    >>> unflatten({"fc.weight": 1, "fc.bias": 2})
+    {'fc': {'weight': 1, 'bias': 2}}
     """
     root: dict[str, Any] = {}
     for path, leaf in flat.items():
@@ -85,15 +118,27 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """The union of two nested dicts with disjoint leaves; neither input is changed."""
+    """The union of two nested dicts with disjoint leaves; neither input is changed.
+
+    >>> merge({"fc": {"weight": 1}}, {"fc": {"bias": 2}})
+    {'fc': {'weight': 1, 'bias': 2}}
+    """
     return unflatten({**flatten(a), **flatten(b)})
 
 
 def map_with_path(fn: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Like `map`, with the leaf's dotted path as the first argument."""
+    """Like `map`, with the leaf's dotted path as the first argument.
+
+    >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"fc": {"bias": 2}})
+    {'fc': {'bias': 'fc.bias=2'}}
+    """
     return unflatten({path: fn(path, leaf) for path, leaf in flatten(tree).items()})
 
 
 def prune(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict without its empty branches."""
+    """The nested dict without its empty branches.
+
+    >>> prune({"fc": {"bias": 2}, "layer1": {"0": {}}})
+    {'fc': {'bias': 2}}
+    """
     return unflatten(flatten(tree))

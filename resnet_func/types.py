@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -18,11 +18,15 @@ State: TypeAlias = dict[str, Any]
 
 Images: TypeAlias = Float[Tensor, "n c h w"]
 Logits: TypeAlias = Float[Tensor, "n classes"]
-Targets: TypeAlias = Int[Tensor, "n"]
+Targets: TypeAlias = Any  # a pytree of tensors with N first; most often class indices [N], int64
 PerSample: TypeAlias = Float[Tensor, "n"]
 
 # A loss is per-sample: the transform that uses it owns the reduction.
 LossFn: TypeAlias = Callable[[Logits, Targets], PerSample]
+# A metric is, too: the training step averages it over the batch.
+MetricFn: TypeAlias = Callable[[Logits, Targets], PerSample]
+# Says of a leaf's dotted path whether it is trained.
+Trainable: TypeAlias = Callable[[str], bool]
 Metrics: TypeAlias = dict[str, Tensor]
 
 
@@ -59,11 +63,12 @@ class Model(NamedTuple):
 class TrainState(NamedTuple):
     """All that a training step reads and writes; a pytree of tensors.
 
-    `ema_params` and `ema_state` are None when no moving average is kept.
+    `ema_params` and `ema_state` are `{}` when no moving average is kept. Every field is a tree of tensors, so
+    that `torch.func.vmap` maps over stacked states.
     """
 
     params: Params
     state: State
     opt_state: Any
-    ema_params: Params | None = None
-    ema_state: State | None = None
+    ema_params: Params = {}  # noqa: RUF012 (nothing here is ever mutated)
+    ema_state: State = {}  # noqa: RUF012

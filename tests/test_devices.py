@@ -26,7 +26,7 @@ from resnet_func import losses, optim, tree
 from resnet_func.app import data, experiment, inference, recipes, runtime
 from resnet_func.app.experiment import Experiment, Preparer
 from resnet_func.models import winograd
-from resnet_func.train import arrange, average_flips, init_train_state, make_train_step
+from resnet_func.train import average_flips, init_train_state, make_train_step, to_memory_format
 from tests.app.image_folder import make_image_folder
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
@@ -117,7 +117,7 @@ def test_train(optimizer: Any, splits: data.Splits, tmp_path: Path, monkeypatch:
         model = winograd.wrap(rf.resnet20(num_classes=len(task.classes)))
         params, state = model.init(torch.Generator(), device=META)
         chosen = experiment.make_optimizer(described_run.recipe, 10, params)
-        train_state = init_train_state(arrange(params, torch.channels_last), state, chosen, ema=True)
+        train_state = init_train_state(to_memory_format(params, torch.channels_last), state, chosen, ema=True)
         loss = losses.smoothed_cross_entropy(0.1)
         step = make_train_step(model, loss, chosen, microbatches=2, ema_decay=0.9)
         prepare = Preparer(task, machine(META))

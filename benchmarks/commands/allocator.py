@@ -39,7 +39,7 @@ from parity import environment
 from resnet_func.app import runtime
 from resnet_func.app.experiment import compute_by
 from resnet_func.losses import cross_entropy
-from resnet_func.train import arrange, init_train_state, make_train_step
+from resnet_func.train import init_train_state, make_train_step, to_memory_format
 
 BASELINE = "stock loop, stock allocator"
 AGAIN = "stock loop again, stock allocator"
@@ -213,7 +213,9 @@ def make_our_step(case: Case, threads: int | None, backend: str | None) -> Calla
     train_step = make_train_step(compute_by(machine, case.model), cross_entropy, make_optimizer())
     if backend:
         train_step = conditions.compiled(train_step, backend)
-    train_state = init_train_state(arrange(case.params, machine.memory_format), case.state, make_optimizer())
+    train_state = init_train_state(
+        to_memory_format(case.params, machine.memory_format), case.state, make_optimizer()
+    )
     x = case.x.contiguous(memory_format=machine.memory_format)
 
     def step() -> float:

@@ -41,7 +41,7 @@ from resnet_func.autodiff import value_and_grad
 from resnet_func.losses import cross_entropy
 from resnet_func.models.config import ResNetConfig
 from resnet_func.models.layers import Conv, Linear
-from resnet_func.train import arrange, autocast
+from resnet_func.train import autocast, to_memory_format
 
 REST = "the rest: dispatch, the loss"
 SHOWN_ROWS = 25
@@ -196,7 +196,7 @@ def make_step(options: Options, config: ResNetConfig, machine: runtime.Runtime) 
     """Forward and backward of the mean loss, as `resnet_func.train` does it, without the optimizer."""
     model, generator = rf.build(config), torch.Generator().manual_seed(0)
     params, state = model.init(generator, device=machine.device)
-    params = arrange(params, machine.memory_format)
+    params = to_memory_format(params, machine.memory_format)
     x = torch.randn(options.batch, config.in_channels, options.size, options.size, generator=generator)
     x = x.to(machine.device, memory_format=machine.memory_format)
     y = torch.randint(config.num_classes, (options.batch,), generator=generator).to(machine.device)

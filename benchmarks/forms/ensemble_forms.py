@@ -24,7 +24,7 @@ from benchmarks.harness.measure import Outcome, Skipped, Variant
 from resnet_func import tree
 from resnet_func.app import runtime
 from resnet_func.losses import cross_entropy
-from resnet_func.train import arrange, init_train_state, make_train_step
+from resnet_func.train import init_train_state, make_train_step, to_memory_format
 from resnet_func.types import Metrics, TrainState
 
 BASELINE, AGAIN = "one after another, eager", "one after another again, eager"
@@ -128,7 +128,7 @@ def _images(case: Case, layout: str) -> Tensor:
 
 
 def _member(case: Case, layout: str) -> Carried:
-    params = arrange(case.params, FORMATS[layout])
+    params = to_memory_format(case.params, FORMATS[layout])
     return tuple(init_train_state(params, case.state, make_optimizer())[:3])
 
 

@@ -35,7 +35,7 @@ from resnet_func import optim, tree
 from resnet_func.app import runtime
 from resnet_func.losses import cross_entropy
 from resnet_func.models import winograd
-from resnet_func.train import arrange, autocast, init_train_state, make_train_step
+from resnet_func.train import autocast, init_train_state, make_train_step, to_memory_format
 from resnet_func.types import Params, State, TrainState
 
 
@@ -52,7 +52,7 @@ def make_variant(spec: Spec, case: Case, setting: Setting) -> Variant:
 
         return jax_step.make_variant(spec, case, setting)
     case = case._replace(
-        params=arrange(case.params, FORMATS[spec.layout]),
+        params=to_memory_format(case.params, FORMATS[spec.layout]),
         x=case.x.contiguous(memory_format=FORMATS[spec.layout]),
     )
     forms = TRAIN if setting.train else INFERENCE
@@ -136,7 +136,7 @@ def _gradient_compiled(spec: Spec, case: Case, setting: Setting) -> Variant:
         grads, (loss, state) = gradient(train_state.params, train_state.state, x, y)
         params, opt_state = optimizer.step(grads, train_state.opt_state, train_state.params)
         averages = (train_state.ema_params, train_state.ema_state)
-        if train_state.ema_params is not None and train_state.ema_state is not None:
+        if train_state.ema_params:
             averages = (
                 optim.ema(train_state.ema_params, params, EMA_DECAY),
                 optim.ema(train_state.ema_state, state, EMA_DECAY),

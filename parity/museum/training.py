@@ -27,7 +27,7 @@ EXHIBITS = [
         "the momentum buffer averages gradients instead of adding them up",
         "reimplementations of momentum as a moving average",
         OPTIMIZERS,
-        edit(optim.sgd, ("* momentum + g\n", "* momentum + (1 - momentum) * g\n")),
+        edit(optim.sgd, ("* momentum_of(p) + g\n", "* momentum_of(p) + (1 - momentum) * g\n")),
     ),
     Exhibit(
         "learning-rate-in-the-buffer",
@@ -38,11 +38,11 @@ EXHIBITS = [
             optim.sgd,
             (
                 "        # All of a leaf",
-                "        now = schedule(opt_state.step.to(torch.float64))\n"
-                "        before = schedule((opt_state.step - 1).clamp(min=0).to(torch.float64))\n"
+                "        now = schedule(to_float64(opt_state.step))\n"
+                "        before = schedule(to_float64((opt_state.step - 1).clamp(min=0)))\n"
                 "        # All of a leaf",
             ),
-            ("* momentum + g\n", "* (momentum * (before / now).to(g.dtype)) + g\n"),
+            ("* momentum_of(p) + g\n", "* (momentum * (before / now).to(g.dtype)) + g\n"),
         ),
     ),
     Exhibit(
@@ -52,7 +52,7 @@ EXHIBITS = [
         OPTIMIZERS,
         edit(
             optim.sgd,
-            ("g.add(b, alpha=momentum)", "g.add(buffer[0], alpha=momentum)"),
+            ("_add_scaled(g, b, momentum_of(p))", "_add_scaled(g, buffer[0], momentum_of(p))"),
         ),
     ),
     Exhibit(
@@ -63,8 +63,8 @@ EXHIBITS = [
         edit(
             optim.sgd,
             (
-                "schedule(opt_state.step.to(torch.float64))",
-                "schedule((opt_state.step + 1).to(torch.float64))",
+                "schedule(to_float64(opt_state.step))",
+                "schedule(to_float64(opt_state.step + 1))",
             ),
         ),
     ),
@@ -89,7 +89,7 @@ EXHIBITS = [
         OPTIMIZERS,
         edit(
             first_order._adam,
-            ("(v.sqrt() / root2(v.dtype) + eps)", "((v.sqrt() + eps) / root2(v.dtype))"),
+            ("(root / root2(p) + eps_of(p))", "((root + eps_of(p)) / root2(p))"),
         ),
     ),
     Exhibit(
@@ -99,7 +99,7 @@ EXHIBITS = [
         OPTIMIZERS,
         edit(
             first_order._adam,
-            ("(v.sqrt() / root2(v.dtype) + eps)", "((v + eps).sqrt() / root2(v.dtype))"),
+            ("(root / root2(p) + eps_of(p))", "((v + eps_of(p)).sqrt() / root2(p))"),
         ),
     ),
     Exhibit(
@@ -114,7 +114,7 @@ EXHIBITS = [
         "the first micro-batch's gradient is in the second's too, and counts twice",
         "loops that keep p.grad, into which the next backward pass adds",
         "properties/microbatches-change-no-training-step",
-        edit(train.make_train_step, ("torch.add, total, part", "lambda t, p: t + (t + p), total, part")),
+        edit(train.make_train_step, ("_add_wide, total, part", "lambda t, p: t + (t + p), total, part")),
     ),
     Exhibit(
         "mean-of-unequal-means",
@@ -123,7 +123,7 @@ EXHIBITS = [
         "properties/uneven-pieces-change-no-training-step",
         edit(
             train.make_train_step,
-            ("loss_fn(logits, y).sum() / batch_size", "loss_fn(logits, y).mean() / microbatches"),
+            ("widen(losses).sum() / batch_size", "losses.mean() / microbatches"),
         ),
     ),
     Exhibit(
@@ -133,7 +133,7 @@ EXHIBITS = [
         "properties/every-piece-moves-the-running-statistics",
         edit(
             train.make_train_step,
-            ("(objective, state=state,", "(objective, state=train_state.state,"),
+            (" state=state, x=x_part", " state=train_state.state, x=x_part"),
         ),
     ),
     Exhibit(
@@ -141,7 +141,7 @@ EXHIBITS = [
         "the moving average keeps the running statistics it started with",
         "torch's AveragedModel, unless asked with use_buffers=True, averages parameters alone",
         "properties/averages-follow-parameters-and-statistics",
-        edit(train.make_train_step, (", ema(ema_state, state, decay)", ", ema_state")),
+        edit(train.make_train_step, ("ema_state = ema(ema_state, state, decay)", "pass")),
     ),
     Exhibit(
         "average-without-warm-up",

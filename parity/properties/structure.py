@@ -129,7 +129,7 @@ def conversion_commutes_with_initialisation(config: rf.ResNetConfig, seed: int, 
 def channels_last_changes_no_logit(network: Network, batch: Batch, train: bool) -> None:
     """Images and weights in channels_last give the same logits and state."""
     model, params, state = network
-    last = rf.train.arrange(params, torch.channels_last)
+    last = rf.train.to_memory_format(params, torch.channels_last)
     x = batch.x.contiguous(memory_format=torch.channels_last)
     got, want = (model.apply(p, state, v, train=train) for p, v in ((last, x), (params, batch.x)))
     assert_trees_near(tree.map(torch.Tensor.double, got), tree.map(torch.Tensor.double, want), 1e-10)

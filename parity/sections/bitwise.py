@@ -18,7 +18,7 @@ from parity.reference import module as reference
 from parity.steps import function_step, loaded, module_step, perturbed
 from resnet_func.models import modules, zoo
 from resnet_func.testing import assert_trees_equal, generator, randn
-from resnet_func.train import arrange
+from resnet_func.train import to_memory_format
 from resnet_func.types import Model, Params, State
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,7 +61,7 @@ def pair(name: str, dtype: str, layout: str, device: str) -> tuple[Model, Params
     """One network twice, with the same parameters."""
     model = zoo.by_name(name)
     params, state = perturbed(*model.init(generator(0), dtype=DTYPES[dtype], device=device), seed=3)
-    params = arrange(params, FORMATS[layout])
+    params = to_memory_format(params, FORMATS[layout])
     return model, params, state, loaded(partial(reference, name), params, state)
 
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from math import exp, log, pi, sqrt
 from statistics import NormalDist, median
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from unittest import SkipTest
 
 import torch
@@ -44,7 +44,7 @@ from resnet_func import tree
 from resnet_func.models import zoo
 from resnet_func.models.config import ResNetConfig
 from resnet_func.testing import generator, randn
-from resnet_func.train import arrange
+from resnet_func.train import to_memory_format
 from resnet_func.types import Model, Params, State
 
 Leaves: TypeAlias = dict[str, Tensor]
@@ -206,7 +206,7 @@ def error(got: Tensor, truth: Tensor) -> float:
 # --------------------------------------------------------------------------- networks and batches
 
 
-def built(name: str, norm: str, *, train: bool) -> Case:
+def built(name: str, norm: Any, *, train: bool) -> Case:
     model = zoo.by_name(name, norm=norm, num_classes=CLASSES)
     assert model.config
     params, state = perturbed(*model.init(generator(0)), seed=3)
@@ -256,12 +256,12 @@ def module_nchw(case: Case) -> Step:
 
 
 def module_channels_last(case: Case) -> Step:
-    stock = loaded(case.construct, arrange(case.params, torch.channels_last), case.state)
+    stock = loaded(case.construct, to_memory_format(case.params, torch.channels_last), case.state)
     return lambda x, cotangent: module_step(stock, in_channels_last(x), cotangent, train=case.train)
 
 
 def channels_last(case: Case) -> Step:
-    params = arrange(case.params, torch.channels_last)
+    params = to_memory_format(case.params, torch.channels_last)
     return lambda x, cotangent: function_step(
         case.model, params, case.state, in_channels_last(x), cotangent, train=case.train
     )

@@ -18,7 +18,7 @@ from resnet_func.app.runtime import Runtime
 from resnet_func.losses import smoothed_cross_entropy
 from resnet_func.models import summary, winograd
 from resnet_func.models.state_dicts import from_state_dict
-from resnet_func.train import Batches, Step, arrange, autocast, init_train_state, make_train_step
+from resnet_func.train import Batches, Step, autocast, init_train_state, make_train_step, to_memory_format
 from resnet_func.types import Images, Model, Params, State, TrainState
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder"]
@@ -193,7 +193,7 @@ def start(experiment: Experiment, model: Model, runtime: Runtime) -> tuple[Param
             params, state = from_state_dict(model, experiment.init, **into)
         except ValueError:
             params, state = from_state_dict(model, experiment.init, head="new", generator=generator, **into)
-    return arrange(params, runtime.memory_format), state
+    return to_memory_format(params, runtime.memory_format), state
 
 
 def make_network(recipe: Recipe, task: Task, runtime: Runtime) -> Model:

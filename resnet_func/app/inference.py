@@ -23,11 +23,11 @@ from resnet_func.app.runtime import Runtime
 from resnet_func.losses import cross_entropy
 from resnet_func.train import (
     Evaluation,
-    arrange,
     average_flips,
     evaluate,
     init_train_state,
     make_eval_step,
+    to_memory_format,
 )
 from resnet_func.types import Model, Params, State, TrainState
 
@@ -48,7 +48,7 @@ def parameters_to_test(train_state: TrainState) -> tuple[Params, State]:
     >>> parameters_to_test(TrainState({"w": 1}, {}, None, ema_params={"w": 2}, ema_state={}))
     ({'w': 2}, {})
     """
-    if train_state.ema_params is None or train_state.ema_state is None:
+    if not train_state.ema_params:
         return train_state.params, train_state.state
     return train_state.ema_params, train_state.ema_state
 
@@ -82,7 +82,7 @@ def load_trained(
         start = init_train_state(*like, make_optimizer(recipe, 2, like[0]), ema=recipe.ema > 0)
         saved, _, warning = checkpoint.load(checkpoints, which, start, device=runtime.device)
         params, state = parameters_to_test(saved)
-    params = arrange(params, runtime.memory_format)
+    params = to_memory_format(params, runtime.memory_format)
     return Trained(average_flips(model) if flips else model, params, state, task, experiment), warning
 
 

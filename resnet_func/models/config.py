@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 BOTTLENECK_EXPANSION = 4
 
@@ -37,6 +37,9 @@ class ResNetConfig:
 
     Raises:
         ValueError: a value is out of range, or two do not fit together; the message says which.
+
+    >>> ResNetConfig(block="basic", depths=(2, 2), widths=(16, 32)).stem_channels
+    16
     """
 
     block: Literal["basic", "bottleneck", "preact"]
@@ -76,6 +79,26 @@ class ResNetConfig:
     def inner_width(self, width: int) -> int:
         """Channels inside a block of a stage of this width."""
         return int(width * self.width_per_group / 64) * self.groups if self.block == "bottleneck" else width
+
+
+class ConfigChanges(TypedDict, total=False):
+    """The fields of `ResNetConfig` as keywords, for the functions of the zoo; the test holds them equal."""
+
+    block: Literal["basic", "bottleneck", "preact"]
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    stem_width: int | None
+    groups: int
+    width_per_group: int
+    stem: Literal["imagenet", "cifar"]
+    norm: Literal["batch", "group", "none"]
+    norm_groups: int
+    shortcut: Literal["projection", "pad"]
+    zero_init_residual: bool
+    replace_stride_with_dilation: tuple[bool, ...]
+    weight_standardization: bool
+    num_classes: int
+    in_channels: int
 
 
 _CHOICES = {

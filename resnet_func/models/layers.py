@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import debug_unwrap
 
+from resnet_func.numerics import widen
 from resnet_func.types import Params, State
 
 NORM_EPS = 1e-5
@@ -115,17 +117,67 @@ def standardize(weight: Tensor) -> Tensor:
 def batch_norm(params: Params, state: State, x: Tensor, *, train: bool) -> tuple[Tensor, State]:
     """Batch normalisation of `x [N, C, H, W]`; training returns updated running statistics.
 
-    Normalisation uses the biased variance, `running_var` averages the unbiased one, as in torch.
+    Normalisation uses the biased variance, `running_var` averages the unbiased one, as in torch. Where
+    forward mode is active, training computes from mean and variance, which is right in every composition of
+    derivatives, and equal to round-off. Under `vmap` each member has statistics of its own.
+
+    Raises:
+        ValueError: under `vmap` a member is a single sample in training, with shared statistics: its batch
+            statistics would be instance normalisation.
     """
-    # F.batch_norm updates the statistics in place: give it copies, so that the caller's stay as they are
     mean, var = state["running_mean"], state["running_var"]
     if train:
-        mean, var = mean.clone(), var.clone()
-    y = F.batch_norm(x, mean, var, params["weight"], params["bias"], train, BATCH_NORM_MOMENTUM, NORM_EPS)
+        _check_members(x, mean)
+        # F.batch_norm updates the statistics in place: give it copies, so that the caller's stay as they are,
+        # and made from x, so that `vmap` over x alone has some for each member; times one is every bit
+        one = x.new_ones((), dtype=mean.dtype)
+        mean, var = mean * one, var * one
+    if train and forward_ad._current_level >= 0:
+        y, mean, var = _batch_norm_from_moments(params, mean, var, x)
+    else:
+        y = F.batch_norm(x, mean, var, params["weight"], params["bias"], train, BATCH_NORM_MOMENTUM, NORM_EPS)
     if not train:
         return y, state
-    seen = state["num_batches_tracked"] + 1
-    return y, {"running_mean": mean, "running_var": var, "num_batches_tracked": seen}
+    batches = state["num_batches_tracked"] + 1
+    return y, {"running_mean": mean, "running_var": var, "num_batches_tracked": batches}
+
+
+def _batch_norm_from_moments(
+    params: Params, mean: Tensor, var: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training by the formula, in float32 or wider: the output and the new running statistics.
+
+    The rule that torch has for the kernel's forward mode takes mean and deviation for constants where it is
+    differentiated again: reverse over forward and forward over forward are silently wrong.
+    """
+    wide = widen(x)
+    count = x.numel() // x.shape[1]
+    batch_mean = wide.mean((0, 2, 3), keepdim=True)
+    centred = wide - batch_mean
+    batch_var = centred.square().mean((0, 2, 3), keepdim=True)
+    shape = (1, -1, 1, 1)
+    y = centred * torch.rsqrt(batch_var + NORM_EPS) * params["weight"].reshape(shape)
+    y = (y + params["bias"].reshape(shape)).to(x.dtype)
+    unbiased = batch_var.flatten() * (count / max(count - 1, 1))
+    mean, var = (
+        torch.lerp(old, new.detach().to(old.dtype), BATCH_NORM_MOMENTUM)  # a constant, as from the kernel
+        for old, new in ((mean, batch_mean.flatten()), (var, unbiased))
+    )
+    return y, mean, var
+
+
+def _check_members(x: Tensor, mean: Tensor) -> None:
+    if len(x) == 1 and not torch.compiler.is_compiling() and _is_batched(x) and not _is_batched(mean):
+        raise ValueError(
+            "training-mode BatchNorm under vmap got single samples: normalising each by itself is instance "
+            "norm. Map over batches [members, N, C, H, W], or use train=False, or norm='group'"
+        )
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether some `vmap` around maps over `x`."""
+    inner = debug_unwrap(x, recurse=False)
+    return inner is not x and (inner.ndim > x.ndim or _is_batched(inner))
 
 
 def group_norm(spec: GroupNorm, params: Params, x: Tensor) -> Tensor:
@@ -152,32 +204,29 @@ def init_layer(spec: LayerSpec, generator: torch.Generator, device: torch.device
     Convolutions: Kaiming normal, fan-out (He et al. 2015). Linear: `U(-1/sqrt(c_in), 1/sqrt(c_in))`.
     `device` is the generator's, or meta for the shapes alone, which draws nothing.
     """
-    empty = partial(torch.empty, dtype=torch.float32, device=device)
+    like: dict[str, Any] = {"dtype": torch.float32, "device": device}  # whatever torch's defaults are
     match spec:
         case Conv():
+            weight = torch.empty(spec.weight_shape, **like)
             fan_out = spec.c_out * spec.kernel**2
-            weight = empty(spec.weight_shape).normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
-            return {"weight": weight}, {}
+            return {"weight": weight.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)}, {}
         case Linear():
             bound = 1 / math.sqrt(spec.c_in)
-            weight = empty(spec.c_out, spec.c_in).uniform_(-bound, bound, generator=generator)
-            bias = empty(spec.c_out).uniform_(-bound, bound, generator=generator)
+            weight = torch.empty(spec.c_out, spec.c_in, **like).uniform_(-bound, bound, generator=generator)
+            bias = torch.empty(spec.c_out, **like).uniform_(-bound, bound, generator=generator)
             return {"weight": weight, "bias": bias}, {}
         case BatchNorm():
             statistics = {
-                "running_mean": empty(spec.channels).zero_(),
-                "running_var": empty(spec.channels).fill_(1),
+                "running_mean": torch.zeros(spec.channels, **like),
+                "running_var": torch.ones(spec.channels, **like),
                 "num_batches_tracked": torch.zeros((), dtype=torch.int64, device=device),
             }
-            return _init_affine(spec.channels, device), statistics
+            return _init_affine(spec.channels, like), statistics
         case GroupNorm():
-            return _init_affine(spec.channels, device), {}
+            return _init_affine(spec.channels, like), {}
         case Pad():
             return {}, {}
 
 
-def _init_affine(channels: int, device: torch.device) -> Params:
-    return {
-        "weight": torch.ones(channels, dtype=torch.float32, device=device),
-        "bias": torch.zeros(channels, dtype=torch.float32, device=device),
-    }
+def _init_affine(channels: int, like: dict[str, Any]) -> Params:
+    return {"weight": torch.ones(channels, **like), "bias": torch.zeros(channels, **like)}

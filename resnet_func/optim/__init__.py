@@ -1,17 +1,9 @@
 """Optimizers and learning-rate schedules as pure functions, equal to `torch.optim` to the bit."""
 
 from resnet_func.optim.base import Optimizer, Updates, apply_updates
-from resnet_func.optim.first_order import (
-    AdamState,
-    SGDState,
-    adam,
-    adamw,
-    clip_by_global_norm,
-    clipped,
-    ema,
-    sgd,
-)
-from resnet_func.optim.muon import MuonState, PartitionState, muon, partition
+from resnet_func.optim.combine import PartitionState, clip_by_global_norm, clipped, ema, partition
+from resnet_func.optim.first_order import AdamState, SGDState, adam, adamw, sgd
+from resnet_func.optim.muon import MuonState, muon
 from resnet_func.optim.schedules import Schedule, constant, cosine, one_cycle, step
 
 __all__ = [

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.numerics import cast_like, to_float64
 from resnet_func.types import Params
+
+# A hyper-parameter: a number, which is checked, or a 0-d tensor, which may be differentiated and mapped over.
+Scalar: TypeAlias = float | Tensor
 
 
 class Updates(NamedTuple):
@@ -49,6 +53,10 @@ def apply_updates(params: Params, updates: Updates) -> Params:
     """`(params + delta) + residue`, as new tensors; `params` must be the tree that `update` was given.
 
     What overflows becomes NaN, where torch.optim may have inf.
+
+    >>> params, delta = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.5, -0.5])}
+    >>> apply_updates(params, Updates(delta, {}))
+    {'w': tensor([1.5000, 1.5000])}
     """
     moved = tree.map(torch.add, params, updates.delta)
     return tree.map(torch.add, moved, updates.residue) if tree.leaves(updates.residue) else moved
@@ -57,10 +65,10 @@ def apply_updates(params: Params, updates: Updates) -> Params:
 def zero_step(params: Params) -> Tensor:
     """The counter, on the device of the parameters, so that a compiled step stays on one device."""
     leaves = tree.leaves(params)
-    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
+    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else "cpu")
 
 
-def moving(
+def from_move(
     init: Callable[[Params], Any], move: Callable[[Params, Any, Params], tuple[Params, Any]]
 ) -> Optimizer:
     """The optimizer that takes parameters to where `move` says, to the bit."""
@@ -84,3 +92,21 @@ def check_fit(grads: Params, params: Params) -> None:
                 f"grads must have the leaves and shapes of params: {path!r} must be {need}; got {got}. "
                 "Try torch.func.grad with respect to these params"
             )
+
+
+# --------------------------------------------------------------------------- numbers or 0-d tensors
+
+
+def may_be_nonzero(value: Scalar) -> bool:
+    """A tensor's value is not looked at: compiled code and `vmap` cannot."""
+    return isinstance(value, Tensor) or value > 0
+
+
+def in_float64(value: Scalar, device: torch.device) -> Scalar:
+    """A number as it is, a tensor in float64 on `device`, which is where a step size is computed."""
+    return to_float64(value).to(device) if isinstance(value, Tensor) else value
+
+
+def scalar_of(value: Scalar) -> Callable[[Tensor], Scalar]:
+    """A number as it is, a tensor as `cast_like` casts it to a leaf."""
+    return cast_like(value) if isinstance(value, Tensor) else lambda leaf: value

@@ -1,4 +1,4 @@
-"""Muon: momentum whose every step is orthogonalised; and two optimizers for one tree.
+"""Muon: momentum whose every step is orthogonalised.
 
 Matrices (convolutions as `[c_out, c_in * height * width]`) move by the semi-orthogonal matrix nearest to
 their momentum, so that all its singular directions learn alike. Norms, biases and the last layer are for
@@ -7,15 +7,16 @@ another optimizer: `partition` gives each leaf its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.optim.base import Optimizer, Updates, check_fit, moving, zero_step
-from resnet_func.optim.schedules import Schedule, constant, require, require_finite
+from resnet_func.autodiff import is_differentiated
+from resnet_func.numerics import cast_like, safe_norm, to_float64
+from resnet_func.optim.base import Optimizer, Scalar, check_fit, from_move, in_float64, scalar_of, zero_step
+from resnet_func.optim.schedules import Schedule, check_scalar, constant, require_finite
 from resnet_func.types import Params
 
 # Jordan et al. 2024: the steepest slope at 0 that keeps singular values within 0.7 and 1.2
@@ -32,9 +33,9 @@ class MuonState(NamedTuple):
 
 
 def muon(
-    lr: float | Schedule,
-    momentum: float = 0.95,
-    weight_decay: float = 0.1,
+    lr: Scalar | Schedule,
+    momentum: Scalar = 0.95,
+    weight_decay: Scalar = 0.1,
     nesterov: bool = True,
     precision: torch.dtype | None = None,
 ) -> Optimizer:
@@ -49,14 +50,21 @@ def muon(
         precision: Of the orthogonalisation. None takes the parameters' own, which is faster on processors
             that do not multiply bfloat16.
 
+    `lr`, `momentum` and `weight_decay` may be 0-d tensors, to differentiate or map over.
+
     Raises:
         ValueError: A hyper-parameter is out of range; in `init`, a leaf has fewer than two dimensions; in
             `update`, grads do not fit params.
 
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
+
+    >>> optimizer, params = muon(lr=0.1, weight_decay=0.0), {"w": torch.zeros(2, 2)}
+    >>> moved, _ = optimizer.step({"w": 5.0 * torch.eye(2)}, optimizer.init(params), params)
+    >>> bool((moved["w"].diagonal() < -0.06).all())
+    True
     """
     schedule = lr if callable(lr) else constant(lr)
-    require("momentum", momentum, 0 <= momentum < 1, "in [0, 1)", "momentum=0.95")
+    check_scalar("momentum", momentum, lambda v: 0 <= v < 1, "in [0, 1)", "momentum=0.95")
     require_finite(weight_decay=weight_decay)
 
     def init(params: Params) -> MuonState:
@@ -70,19 +78,20 @@ def muon(
 
     def move(grads: Params, opt_state: MuonState, params: Params) -> tuple[Params, MuonState]:
         check_fit(grads, params)
-        buffer = tree.map(lambda b, g: b.lerp(g, 1 - momentum), opt_state.momentum_buffer, grads)
-        direction = tree.map(lambda g, b: g.lerp(b, momentum), grads, buffer) if nesterov else buffer
-        lr_now = schedule(opt_state.step.to(torch.float64))
-        keep = 1 - lr_now * weight_decay
+        share, kept = scalar_of(1 - momentum), scalar_of(momentum)
+        buffer = tree.map(lambda b, g: b.lerp(g, share(g)), opt_state.momentum_buffer, grads)
+        direction = tree.map(lambda g, b: g.lerp(b, kept(g)), grads, buffer) if nesterov else buffer
+        lr_now = schedule(to_float64(opt_state.step))
+        keep = cast_like(1 - lr_now * in_float64(weight_decay, lr_now.device))
 
         def leaf(p: Tensor, d: Tensor) -> Tensor:
             step = orthogonalized(d, precision or d.dtype).to(p.dtype)
             size = lr_now * max(1.0, p.shape[0] / p[0].numel()) ** 0.5
-            return torch.addcmul(p * keep.to(p.dtype), step, -size.to(p.dtype))
+            return torch.addcmul(p * keep(p), step, cast_like(-size)(p))
 
         return tree.map(leaf, params, direction), MuonState(opt_state.step + 1, buffer)
 
-    return moving(init, move)
+    return from_move(init, move)
 
 
 def orthogonalized(update: Tensor, precision: torch.dtype) -> Tensor:
@@ -91,65 +100,10 @@ def orthogonalized(update: Tensor, precision: torch.dtype) -> Tensor:
     x = update.flatten(1).to(precision)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    x = x / x.norm().clamp(min=EPS)
+    norm = safe_norm(x) if is_differentiated(x) else x.norm()
+    x = x / norm.clamp(min=EPS)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.addmm(x, polynomial, x, beta=a)
     return (x.T if tall else x).reshape(update.shape)
-
-
-Half: TypeAlias = Callable[[Params, Any, Params], tuple[Any, Any]]
-
-
-class PartitionState(NamedTuple):
-    """`step`: updates done, 0-d int64. `chosen`, `rest`: the states of the two optimizers."""
-
-    step: Tensor
-    chosen: Any
-    rest: Any
-
-
-def partition(where: Callable[[str], bool], chosen: Optimizer, rest: Optimizer) -> Optimizer:
-    """One optimizer for the leaves whose dotted path `where` accepts, another for the rest.
-
-    Each sees its own leaves as a tree, under their own names. What either raises, this raises.
-    """
-
-    def split(params: Params) -> tuple[Params, Params]:
-        flat = tree.flatten(params)
-        ours = {path: leaf for path, leaf in flat.items() if where(path)}
-        theirs = {path: leaf for path, leaf in flat.items() if path not in ours}
-        return tree.unflatten(ours), tree.unflatten(theirs)
-
-    def init(params: Params) -> PartitionState:
-        ours, theirs = split(params)
-        return PartitionState(zero_step(params), chosen.init(ours), rest.init(theirs))
-
-    def each(
-        ours: Half, theirs: Half, grads: Params, opt_state: PartitionState, params: Params
-    ) -> tuple[Any, Any, PartitionState]:
-        """What the two halves make of their leaves, and the new state."""
-        check_fit(grads, params)
-        (our_grads, their_grads), (our_params, their_params) = split(grads), split(params)
-        first, our_state = ours(our_grads, opt_state.chosen, our_params)
-        second, their_state = theirs(their_grads, opt_state.rest, their_params)
-        return first, second, PartitionState(opt_state.step + 1, our_state, their_state)
-
-    def update(grads: Params, opt_state: PartitionState, params: Params) -> tuple[Updates, PartitionState]:
-        first, second, new_state = each(chosen.update, rest.update, grads, opt_state, params)
-        return Updates(*(_joined(a, b, params) for a, b in zip(first, second, strict=True))), new_state
-
-    def move(grads: Params, opt_state: PartitionState, params: Params) -> tuple[Params, PartitionState]:
-        first, second, new_state = each(chosen.step, rest.step, grads, opt_state, params)
-        return _joined(first, second, params), new_state
-
-    return Optimizer(init, update, move)
-
-
-def _joined(a: Params, b: Params, params: Params) -> Params:
-    """Two halves of an update as one tree like params, zeros for a half that is `{}`; `{}` if both are."""
-    flat = {**tree.flatten(a), **tree.flatten(b)}
-    if not flat:
-        return {}
-    return tree.map_with_path(lambda path, p: flat[path] if path in flat else torch.zeros_like(p), params)

@@ -13,23 +13,31 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from resnet_func.numerics import to_float64
+
 # Updates done -> learning rate of the next one. The optimizers pass and expect a 0-d float64 tensor.
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def constant(lr: float) -> Schedule:
+def constant(lr: float | Tensor) -> Schedule:
     """The same learning rate for ever.
 
     Args:
-        lr: Learning rate, finite and >= 0.
+        lr: Learning rate, finite and >= 0; or a 0-d tensor, unchecked, to differentiate or map over.
 
     Raises:
         ValueError: `lr` is out of range.
+
+    >>> constant(0.1)(torch.arange(2))
+    tensor([0.1000, 0.1000], dtype=torch.float64)
     """
     require_finite(lr=lr)
 
     def schedule(step: Tensor) -> Tensor:
-        return torch.full_like(step, lr, dtype=torch.float64)
+        t = to_float64(step)
+        if isinstance(lr, Tensor):
+            return to_float64(lr).to(t.device).expand(t.shape)
+        return torch.full_like(t, lr)
 
     return schedule
 
@@ -51,6 +59,9 @@ def cosine(peak_lr: float, total_steps: int, warmup_steps: int = 0, final_lr: fl
 
     Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983; warm-up: Goyal et al. 2017,
     https://arxiv.org/abs/1706.02677.
+
+    >>> cosine(1.0, total_steps=5, warmup_steps=1)(torch.tensor([0, 1, 3, 5, 9]))
+    tensor([0.5000, 1.0000, 0.5000, 0.0000, 0.0000], dtype=torch.float64)
     """
     require_finite(peak_lr=peak_lr, final_lr=final_lr)
     require("warmup_steps", warmup_steps, warmup_steps >= 0, ">= 0", "warmup_steps=0")
@@ -58,7 +69,7 @@ def cosine(peak_lr: float, total_steps: int, warmup_steps: int = 0, final_lr: fl
     require("total_steps", total_steps, total_steps > warmup_steps, need, "epochs * batches per epoch")
 
     def schedule(step: Tensor) -> Tensor:
-        t = step.to(torch.float64)
+        t = to_float64(step)
         warmup = peak_lr * (t + 1) / (warmup_steps + 1)
         progress = ((t - warmup_steps) / (total_steps - warmup_steps)).clamp(0, 1)
         decay = final_lr + (peak_lr - final_lr) * (1 + torch.cos(math.pi * progress)) / 2
@@ -93,6 +104,9 @@ def one_cycle(
         ValueError: An argument is out of range.
 
     Smith and Topin 2018, https://arxiv.org/abs/1708.07120.
+
+    >>> one_cycle(1.0, total_steps=5, warmup_fraction=0.6)(torch.arange(5)).tolist()
+    [0.04, 0.52, 1.0, 0.5, 0.0]
     """
     require_finite(peak_lr=peak_lr, final_lr=final_lr)
     require("total_steps", total_steps, total_steps >= 2, ">= 2", "epochs * batches per epoch")
@@ -107,7 +121,7 @@ def one_cycle(
         return start * (1 - share) + end * share  # exact at both ends
 
     def schedule(step: Tensor) -> Tensor:
-        t = step.to(torch.float64)
+        t = to_float64(step)
         up = between(peak_lr / start_div, peak_lr, t / max(top, 1e-9))
         down = between(peak_lr, final_lr, (t - top) / (last - top))
         return torch.where(t < top, up, down)
@@ -125,6 +139,9 @@ def step(lr: float, milestones: Sequence[int], gamma: float = 0.1) -> Schedule:
 
     Raises:
         ValueError: An argument is out of range.
+
+    >>> step(1.0, milestones=(2, 3))(torch.arange(4))
+    tensor([1.0000, 1.0000, 0.1000, 0.0100], dtype=torch.float64)
     """
     require_finite(lr=lr)
     at = tuple(milestones)
@@ -132,9 +149,10 @@ def step(lr: float, milestones: Sequence[int], gamma: float = 0.1) -> Schedule:
     require("gamma", gamma, 0 < gamma < math.inf, "finite and > 0", "gamma=0.1")
 
     def schedule(step: Tensor) -> Tensor:
-        passed = torch.zeros_like(step, dtype=torch.float64)
+        t = to_float64(step)
+        passed = torch.zeros_like(t)
         for milestone in at:
-            passed = passed + (step >= milestone)
+            passed = passed + (t >= milestone)
         return lr * gamma**passed
 
     return schedule
@@ -146,7 +164,20 @@ def require(name: str, value: object, ok: bool, expected: str, remedy: str) -> N
         raise ValueError(f"{name} must be {expected}; got {value!r}. Try {remedy}")
 
 
-def require_finite(**values: float) -> None:
-    """Raise a ValueError for the first that is negative, infinite or NaN."""
+def require_finite(**values: float | Tensor) -> None:
+    """Raise a ValueError for the first that is negative, infinite or NaN; or a tensor that is no scalar."""
     for name, value in values.items():
-        require(name, value, 0 <= value < math.inf, "finite and >= 0", f"{name}=1e-3")
+        check_scalar(name, value, lambda v: 0 <= v < math.inf, "finite and >= 0", f"{name}=1e-3")
+
+
+def check_scalar(
+    name: str, value: float | Tensor, in_domain: Callable[[float], bool], expected: str, remedy: str
+) -> None:
+    """Raise the ValueError of a number outside its domain; of a tensor only shape and dtype are looked at."""
+    if isinstance(value, Tensor):
+        ok = value.ndim == 0 and value.is_floating_point()
+        got = f"{list(value.shape)} of {value.dtype}"
+        if not ok:
+            raise ValueError(f"{name} must be a number or a 0-d floating tensor; got {got}. Try {remedy}")
+    else:
+        require(name, value, in_domain(value), expected, remedy)

@@ -6,8 +6,7 @@ calls' outputs, not of the leaves: no weight gradient is computed. `layer_factor
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +18,7 @@ from resnet_func.losses import check_per_sample
 from resnet_func.per_sample import layer_factors
 from resnet_func.per_sample.factors import ConvFactors, Derived, Direct, Factors, Several
 from resnet_func.per_sample.intercept import Call, Calls, Interception, derivation, substitute, tensors_of
-from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State
-
-# Says of a leaf's dotted path whether it is trained.
-Trainable: TypeAlias = Callable[[str], bool]
+from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State, Trainable
 
 
 class Batch(NamedTuple):

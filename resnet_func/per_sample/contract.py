@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from resnet_func.numerics import accumulation_dtype
 from resnet_func.per_sample import ghost
 from resnet_func.per_sample.factors import (
     MAX_ELEMENTS,
@@ -24,7 +25,6 @@ from resnet_func.per_sample.factors import (
     Factors,
     LinearFactors,
     Several,
-    accumulation_dtype,
     grad_rows,
     has_ghost,
     num_samples,

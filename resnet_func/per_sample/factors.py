@@ -98,11 +98,6 @@ def has_ghost(factors: Factors) -> bool:
     return isinstance(factors, LinearFactors)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to accumulate in: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def split_views(tensor: Tensor, views: int) -> Tensor:
     """`[views * N, ...]` as `[views, N, ...]`."""
     return tensor.reshape(views, tensor.shape[0] // views, *tensor.shape[1:])

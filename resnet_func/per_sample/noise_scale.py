@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.numerics import accumulation_dtype
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
 from resnet_func.per_sample.contract import Way
-from resnet_func.per_sample.factors import Factors, accumulation_dtype, sample_slices
+from resnet_func.per_sample.factors import Factors, sample_slices
 from resnet_func.per_sample.quantity import Quantity, by_layer
 from resnet_func.types import Params
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias, TypedDict
 
-from resnet_func.per_sample.capture import Trainable
 from resnet_func.per_sample.checks import Checks
 from resnet_func.per_sample.plan import Plan
-from resnet_func.types import LossFn, Model
+from resnet_func.types import LossFn, Model, Trainable
 
 Method: TypeAlias = Literal["auto", "contract", "vmap", "loop"] | Plan
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resnet_func import tree
-from resnet_func.per_sample.capture import Batch, Trainable, capture, make_task
+from resnet_func.per_sample.capture import Batch, capture, make_task
 from resnet_func.per_sample.contract import Way
 from resnet_func.per_sample.factors import (
     ConvFactors,
@@ -21,7 +21,7 @@ from resnet_func.per_sample.factors import (
     has_ghost,
     num_samples,
 )
-from resnet_func.types import Logits, Model, Params, PerSample, State
+from resnet_func.types import Logits, Model, Params, PerSample, State, Trainable
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from resnet_func import tree
 from resnet_func.models import layers
 from resnet_func.models.layers import Conv, GroupNorm, Linear, Pad
 from resnet_func.testing import generator, randn
@@ -142,3 +146,135 @@ def test_meta_draws_nothing() -> None:
     params, _ = layers.init_layer(Conv(3, 4, 3), source, torch.device("meta"))
     assert params["weight"].is_meta
     assert torch.equal(source.get_state(), before)
+
+
+# --------------------------------------------------------------------------- derivatives of derivatives
+
+
+def directional(mode: str, fn: Callable[[Tensor], Tensor], at: Tensor, along: Tensor) -> Tensor:
+    """The derivative of a scalar function along a direction, by forward or by reverse mode."""
+    if mode == "jvp":
+        return torch.func.jvp(fn, (at,), (along,))[1]
+    value, pullback = torch.func.vjp(fn, at)
+    return (pullback(torch.ones_like(value))[0] * along).sum()
+
+
+@pytest.mark.parametrize("wrt", ["x", "weight", "bias"])
+@pytest.mark.parametrize("outer", ["jvp", "vjp"])
+@pytest.mark.parametrize("inner", ["jvp", "vjp"])
+@pytest.mark.parametrize("kind", ["batch-train", "batch-eval", "group"])
+def test_second_derivatives_of_norms_in_every_composition(
+    kind: str, inner: str, outer: str, wrt: str
+) -> None:
+    """Against central differences of first derivatives by reverse mode, of which torch's are right."""
+    inputs = {"x": double(3, 4, 3, 3, seed=0), "weight": double(4, seed=1), "bias": double(4, seed=2)}
+    state = {
+        "running_mean": double(4, seed=3),
+        "running_var": double(4, seed=4).exp(),
+        "num_batches_tracked": torch.tensor(6),
+    }
+    spec = GroupNorm(4, 2) if kind == "group" else BatchNorm(4)
+
+    def value(moved: Tensor, x: Tensor) -> Tensor:
+        at = {**inputs, "x": x, wrt: moved} if wrt != "x" else {**inputs, "x": moved}
+        params = {"weight": at["weight"], "bias": at["bias"]}
+        y, _ = layers.apply_layer(spec, params, state, at["x"], train=kind == "batch-train")
+        return (y.sin() * double(3, 4, 3, 3, seed=5)).sum() + y.pow(3).sum()
+
+    along, x_along = double(*inputs[wrt].shape, seed=6), double(3, 4, 3, 3, seed=7)
+
+    def first(x: Tensor, mode: str) -> Tensor:
+        base = x if wrt == "x" else inputs[wrt]
+        return directional(mode, lambda moved: value(moved, x), base, along)
+
+    h = 1e-5
+    x = inputs["x"]
+    want = (first(x + h * x_along, "vjp") - first(x - h * x_along, "vjp")) / (2 * h)
+    got = directional(outer, lambda x: first(x, inner), x, x_along)
+    assert want.abs() > 1e-2
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)  # h**2 of truncation, eps / h of round-off
+
+
+def test_forward_mode_gives_the_values_of_the_kernel() -> None:
+    params, state = {"weight": double(4, seed=1), "bias": double(4, seed=2)}, statistics(3)
+    x = double(3, 4, 3, 3, seed=0)
+
+    def fn(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return layers.batch_norm(params, state, x, train=True)
+
+    y, after = fn(x)
+    by_forward, _, after_forward = torch.func.jvp(fn, (x,), (x.cos(),), has_aux=True)
+    torch.testing.assert_close(by_forward, y, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(after_forward, after, rtol=1e-12, atol=1e-13)
+    narrow, _ = torch.func.jvp(
+        lambda x: layers.batch_norm(
+            tree.map(Tensor.float, params), tree.map(Tensor.float, state), x, train=True
+        )[0],
+        (x.bfloat16(),),
+        (x.bfloat16(),),
+    )
+    assert narrow.dtype == torch.bfloat16
+
+
+# --------------------------------------------------------------------------- ensembles and tasks
+
+
+def statistics(seed: int) -> dict[str, Tensor]:
+    return {
+        "running_mean": double(4, seed=seed),
+        "running_var": double(4, seed=seed + 1).exp(),
+        "num_batches_tracked": torch.tensor(seed),
+    }
+
+
+@pytest.mark.parametrize("mapped", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
+def test_batch_norm_in_training_under_vmap_is_the_loop(mapped: tuple[bool, bool, bool]) -> None:
+    """Over any of parameters, state and batches, the others shared."""
+    members = [
+        (
+            {"weight": double(4, seed=k), "bias": double(4, seed=k + 9)},
+            statistics(k),
+            double(3, 4, 2, 2, seed=k),
+        )
+        for k in range(2)
+    ]
+    shared = members[0]
+
+    def run(params: Any, state: Any, x: Tensor) -> Any:
+        return layers.batch_norm(params, state, x, train=True)
+
+    stacked = [
+        tree.map(lambda *leaves: torch.stack(leaves), *(m[i] for m in members)) if mapped[i] else shared[i]
+        for i in range(3)
+    ]
+    got = torch.func.vmap(run, tuple(0 if m else None for m in mapped))(*stacked)
+    each = [run(*(m[i] if mapped[i] else shared[i] for i in range(3))) for m in members]
+    want = tree.map(lambda *leaves: torch.stack(leaves), *each)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_single_samples_under_vmap_are_no_batches() -> None:
+    params, state = {"weight": double(4, seed=1), "bias": double(4, seed=2)}, statistics(3)
+    x = double(3, 4, 2, 2, seed=0)
+    with pytest.raises(ValueError, match="instance norm"):
+        torch.func.vmap(lambda xi: layers.batch_norm(params, state, xi[None], train=True))(x)
+    layers.batch_norm(params, state, x[:1], train=True)
+
+
+# --------------------------------------------------------------------------- torch's defaults
+
+
+@pytest.mark.parametrize("spec", [Conv(3, 4, 3), Linear(3, 4), BatchNorm(4), GroupNorm(4, 2)], ids=str)
+def test_no_default_of_torchs_changes_a_layer(spec: Any) -> None:
+    want = layers.init_layer(spec, generator(0), torch.device("cpu"))
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(FP64)
+        torch.set_default_device("meta")
+        got = layers.init_layer(spec, torch.Generator("cpu").manual_seed(0), torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    for a, b in zip(tree.leaves(got), tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from typing import Unpack, get_type_hints
+
 import pytest
 import torch
 from torchvision.models import get_model_weights
@@ -10,6 +14,7 @@ import resnet_func as rf
 from parity import reference
 from resnet_func import tree
 from resnet_func.models import zoo
+from resnet_func.models.config import ConfigChanges
 from resnet_func.testing import generator
 from resnet_func.types import Model
 
@@ -87,3 +92,30 @@ def test_group_norm_fits_every_network(name: str) -> None:
 def test_wrong_names_say_what_there_is(name: str, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         zoo.by_name(name, **changes)
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_an_editor_sees_what_each_network_takes(name: str) -> None:
+    fn = getattr(rf, name)
+    assert inspect.isfunction(fn)
+    assert fn.__name__ == name
+    assert fn.__doc__
+    assert re.search(r"^\w.* parameters\.$", fn.__doc__.splitlines()[0])
+    (changes,) = inspect.signature(fn).parameters.values()
+    assert changes.kind is inspect.Parameter.VAR_KEYWORD
+    assert get_type_hints(fn)["changes"] == Unpack[ConfigChanges]
+    assert fn(num_classes=7).config == zoo.config(name, num_classes=7)
+
+
+def test_the_keywords_are_the_fields_of_the_config() -> None:
+    hints = get_type_hints(rf.ResNetConfig)
+    assert get_type_hints(ConfigChanges) == hints
+    assert not ConfigChanges.__required_keys__
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_docstring_counts_right(name: str) -> None:
+    """The millions of parameters that the first line states, to its digits."""
+    (stated,) = re.findall(r"([0-9.]+) million", str(getattr(rf, name).__doc__))
+    decimals = len(stated.partition(".")[2])
+    assert f"{count(zoo.by_name(name)) / 1e6:.{decimals}f}" == stated

@@ -13,7 +13,7 @@ from torch import Tensor
 import resnet_func as rf
 from resnet_func import optim, tree
 from resnet_func.optim.muon import orthogonalized
-from resnet_func.train import arrange, init_train_state, make_train_step
+from resnet_func.train import init_train_state, make_train_step, to_memory_format
 
 SHAPES = {"wide": (3, 8), "tall": (9, 2), "square": (4, 4), "row": (1, 5)}
 
@@ -147,7 +147,7 @@ def test_a_training_step_keeps_the_memory_format_and_learns() -> None:
     params, state = model.init(generator(0))
     optimizer = optim.partition(is_convolution, optim.muon(0.02), optim.sgd(0.1, momentum=0.9))
     step = make_train_step(model, rf.losses.cross_entropy, optimizer)
-    train_state = init_train_state(arrange(params, torch.channels_last), state, optimizer)
+    train_state = init_train_state(to_memory_format(params, torch.channels_last), state, optimizer)
     x, y = normal(8, 3, 8, 8, seed=1, dtype=torch.float32), torch.arange(8)
     x = x.contiguous(memory_format=torch.channels_last)
     losses = []
