@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.models import layers
-from resnet_func.models.layers import Conv, GroupNorm, Linear, Pad
+from resnet_func.models.layers import BatchNorm, Conv, GroupNorm, Linear, Pad
 from resnet_func.testing import generator, randn
 
 FP64 = torch.float64
