@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from resnet_func.app import plots, report
 from resnet_func.app.data import Dataset
@@ -26,7 +28,7 @@ def evaluation() -> Evaluation:
 
 def test_the_table_by_class() -> None:
     table = report.class_table(evaluation(), CLASSES)
-    columns = [list(column.cells) for column in table.columns]
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
     assert columns == [
         list(CLASSES),
         ["100.00%", "50.00%", "0.00%"],
@@ -34,6 +36,22 @@ def test_the_table_by_class() -> None:
         ["80.00%", "66.67%", "0.00%"],
         ["3", "1", "0"],
     ]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "macro avg", "weighted avg", "micro avg", "samples avg", "dog"])
+def test_a_class_may_be_called_anything(name: str) -> None:
+    """Names that scikit-learn's text report uses for itself, and one name twice, change no number."""
+    expected = [list(column.cells) for column in report.class_table(evaluation(), CLASSES).columns[1:]]
+    table = report.class_table(evaluation(), (name, "dog", "eel"))
+    assert [list(column.cells) for column in table.columns[1:]] == expected
+
+
+def test_the_table_prints_names_as_they_are() -> None:
+    out = io.StringIO()
+    Console(file=out, width=100).print(report.class_table(evaluation(), ("[old]", ":cat: 汉字", "two\nlines")))
+    for name in ("[old]", ":cat: 汉字", r"two\nlines"):
+        assert name in out.getvalue()
+    assert len(out.getvalue().splitlines()) == 4
 
 
 def test_the_pictures_get_the_matrix_and_the_worst_mistakes(
