@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ def class_table(evaluation: Evaluation, classes: tuple[str, ...]) -> Table:
     >>> [list(column.cells)[0] for column in class_table(results, ("accuracy", "dog")).columns][1:]
     ['100.00%', '100.00%', '100.00%', '1']
     """
-    scores = precision_recall_fscore_support(
+    # the stubs do not tell arrays from the averages that other options give
+    scores: Any = precision_recall_fscore_support(
         evaluation.targets.numpy(),
         evaluation.logits.argmax(1).numpy(),
         labels=np.arange(len(classes)),
@@ -43,7 +45,9 @@ def class_table(evaluation: Evaluation, classes: tuple[str, ...]) -> Table:
         table.add_column(name, justify="right")
     for name, precision, recall, f1, images in zip(classes, *scores, strict=True):
         # as Text: a name in brackets is no markup
-        table.add_row(Text(printable(name)), f"{precision:.2%}", f"{recall:.2%}", f"{f1:.2%}", f"{images:.0f}")
+        table.add_row(
+            Text(printable(name)), f"{precision:.2%}", f"{recall:.2%}", f"{f1:.2%}", f"{images:.0f}"
+        )
     return table
 
 
@@ -58,8 +62,9 @@ def write_pictures(
     wrong = (predictions != evaluation.targets).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES_SHOWN]
     images = [images for images, _ in source.read(worst.split(1))]
+    none = torch.empty((0, *source.image_shape), dtype=torch.uint8, device="cpu")
     plots.mistakes(
-        torch.cat(images).cpu() if images else torch.empty((0, *source.image_shape), dtype=torch.uint8, device="cpu"),
+        torch.cat(images).cpu() if images else none,
         evaluation.targets[worst],
         predictions[worst],
         confidence[worst],

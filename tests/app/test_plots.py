@@ -123,7 +123,19 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> 
 
 # names people have
 
-NAMES = ("$x$", "a$b", r"$\frac{$", "[old]", "汉字", "😀", "two\nlines", "\x1b[31m\0", "\udce9", "عربي", "_a^b")
+NAMES = (
+    "$x$",
+    "a$b",
+    r"$\frac{$",
+    "[old]",
+    "汉字",
+    "😀",
+    "two\nlines",
+    "\x1b[31m\0",
+    "\udce9",
+    "عربي",
+    "_a^b",
+)
 
 
 @pytest.fixture
@@ -165,7 +177,9 @@ def test_names_of_any_characters_are_drawn_as_they_are(kind: str, tmp_path: Path
         assert name in everything
 
 
-def test_what_no_font_has_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[str]) -> None:
-    monkeypatch.setattr(plots, "_font_with", lambda character: plots.OWN_FONT if character != "字" else None)
+def test_what_no_font_has_is_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[str]
+) -> None:
+    monkeypatch.setattr(plots, "_font_with", lambda c: plots.OWN_FONT if c != "字" else None)
     plots.confusion(torch.eye(2), ("é字", "b"), tmp_path / "c.png", "t")
     assert r"é\u5b57" in drawn

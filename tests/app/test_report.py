@@ -48,7 +48,9 @@ def test_a_class_may_be_called_anything(name: str) -> None:
 
 def test_the_table_prints_names_as_they_are() -> None:
     out = io.StringIO()
-    Console(file=out, width=100).print(report.class_table(evaluation(), ("[old]", ":cat: 汉字", "two\nlines")))
+    Console(file=out, width=100).print(
+        report.class_table(evaluation(), ("[old]", ":cat: 汉字", "two\nlines"))
+    )
     for name in ("[old]", ":cat: 汉字", r"two\nlines"):
         assert name in out.getvalue()
     assert len(out.getvalue().splitlines()) == 4
