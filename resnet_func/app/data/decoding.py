@@ -17,7 +17,7 @@ What becomes of each of Pillow's modes; where torchvision's ImageFolder reads a 
 | F                         | grey, floating point              | the range that the values lie in          |
 
 I and F do not say which value is white. The smallest of the ranges 0 to 1, 0 to 255 and 0 to 65,535 that
-holds all values of the file is mapped to 0 to 255 (floats may leave it by a tenth, and are clipped); where
+holds all values of the file is mapped to 0 to 255 (floats may leave it by a tenth and are clipped); where
 none holds them, the file's lowest value is black and its highest white. NaN is black.
 
 Transparency shows the colour that lies beneath. EXIF orientation is not applied. Of an animation or a file of
@@ -42,7 +42,9 @@ from resnet_func.app.names import printable
 
 DECODE_VERSION = 2  # to be raised when `decode` gives other pixels, so that no old cache is used
 FULL_SCALES = (1.0, 255.0, 65535.0)
-FLOAT_OVERSHOOT = 0.1  # of the full scale: what interpolation leaves outside
+FLOAT_OVERSHOOT = (
+    0.1  # what interpolation leaves above the full scale, and below 0 for each unit of the highest value
+)
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ def _scale_to_8_bits(values: Float[np.ndarray, "h w"], overshoot: float) -> UInt
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     for scale in FULL_SCALES:
-        if low >= -overshoot * scale and high <= (1 + overshoot) * scale:
+        if low >= -overshoot * high and high <= (1 + overshoot) * scale:
             low, high = 0.0, scale
             break
     span = high - low or 1.0  # a single value, outside every range, is black

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
+import socket
 import warnings
 
 import numpy as np
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 
-from resnet_func.app.data import DataError, Dataset, Stream, batches, channel_statistics, decode, load
+from resnet_func.app.data import DataError, batches, decode, load
 from resnet_func.app.data import folder as folder_module
 from resnet_func.app.data.folder import CACHE_FOLDER, list_images, load_images
 
@@ -330,80 +330,89 @@ def test_an_interrupted_write_leaves_the_old_cache_and_nothing_else(split, monke
     assert os.listdir(split.parent / CACHE_FOLDER) == [cache_of(split).name]
 
 
-# streams
+# folders people have
 
 
-@pytest.fixture
-def both(tmp_path):
-    """The same training split in memory and streamed."""
-    write_split(tmp_path / "train", counts=(20, 13))
-    write_split(tmp_path / "test")
-    return load("folder", tmp_path).train, load("folder", tmp_path, max_bytes=0).train
+def test_links_to_parents_are_passed_over(tmp_path, caplog):
+    write_split(tmp_path / "train")
+    for link, target in (
+        ("train/a/up", ".."),
+        ("train/a/root", "../.."),
+        ("train/loop", "."),
+        ("train/b/b", "."),
+    ):
+        (tmp_path / link).symlink_to(target)
+    listing = list_images(tmp_path / "train")
+    assert (listing.classes, len(listing.files), listing.labels) == (("a", "b"), 9, (0,) * 5 + (1,) * 4)
+    (record,) = caplog.records
+    assert "passed over" in record.getMessage()
+    assert "3 more" in record.getMessage()
+    assert len(record.getMessage()) < len(str(tmp_path)) + 200
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def test_folders_that_link_to_each_other_are_read_once(tmp_path):
+    write_split(tmp_path)
+    for i in range(12):
+        (tmp_path / "a" / f"d{i}").mkdir()
+        save(tmp_path / "a" / f"d{i}" / "x.png", noise(8, 8, 3))
+        for j in range(12):
+            (tmp_path / "a" / f"d{i}" / f"to{j}").symlink_to(f"../d{j}")
+    assert len(list_images(tmp_path).files) == 9 + 12
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_stream_is_the_data_set_to_the_bit(both, workers):
-    memory, stream = both
-    assert isinstance(memory, Dataset)
-    assert isinstance(stream, Stream)
-    stream = dataclasses.replace(stream, workers=workers)
-    for options in ({"generator": seeded(3), "shuffle": True}, {"drop_last": True}):
-        state = options["generator"].get_state() if "generator" in options else None
-        a = list(batches(memory, 5, **options))
-        if state is not None:
-            options["generator"].set_state(state)
-        b = list(batches(stream, 5, **options))
-        assert len(a) == len(b) == (6 if "drop_last" in options else 7)
-        for (images, labels), (streamed_images, streamed_labels) in zip(a, b, strict=True):
-            assert torch.equal(images, streamed_images)
-            assert torch.equal(labels, streamed_labels)
-    facts = [(s.name, s.classes, s.num_samples, s.image_shape) for s in both]
-    assert facts[0] == facts[1]
+def test_links_elsewhere_are_followed(tmp_path):
+    write_split(tmp_path / "elsewhere")
+    write_split(tmp_path / "train")
+    (tmp_path / "train" / "c").symlink_to("../elsewhere/a")
+    (tmp_path / "train" / "a" / "more").symlink_to("../../elsewhere/b")
+    listing = list_images(tmp_path / "train")
+    assert [listing.labels.count(i) for i in range(3)] == [9, 4, 5]
 
 
-def test_a_stream_touches_no_global_generator(both):
-    before = torch.get_rng_state()
-    list(batches(both[1], 8, generator=seeded(), shuffle=True))
-    assert torch.equal(torch.get_rng_state(), before)
+def test_what_is_no_file_is_passed_over(tmp_path, caplog):
+    write_split(tmp_path)
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "a" / "socket.png"))
+        (tmp_path / "a" / "folder.png").mkdir()
+        (tmp_path / "a" / "dangling.png").symlink_to("nowhere")
+        (tmp_path / "a" / "itself.png").symlink_to("itself.png")
+        (tmp_path / "c").symlink_to("nowhere")
+        listing = list_images(tmp_path)
+        (images,) = load_images([listing], None)
+    assert (listing.classes, len(images)) == (("a", "b"), 9)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("c (No such file or directory), and 4 more like it")
 
 
-def test_a_stream_can_be_left_early_and_started_again(both):
-    memory, stream = both
-    for images, _ in batches(stream, 4):
-        assert torch.equal(images, memory.images[:4])
-        break
-    assert sum(len(images) for images, _ in batches(stream, 4)) == 33
+def test_a_folder_that_cannot_be_read_is_one_short_line(tmp_path, monkeypatch):
+    write_split(tmp_path)
+    (tmp_path / "a" / "locked").mkdir()
+    real = os.listdir
+
+    def listdir(path):
+        if str(path).endswith("locked"):  # whoever is root may read everything
+            raise PermissionError(13, "Permission denied", str(path) * 100)
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(
+        DataError, match=r"a/locked: cannot be read \(Permission denied\); expected"
+    ) as caught:
+        list_images(tmp_path)
+    assert len(str(caught.value)) < len(str(tmp_path)) + 200
 
 
-def test_a_stream_of_nothing_asks_no_worker(both):
-    assert list(both[1].read(())) == []
-
-
-def test_a_stream_measures_an_even_sample(both, monkeypatch):
-    memory, stream = both
-    assert all(map(torch.equal, channel_statistics(stream), channel_statistics(memory)))
-    monkeypatch.setattr("resnet_func.app.data.sources.STREAM_STATISTICS_IMAGES", 11)
-    assert all(map(torch.equal, channel_statistics(stream), channel_statistics(memory.images[::3])))
-
-
-def test_a_stream_delivers_where_it_is_sent(both):
-    images, labels = next(batches(both[1].to("meta"), 4))
-    assert (images.device.type, labels.device.type) == ("meta", "meta")
-
-
-def test_a_stream_resizes(both, tmp_path):
-    streamed = load("folder", tmp_path, image_size=4, max_bytes=0).train
-    images, _ = next(batches(streamed, 33))
-    assert torch.equal(images, load("folder", tmp_path, image_size=4).train.images)
-    assert streamed.image_shape == (3, 4, 4)
-
-
-def test_a_stream_names_the_first_image_of_another_size(both, tmp_path):
-    save(tmp_path / "train" / "b" / "99.png", noise(9, 8, 3))
-    with pytest.raises(DataError, match=r"b/99.png: 8x9 pixels, .* 8x8; set image_size") as caught:
-        list(batches(load("folder", tmp_path, max_bytes=0).train, 4))
+@pytest.mark.parametrize("name", ["two\nlines", "[old]", "\udce9", "汉字", " "])
+def test_names_of_any_characters(name, tmp_path):
+    write_split(tmp_path / "train")
+    save(tmp_path / "train" / name / f"{name}.png", noise(8, 8, 3))
+    listing = list_images(tmp_path / "train")
+    (images,) = load_images([listing], None)
+    assert name in listing.classes
+    assert len(images) == 10
+    (tmp_path / "train" / name / f"{name}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="cannot be decoded") as caught:
+        load_images([list_images(tmp_path / "train")], None)
     assert "\n" not in str(caught.value)
+    str(caught.value).encode()
