@@ -13,6 +13,7 @@ from rich.console import Console
 from resnet_func.app import plots, report
 from resnet_func.app.data import Dataset
 from resnet_func.train import Evaluation
+from tests.app.image_folder import global_defaults
 
 CLASSES = ("cat", "dog", "eel")
 
@@ -77,3 +78,21 @@ def test_no_mistakes_is_a_picture_too(tmp_path: Path) -> None:
     images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
     report.write_pictures(perfect, Dataset(images, targets, CLASSES, "pets"), CLASSES, tmp_path, "t")
     assert {path.name for path in tmp_path.iterdir()} == {"confusion.png", "mistakes.png"}
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, None), (torch.float32, "meta")])
+def test_another_default_dtype_or_device_draws_the_same(
+    tmp_path: Path, dtype: torch.dtype, device: str | None
+) -> None:
+    files = []
+    results = evaluation()
+    source = Dataset(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), results.targets, CLASSES, "pets")
+    for name, defaults in (("plain", (torch.float32, None)), ("other", (dtype, device))):
+        (tmp_path / name).mkdir()
+        with global_defaults(*defaults):
+            report.write_pictures(results, source, CLASSES, tmp_path / name, "t")
+            cells = [
+                [str(c) for c in column.cells] for column in report.class_table(results, CLASSES).columns
+            ]
+        files.append((cells, [path.read_bytes() for path in sorted((tmp_path / name).iterdir())]))
+    assert files[0] == files[1]
