@@ -58,6 +58,10 @@ def apply(augment: Augment, x: Batch, generator: torch.Generator) -> Batch:
     Raises:
         ValueError: `x` is not a batch of images, the generator is on another device, or crop or cutout does
             not fit the image.
+
+    >>> x = torch.ones(2, 3, 8, 8)
+    >>> apply(Augment(crop=2, flip=True), x, torch.Generator().manual_seed(0)).shape
+    torch.Size([2, 3, 8, 8])
     """
     if augment.crop:
         x = random_crop(x, augment.crop, generator, pad=augment.pad)
@@ -82,6 +86,10 @@ def random_crop(x: Batch, padding: int, generator: torch.Generator, pad: Pad = "
 
     Raises:
         ValueError: padding is negative, or "reflect" is asked to mirror more pixels than there are.
+
+    >>> x = torch.ones(2, 3, 8, 8)
+    >>> random_crop(x, 1, torch.Generator().manual_seed(0)).equal(x)
+    True
     """
     _check(x, generator)
     _check_pad(pad)
@@ -117,6 +125,10 @@ def random_flip(x: Batch, generator: torch.Generator) -> Batch:
 
     Raises:
         ValueError: `x` is not a batch of images, or the generator is on another device.
+
+    >>> x = torch.ones(2, 3, 8, 8)
+    >>> random_flip(x, torch.Generator().manual_seed(0)).equal(x)
+    True
     """
     _check(x, generator)
     sides = torch.randint(0, 2, (len(x), 1, 1, 1), generator=generator, dtype=torch.int64, device=x.device)
@@ -138,6 +150,9 @@ def cutout(x: Batch, size: int, generator: torch.Generator) -> Batch:
 
     Raises:
         ValueError: size is negative or larger than the image.
+
+    >>> cutout(torch.ones(1, 1, 8, 8), 1, torch.Generator().manual_seed(0)).sum()
+    tensor(63.)
     """
     _check(x, generator)
     n, _, height, width = x.shape
@@ -163,6 +178,9 @@ def resize(x: Batch, size: int) -> Batch:
 
     Raises:
         ValueError: `x` is not a batch of images, or size is not positive.
+
+    >>> resize(torch.zeros(2, 3, 8, 6, dtype=torch.uint8), 4).shape
+    torch.Size([2, 3, 4, 4])
     """
     if x.ndim != 4 or size < 1:
         raise ValueError(
@@ -195,6 +213,10 @@ def normalize(
 
     Raises:
         ValueError: the images are not uint8, or their channels are not those of mean and std.
+
+    >>> white = torch.full((1, 1, 1, 2), 255, dtype=torch.uint8)
+    >>> normalize(white, torch.tensor([0.5]), torch.tensor([0.25])).flatten()
+    tensor([2., 2.])
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or not mean.shape == std.shape == images.shape[1:2]:
         raise ValueError(

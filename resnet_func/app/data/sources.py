@@ -125,6 +125,10 @@ def load(
     Raises:
         DataError: the data is missing, damaged or ill-arranged.
         ValueError: `image_size` is not positive.
+
+    >>> train, test = load("digits")
+    >>> train.num_samples, test.num_samples, train.image_shape
+    (1433, 364, (1, 8, 8))
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be 1 or more pixels; got {image_size}")
@@ -245,6 +249,10 @@ def batches(
 
     Raises:
         ValueError: `batch_size` is not positive, `drop_last` leaves nothing, or `shuffle` has no generator.
+
+    >>> images, labels = next(batches(load("digits").train, 32))
+    >>> images.shape, labels.shape
+    (torch.Size([32, 1, 8, 8]), torch.Size([32]))
     """
     n = source.num_samples
     if batch_size < 1 or (drop_last and 0 < n < batch_size):
@@ -277,6 +285,9 @@ def channel_statistics(
 
     Raises:
         ValueError: there are no images, or they are not uint8.
+
+    >>> channel_statistics(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
+    (tensor([0.5000]), tensor([0.5000]))
     """
     if isinstance(data, Tensor):
         if data.dtype != torch.uint8 or data.ndim != 4:
