@@ -5,18 +5,15 @@ Drawn on matplotlib's objects alone: no display, no pyplot, no global state, so 
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -25,11 +22,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resnet_func.app.names import printable
+from resnet_func.app.fonts import drawable, fonts_of
 from resnet_func.files import write_whole
 
 DPI = 150
-OWN_FONT = "DejaVu Sans"  # comes with matplotlib
 TEST, GREY = "#0072B2", "#595959"
 STYLES: dict[str, dict[str, Any]] = {  # Okabe and Ito's colours: distinct to every kind of colour vision
     "train": {"color": "#D55E00", "linestyle": "--", "linewidth": 1.3},
@@ -163,7 +159,7 @@ def confusion(matrix: Int[Tensor, "c c"], classes: Sequence[str], path: Path, ti
     Raises:
         ValueError: the matrix is not C x C.
     """
-    classes = [_drawable(name) for name in classes]
+    classes = [drawable(name) for name in classes]
     counts = matrix.cpu().numpy().astype(np.float64)
     if counts.shape != (len(classes), len(classes)):
         raise ValueError(f"{len(classes)} classes need a square matrix of that size; got {counts.shape}")
@@ -262,7 +258,7 @@ def mistakes(
 
     Edge cases: without a mistake the picture says so.
     """
-    classes = [_drawable(name) for name in classes]
+    classes = [drawable(name) for name in classes]
     wrong = (labels != predictions).cpu().numpy()
     certainty = np.where(wrong, confidences.double().nan_to_num(0).cpu().numpy(), -1)
     shown = np.argsort(-certainty, kind="stable")[: min(wrong.sum(), SHOWN_MISTAKES)].tolist()
@@ -292,35 +288,9 @@ def _draw_image(axes: Axes, image: UInt8[Tensor, "c h w"]) -> None:
 def _figure(width: float, height: float, title: str) -> Figure:
     """A figure of this size in inches, its title in the left corner, in as many lines as it needs."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    text = textwrap.fill(_drawable(title), max(20, int(9 * width)))
+    text = textwrap.fill(drawable(title), max(20, int(9 * width)))
     figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
-
-
-def _drawable(name: str) -> str:
-    """The name as it is, but for what would break a line and characters that no font here has."""
-    return "".join(
-        c if c.isascii() or _font_with(c) else c.encode("unicode_escape").decode("ascii")
-        for c in printable(name)
-    )
-
-
-def _fonts(text: str) -> list[str]:
-    """The fonts that together hold the characters of a text, matplotlib's own before all."""
-    found = (_font_with(c) for c in sorted(set(text)) if not c.isascii())
-    return list(dict.fromkeys([OWN_FONT, *filter(None, found)]))
-
-
-@functools.cache
-def _font_with(character: str) -> str | None:
-    """A font that is installed and holds the character; None where there is none."""
-    for name in (OWN_FONT, *sorted({entry.name for entry in font_manager.fontManager.ttflist} - {OWN_FONT})):
-        # as when drawing: a family's name finds one file
-        with suppress(OSError, RuntimeError, ValueError):
-            file = font_manager.findfont(name, fallback_to_default=False)
-            if font_manager.get_font(file).get_char_index(ord(character)):
-                return name
-    return None
 
 
 def _shorten(name: str, length: int) -> str:
@@ -335,7 +305,7 @@ def _say(axes: Axes, message: str) -> None:
 def _save(figure: Figure, path: Path) -> None:
     """Write the PNG whole or not at all."""
     texts: list[Any] = figure.findobj(Text)
-    fonts = _fonts("".join(text.get_text() for text in texts))
+    fonts = fonts_of("".join(text.get_text() for text in texts))
     for text in texts:
         text.set_parse_math(False)  # a name with dollar signs in it is no formula
         text.set_fontfamily(fonts)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from resnet_func.app import plots
+from resnet_func.app import fonts, plots
 
 CLASSES = ("cat", "dog", "a rather long name of a class")
 
@@ -180,6 +180,6 @@ def test_names_of_any_characters_are_drawn_as_they_are(kind: str, tmp_path: Path
 def test_what_no_font_has_is_escaped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[str]
 ) -> None:
-    monkeypatch.setattr(plots, "_font_with", lambda c: plots.OWN_FONT if c != "字" else None)
+    monkeypatch.setattr(fonts, "font_with", lambda c: fonts.OWN_FONT if c != "字" else None)
     plots.confusion(torch.eye(2), ("é字", "b"), tmp_path / "c.png", "t")
     assert r"é\u5b57" in drawn
