@@ -6,8 +6,10 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from resnet_func import train
+from resnet_func.app.names import printable
 from resnet_func.app.run_folder import Record
 
 
@@ -43,8 +45,8 @@ class ConsoleReporter:
         self.bar.stop()
 
     def note(self, text: str) -> None:
-        """Print a line."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """Print a line, as it is: names in brackets are no markup, and nothing in it breaks the line."""
+        self.console.print(Text(printable(text)), soft_wrap=True)
 
     def batch(self, progress: train.Progress, num_samples: int) -> None:
         """Move the bar: `progress.samples` of the epoch's `num_samples` are done."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,9 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
+
+from resnet_func.app.fonts import drawable, fonts_of
+from resnet_func.files import write_whole
 
 DPI = 150
 TEST, GREY = "#0072B2", "#595959"
@@ -80,8 +82,8 @@ def _column(records: Sequence[Mapping[str, Any]], key: str) -> Numbers:
 def _draw_series(axes: Axes, epochs: Numbers, series: Mapping[str, Numbers]) -> None:
     marker = "o" if len(epochs) <= FEW_POINTS else ""
     for split, values in series.items():
-        seen = np.isfinite(values)
-        axes.plot(epochs[seen], values[seen], marker=marker, markersize=4, label=split, **STYLES[split])
+        finite = np.isfinite(values)
+        axes.plot(epochs[finite], values[finite], marker=marker, markersize=4, label=split, **STYLES[split])
 
 
 def _tidy_axes(axes: Axes, epochs: Numbers) -> None:
@@ -157,6 +159,7 @@ def confusion(matrix: Int[Tensor, "c c"], classes: Sequence[str], path: Path, ti
     Raises:
         ValueError: the matrix is not C x C.
     """
+    classes = [drawable(name) for name in classes]
     counts = matrix.cpu().numpy().astype(np.float64)
     if counts.shape != (len(classes), len(classes)):
         raise ValueError(f"{len(classes)} classes need a square matrix of that size; got {counts.shape}")
@@ -255,6 +258,7 @@ def mistakes(
 
     Edge cases: without a mistake the picture says so.
     """
+    classes = [drawable(name) for name in classes]
     wrong = (labels != predictions).cpu().numpy()
     certainty = np.where(wrong, confidences.double().nan_to_num(0).cpu().numpy(), -1)
     shown = np.argsort(-certainty, kind="stable")[: min(wrong.sum(), SHOWN_MISTAKES)].tolist()
@@ -284,7 +288,7 @@ def _draw_image(axes: Axes, image: UInt8[Tensor, "c h w"]) -> None:
 def _figure(width: float, height: float, title: str) -> Figure:
     """A figure of this size in inches, its title in the left corner, in as many lines as it needs."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    text = textwrap.fill(title, max(20, int(9 * width)))
+    text = textwrap.fill(drawable(title), max(20, int(9 * width)))
     figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
 
@@ -300,13 +304,11 @@ def _say(axes: Axes, message: str) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write the PNG whole or not at all."""
-    for text in figure.findobj(Text):
+    texts: list[Any] = figure.findobj(Text)
+    fonts = fonts_of("".join(text.get_text() for text in texts))
+    for text in texts:
         text.set_parse_math(False)  # a name with dollar signs in it is no formula
+        text.set_fontfamily(fonts)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, buffer.getvalue())

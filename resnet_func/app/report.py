@@ -5,33 +5,49 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
-from sklearn.metrics import classification_report, confusion_matrix
+from rich.text import Text
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from resnet_func.app import data, plots
+from resnet_func.app.names import printable
 from resnet_func.train import Evaluation
 
 MISTAKES_SHOWN = 25
 
 
 def class_table(evaluation: Evaluation, classes: tuple[str, ...]) -> Table:
-    """Precision, recall (the class's accuracy) and F1 of each class, with its number of images."""
-    # the stubs know only the report as text
-    scores: Any = classification_report(
-        evaluation.targets,
-        evaluation.logits.argmax(1),
-        labels=range(len(classes)),
-        target_names=classes,
-        output_dict=True,
-        zero_division=0,  # pyright: ignore[reportArgumentType]
+    """Precision, recall (the class's accuracy) and F1 of each class, with its number of images.
+
+    Args:
+        evaluation: logits [N, C] and targets [N], N at least 1.
+        classes: names of the C classes, any text at all.
+
+    Returns:
+        A row per class, in the order of `classes`. A class without images, or that is never predicted, has
+        zeros where its ratio is 0 / 0.
+
+    >>> results = Evaluation(torch.zeros(2), torch.eye(2), torch.tensor([0, 1]))
+    >>> [list(column.cells)[0] for column in class_table(results, ("accuracy", "dog")).columns][1:]
+    ['100.00%', '100.00%', '100.00%', '1']
+    """
+    # the stubs do not tell arrays from the averages that other options give
+    scores: Any = precision_recall_fscore_support(
+        evaluation.targets.numpy(),
+        evaluation.logits.argmax(1).numpy(),
+        labels=np.arange(len(classes)),
+        zero_division=0,  # pyright: ignore[reportArgumentType]  (the stubs know only text)
     )
     table = Table("class", box=None)
     for name in ("precision", "recall", "F1", "images"):
         table.add_column(name, justify="right")
-    for name in classes:
-        precision, recall, f1, images = scores[name].values()
-        table.add_row(name, f"{precision:.2%}", f"{recall:.2%}", f"{f1:.2%}", f"{images:.0f}")
+    for name, precision, recall, f1, images in zip(classes, *scores, strict=True):
+        # as Text: a name in brackets is no markup
+        table.add_row(
+            Text(printable(name)), f"{precision:.2%}", f"{recall:.2%}", f"{f1:.2%}", f"{images:.0f}"
+        )
     return table
 
 
@@ -46,8 +62,9 @@ def write_pictures(
     wrong = (predictions != evaluation.targets).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES_SHOWN]
     images = [images for images, _ in source.read(worst.split(1))]
+    none = torch.empty((0, *source.image_shape), dtype=torch.uint8, device="cpu")
     plots.mistakes(
-        torch.cat(images).cpu() if images else torch.empty((0, *source.image_shape), dtype=torch.uint8),
+        torch.cat(images).cpu() if images else none,
         evaluation.targets[worst],
         predictions[worst],
         confidence[worst],

@@ -43,3 +43,11 @@ def test_a_bar_on_a_terminal() -> None:
     assert "100 images/s" in text
     assert "ETA" in text
     assert reporter.bar.tasks[0].completed == 1.5
+
+
+def test_notes_are_printed_as_they_are() -> None:
+    out = io.StringIO()
+    ConsoleReporter(Console(file=out, width=30), epochs=1).note(
+        "run [2] :cat: of [bold]\x1b[31m\na long path"
+    )
+    assert out.getvalue() == r"run [2] :cat: of [bold]\x1b[31m\na long path" + "\n"

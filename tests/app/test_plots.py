@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
-from resnet_func.app import plots
+from resnet_func.app import fonts, plots
 
 CLASSES = ("cat", "dog", "a rather long name of a class")
 
@@ -116,3 +119,67 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> 
     with pytest.raises(OSError, match="curves.png"):
         plots.curves(records(2), tmp_path / "curves.png", "t")
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+# names people have
+
+NAMES = (
+    "$x$",
+    "a$b",
+    r"$\frac{$",
+    "[old]",
+    "汉字",
+    "😀",
+    "two\nlines",
+    "\x1b[31m\0",
+    "\udce9",
+    "عربي",
+    "_a^b",
+)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The strings of every picture saved, as they were when it was drawn."""
+    texts: list[str] = []
+    real = Figure.savefig
+
+    def savefig(figure: Figure, *args: Any, **options: Any) -> None:
+        real(figure, *args, **options)
+        texts.extend(text.get_text() for text in figure.findobj(Text) if not text.get_parse_math())
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return texts
+
+
+def draw(kind: str, names: Sequence[str], path: Path) -> None:
+    count = len(names)
+    if kind == "curves":
+        plots.curves(records(2), path, " ".join(names))
+    elif kind == "confusion":
+        plots.confusion(torch.eye(count, dtype=torch.int64), names, path, names[0])
+    elif kind == "list":
+        many = [*names, *map(str, range(60))]
+        matrix = torch.zeros(len(many), len(many), dtype=torch.int64)
+        matrix[torch.arange(count), torch.arange(count) + 1] = 1
+        plots.confusion(matrix, many, path, names[0])
+    else:
+        labels = torch.arange(count)
+        images = torch.zeros(count, 3, 4, 4, dtype=torch.uint8)
+        plots.mistakes(images, labels, (labels + 1) % count, torch.ones(count), names, path, names[0])
+
+
+@pytest.mark.parametrize("kind", ["curves", "confusion", "list", "mistakes"])
+def test_names_of_any_characters_are_drawn_as_they_are(kind: str, tmp_path: Path, drawn: list[str]) -> None:
+    draw(kind, NAMES, tmp_path / "picture.png")
+    everything = "\n".join(drawn)
+    for name in ("$x$", "[old]", "_a^b", r"two\nlines", r"\x1b[31m", r"\udce9"):
+        assert name in everything
+
+
+def test_what_no_font_has_is_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[str]
+) -> None:
+    monkeypatch.setattr(fonts, "font_with", lambda c: fonts.OWN_FONT if c != "字" else None)
+    plots.confusion(torch.eye(2), ("é字", "b"), tmp_path / "c.png", "t")
+    assert r"é\u5b57" in drawn

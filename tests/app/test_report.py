@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from resnet_func.app import plots, report
 from resnet_func.app.data import Dataset
 from resnet_func.train import Evaluation
+from tests.app.image_folder import global_defaults
 
 CLASSES = ("cat", "dog", "eel")
 
@@ -26,7 +29,7 @@ def evaluation() -> Evaluation:
 
 def test_the_table_by_class() -> None:
     table = report.class_table(evaluation(), CLASSES)
-    columns = [list(column.cells) for column in table.columns]
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
     assert columns == [
         list(CLASSES),
         ["100.00%", "50.00%", "0.00%"],
@@ -34,6 +37,24 @@ def test_the_table_by_class() -> None:
         ["80.00%", "66.67%", "0.00%"],
         ["3", "1", "0"],
     ]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "macro avg", "weighted avg", "micro avg", "samples avg", "dog"])
+def test_a_class_may_be_called_anything(name: str) -> None:
+    """Names that scikit-learn's text report uses for itself, and one name twice, change no number."""
+    expected = [list(column.cells) for column in report.class_table(evaluation(), CLASSES).columns[1:]]
+    table = report.class_table(evaluation(), (name, "dog", "eel"))
+    assert [list(column.cells) for column in table.columns[1:]] == expected
+
+
+def test_the_table_prints_names_as_they_are() -> None:
+    out = io.StringIO()
+    Console(file=out, width=100).print(
+        report.class_table(evaluation(), ("[old]", ":cat: 汉字", "two\nlines"))
+    )
+    for name in ("[old]", ":cat: 汉字", r"two\nlines"):
+        assert name in out.getvalue()
+    assert len(out.getvalue().splitlines()) == 4
 
 
 def test_the_pictures_get_the_matrix_and_the_worst_mistakes(
@@ -57,3 +78,21 @@ def test_no_mistakes_is_a_picture_too(tmp_path: Path) -> None:
     images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
     report.write_pictures(perfect, Dataset(images, targets, CLASSES, "pets"), CLASSES, tmp_path, "t")
     assert {path.name for path in tmp_path.iterdir()} == {"confusion.png", "mistakes.png"}
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, None), (torch.float32, "meta")])
+def test_another_default_dtype_or_device_draws_the_same(
+    tmp_path: Path, dtype: torch.dtype, device: str | None
+) -> None:
+    files = []
+    results = evaluation()
+    source = Dataset(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), results.targets, CLASSES, "pets")
+    for name, defaults in (("plain", (torch.float32, None)), ("other", (dtype, device))):
+        (tmp_path / name).mkdir()
+        with global_defaults(*defaults):
+            report.write_pictures(results, source, CLASSES, tmp_path / name, "t")
+            cells = [
+                [str(c) for c in column.cells] for column in report.class_table(results, CLASSES).columns
+            ]
+        files.append((cells, [path.read_bytes() for path in sorted((tmp_path / name).iterdir())]))
+    assert files[0] == files[1]

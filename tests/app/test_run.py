@@ -351,13 +351,18 @@ def test_a_checkpoint_of_another_version(images: Path, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- global defaults
 
 
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, None), (torch.float32, "meta")])
 @pytest.mark.parametrize("optimizer", ["muon", "adam", "sgd"])
 def test_another_default_dtype_changes_no_bit_of_a_run(
-    images: Path, tmp_path: Path, optimizer: Literal["muon", "adam", "sgd"]
+    images: Path,
+    tmp_path: Path,
+    optimizer: Literal["muon", "adam", "sgd"],
+    dtype: torch.dtype,
+    device: str | None,
 ) -> None:
     recipe = replace(RECIPE, epochs=1, optimizer=optimizer)
     want = train(images, tmp_path / "plain", recipe=recipe)
-    with global_defaults(torch.float64):
+    with global_defaults(dtype, device):
         got = train(images, tmp_path / "other", recipe=recipe)
     assert weights(tmp_path / "other") == weights(tmp_path / "plain")
     for name in ("train_loss", "test_loss", "test_accuracy"):

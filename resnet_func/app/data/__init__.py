@@ -1,6 +1,8 @@
 """Images for training: data sets by name, folders, streams, augmentation."""
 
 from resnet_func.app.data.augment import normalize
+from resnet_func.app.data.decoding import DataError, decode
+from resnet_func.app.data.folder import LAYOUT
 from resnet_func.app.data.sources import (
     NAMES,
     STREAM_STATISTICS_IMAGES,
@@ -11,7 +13,7 @@ from resnet_func.app.data.sources import (
     channel_statistics,
     load,
 )
-from resnet_func.app.data.streaming import LAYOUT, DataError, ImageBatch, Stream, decode
+from resnet_func.app.data.stream import ImageBatch, Stream
 
 __all__ = [
     "LAYOUT",

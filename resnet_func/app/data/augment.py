@@ -8,7 +8,7 @@ The same generator state gives the same result on the same device; devices diffe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,10 @@ def apply(augment: Augment, x: Batch, generator: torch.Generator) -> Batch:
     Raises:
         ValueError: `x` is not a batch of images, the generator is on another device, or crop or cutout does
             not fit the image.
+
+    >>> x = torch.ones(2, 3, 8, 8)
+    >>> apply(Augment(crop=2, flip=True), x, torch.Generator().manual_seed(0)).shape
+    torch.Size([2, 3, 8, 8])
     """
     if augment.crop:
         x = random_crop(x, augment.crop, generator, pad=augment.pad)
@@ -82,18 +86,23 @@ def random_crop(x: Batch, padding: int, generator: torch.Generator, pad: Pad = "
 
     Raises:
         ValueError: padding is negative, or "reflect" is asked to mirror more pixels than there are.
+
+    >>> x = torch.ones(2, 3, 8, 8)
+    >>> random_crop(x, 1, torch.Generator().manual_seed(0)).equal(x)
+    True
     """
     _check(x, generator)
     _check_pad(pad)
     n, c, height, width = x.shape
+    index: dict[str, Any] = {"dtype": torch.int64, "device": x.device}
     if padding < 0 or (pad == "reflect" and padding >= min(height, width)):
         raise ValueError(
             f"{pad} padding must be 0 or more and below the image's side; got {padding} for {height}x{width} "
             f'images. Try padding={min(height, width) // 8} or pad="constant"'
         )
-    offsets = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator, device=x.device) - padding
-    rows = offsets[0] + torch.arange(height, device=x.device)
-    columns = offsets[1] + torch.arange(width, device=x.device)
+    offsets = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator, **index) - padding
+    rows = offsets[0] + torch.arange(height, **index)
+    columns = offsets[1] + torch.arange(width, **index)
     # One gather over flat pixels reads each window straight from the image: no padded copy exists, and unlike
     # F.pad it works for every dtype on every device.
     pixels = _fold(rows, height)[:, :, None] * width + _fold(columns, width)[:, None, :]
@@ -116,10 +125,14 @@ def random_flip(x: Batch, generator: torch.Generator) -> Batch:
 
     Raises:
         ValueError: `x` is not a batch of images, or the generator is on another device.
+
+    >>> x = torch.ones(2, 3, 8, 8)
+    >>> random_flip(x, torch.Generator().manual_seed(0)).equal(x)
+    True
     """
     _check(x, generator)
-    flipped = torch.randint(0, 2, (len(x), 1, 1, 1), generator=generator, device=x.device) == 1
-    return torch.where(flipped, x.flip(3), x)
+    sides = torch.randint(0, 2, (len(x), 1, 1, 1), generator=generator, dtype=torch.int64, device=x.device)
+    return torch.where(sides == 1, x.flip(3), x)
 
 
 def cutout(x: Batch, size: int, generator: torch.Generator) -> Batch:
@@ -137,15 +150,19 @@ def cutout(x: Batch, size: int, generator: torch.Generator) -> Batch:
 
     Raises:
         ValueError: size is negative or larger than the image.
+
+    >>> cutout(torch.ones(1, 1, 8, 8), 1, torch.Generator().manual_seed(0)).sum()
+    tensor(63.)
     """
     _check(x, generator)
     n, _, height, width = x.shape
+    index: dict[str, Any] = {"dtype": torch.int64, "device": x.device}
     if not 0 <= size <= min(height, width):
         raise ValueError(f"cutout size must be 0 to {min(height, width)} for {height}x{width}; got {size}")
-    tops = torch.randint(0, height, (n, 1), generator=generator, device=x.device) - size // 2
-    lefts = torch.randint(0, width, (n, 1), generator=generator, device=x.device) - size // 2
-    rows = _within(torch.arange(height, device=x.device) - tops, size)
-    columns = _within(torch.arange(width, device=x.device) - lefts, size)
+    tops = torch.randint(0, height, (n, 1), generator=generator, **index) - size // 2
+    lefts = torch.randint(0, width, (n, 1), generator=generator, **index) - size // 2
+    rows = _within(torch.arange(height, **index) - tops, size)
+    columns = _within(torch.arange(width, **index) - lefts, size)
     return _blank(x, rows[:, :, None] & columns[:, None, :])
 
 
@@ -161,6 +178,9 @@ def resize(x: Batch, size: int) -> Batch:
 
     Raises:
         ValueError: `x` is not a batch of images, or size is not positive.
+
+    >>> resize(torch.zeros(2, 3, 8, 6, dtype=torch.uint8), 4).shape
+    torch.Size([2, 3, 4, 4])
     """
     if x.ndim != 4 or size < 1:
         raise ValueError(
@@ -168,7 +188,7 @@ def resize(x: Batch, size: int) -> Batch:
         )
     if tuple(x.shape[2:]) == (size, size):
         return x
-    floats = x if x.is_floating_point() else x.float()
+    floats = x if x.is_floating_point() else x.to(torch.float32)
     out = F.interpolate(floats, (size, size), mode="bilinear", antialias=True)
     # Interpolation never leaves the range of its inputs by more than round-off, which rounding removes.
     return out if x.is_floating_point() else out.round().to(x.dtype)
@@ -193,15 +213,19 @@ def normalize(
 
     Raises:
         ValueError: the images are not uint8, or their channels are not those of mean and std.
+
+    >>> white = torch.full((1, 1, 1, 2), 255, dtype=torch.uint8)
+    >>> normalize(white, torch.tensor([0.5]), torch.tensor([0.25])).flatten()
+    tensor([2., 2.])
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or not mean.shape == std.shape == images.shape[1:2]:
         raise ValueError(
             f"expected uint8 images [N, C, H, W] with mean and std [C]; got "
             f"{images.dtype} {list(images.shape)}, {list(mean.shape)} and {list(std.shape)}"
         )
-    wide = torch.promote_types(dtype, torch.float32)
-    mean, std = (value.to(wide).view(-1, 1, 1) for value in (mean, std))
-    return images.to(wide).div(255).sub(mean).div(std).to(dtype)
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    mean, std = (value.to(compute_dtype).view(-1, 1, 1) for value in (mean, std))
+    return images.to(compute_dtype).div(255).sub(mean).div(std).to(dtype)
 
 
 def _check(x: Tensor, generator: torch.Generator) -> None:

@@ -7,11 +7,11 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -19,16 +19,9 @@ from torch import Tensor
 
 from resnet_func.app.data import augment
 from resnet_func.app.data.augment import normalize as normalize  # the other half of channel_statistics
-from resnet_func.app.data.streaming import (
-    LAYOUT,
-    DataError,
-    ImageBatch,
-    Stream,
-    decode,
-    list_images,
-    load_images,
-    open_stream,
-)
+from resnet_func.app.data.decoding import DataError, decode
+from resnet_func.app.data.folder import LAYOUT, list_images, load_images
+from resnet_func.app.data.stream import ImageBatch, Stream, open_stream
 
 # torchvision's class, and the folder that it reads below data_dir.
 TORCHVISION = {
@@ -38,7 +31,8 @@ TORCHVISION = {
     "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
 }
 NAMES = ("digits", *TORCHVISION, "folder")
-CHUNK = 1024  # images at a time where a whole data set is converted
+CHUNK = 1024  # images at a time, at most, where a whole data set is converted
+CHUNK_BYTES = 8 << 20  # their uint8 pixels, at most; what is computed from them takes up to 8 times as much
 STREAM_STATISTICS_IMAGES = 16_384
 
 
@@ -131,6 +125,10 @@ def load(
     Raises:
         DataError: the data is missing, damaged or ill-arranged.
         ValueError: `image_size` is not positive.
+
+    >>> train, test = load("digits")
+    >>> train.num_samples, test.num_samples, train.image_shape
+    (1433, 364, (1, 8, 8))
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be 1 or more pixels; got {image_size}")
@@ -155,7 +153,7 @@ def _digits() -> tuple[Dataset, Dataset]:
     values, targets = load_digits(return_X_y=True)
     images = (torch.from_numpy(values) * (255 / 16)).round().to(torch.uint8).view(-1, 1, 8, 8)
     labels = torch.from_numpy(targets).to(torch.int64)
-    test = torch.zeros(len(labels), dtype=torch.bool)
+    test = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in range(10):
         test[(labels == label).nonzero()[::5]] = True
     classes = tuple(str(label) for label in range(10))
@@ -173,16 +171,17 @@ def _torchvision(name: str, root: Path, *, train: bool, download: bool) -> Datas
         with warnings.catch_warnings():
             # CIFAR's pickles are older than numpy's dtype(align=bool)
             warnings.filterwarnings("ignore", message=r".*align should be passed as")
-            raw = getattr(datasets, class_name)(root, train=train, download=download)
+            with torch.device("cpu"):  # torchvision's own code creates tensors too
+                raw = getattr(datasets, class_name)(root, train=train, download=download)
     except Exception as error:  # torchvision passes on whatever urllib, tarfile, pickle, assert ... raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{name}: torchvision cannot load {root / folder} ({reason}); check the network and "
             f"delete what is damaged there, or copy the folder from a machine that has it"
         ) from error
-    images = torch.as_tensor(raw.data)
+    images = torch.as_tensor(raw.data, dtype=torch.uint8, device="cpu")
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    labels = torch.as_tensor(raw.targets, dtype=torch.int64)
+    labels = torch.as_tensor(raw.targets, dtype=torch.int64, device="cpu")
     return Dataset(images, labels, tuple(raw.classes), f"{name} {'train' if train else 'test'}")
 
 
@@ -197,15 +196,22 @@ def _folder(root: Path, image_size: int | None, max_bytes: int | None) -> Splits
     decoded_bytes = decode(train.files[0], image_size).nbytes * sum(len(x.files) for x in listings)
     if decoded_bytes > (_available_memory() // 2 if max_bytes is None else max_bytes):
         return Splits(*(open_stream(x, image_size, n) for x, n in zip(listings, names, strict=True)))
-    parts = zip(load_images(listings, image_size), listings, names, strict=True)
-    return Splits(*(Dataset(images, torch.tensor(x.labels), x.classes, n) for images, x, n in parts))
+    labels = [torch.tensor(x.labels, dtype=torch.int64, device="cpu") for x in listings]
+    parts = zip(load_images(listings, image_size), labels, listings, names, strict=True)
+    return Splits(*(Dataset(images, y, x.classes, n) for images, y, x, n in parts))
 
 
 def _resized(dataset: Dataset, image_size: int | None) -> Dataset:
     if image_size is None:
         return dataset
-    chunks = [augment.resize(chunk, image_size) for chunk in dataset.images.split(CHUNK)]
+    chunk_size = _chunk_size((dataset.image_shape[0], image_size, image_size))
+    chunks = [augment.resize(chunk, image_size) for chunk in dataset.images.split(chunk_size)]
     return dataclasses.replace(dataset, images=torch.cat(chunks))
+
+
+def _chunk_size(image_shape: Sequence[int]) -> int:
+    """Images of this shape held at a time: as many as `CHUNK_BYTES` hold, and no more than `CHUNK`."""
+    return max(1, min(CHUNK, CHUNK_BYTES // max(1, math.prod(image_shape))))
 
 
 def _available_memory() -> int:
@@ -243,6 +249,10 @@ def batches(
 
     Raises:
         ValueError: `batch_size` is not positive, `drop_last` leaves nothing, or `shuffle` has no generator.
+
+    >>> images, labels = next(batches(load("digits").train, 32))
+    >>> images.shape, labels.shape
+    (torch.Size([32, 1, 8, 8]), torch.Size([32]))
     """
     n = source.num_samples
     if batch_size < 1 or (drop_last and 0 < n < batch_size):
@@ -250,9 +260,9 @@ def batches(
     if shuffle and generator is None:
         raise ValueError("shuffle needs a generator. Try generator=torch.Generator().manual_seed(0)")
     if shuffle and generator is not None:
-        order = torch.randperm(n, generator=generator, device=generator.device)
+        order = torch.randperm(n, generator=generator, device=generator.device, dtype=torch.int64)
     else:
-        order = torch.arange(n)
+        order = torch.arange(n, dtype=torch.int64, device="cpu")
     if drop_last:
         order = order[: n - n % batch_size]
     return source.read(order.split(batch_size) if len(order) else ())
@@ -263,8 +273,9 @@ def channel_statistics(
 ) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:
     """Mean and standard deviation of each channel, pixels counted in [0, 1].
 
-    The sums are exact (integers). A channel that never varies gets standard deviation 1, so that it
-    normalises to zero. Of a `Stream`, at most 16,384 evenly spaced images are read.
+    The sums are exact (integers); a few megabytes of images are held at a time. A channel that never varies
+    gets standard deviation 1, so that it normalises to zero. Of a `Stream`, at most 16,384 evenly spaced
+    images are read.
 
     Args:
         data: uint8 images [N, C, H, W], or a split.
@@ -274,15 +285,18 @@ def channel_statistics(
 
     Raises:
         ValueError: there are no images, or they are not uint8.
+
+    >>> channel_statistics(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
+    (tensor([0.5000]), tensor([0.5000]))
     """
     if isinstance(data, Tensor):
         if data.dtype != torch.uint8 or data.ndim != 4:
             raise ValueError(f"expected uint8 images [N, C, H, W]; got {_describe(data)}")
-        chunks: Iterable[Tensor] = data.split(CHUNK)
+        chunks: Iterable[Tensor] = data.split(_chunk_size(data.shape[1:]))
     else:
         step = math.ceil(data.num_samples / STREAM_STATISTICS_IMAGES) if isinstance(data, Stream) else 1
-        index = torch.arange(0, data.num_samples, max(1, step))
-        chunks = (images for images, _ in data.read(index.split(CHUNK)))
+        index = torch.arange(0, data.num_samples, max(1, step), dtype=torch.int64, device="cpu")
+        chunks = (images for images, _ in data.read(index.split(_chunk_size(data.image_shape))))
     count, total, squares = 0, 0, 0
     for chunk in chunks:
         count += chunk.numel() // chunk.shape[1]
@@ -294,7 +308,8 @@ def channel_statistics(
     variances = [count * s - t * t for s, t in zip(squares.tolist(), total.tolist(), strict=True)]
     stds = [math.sqrt(v) / count / 255 if v else 1.0 for v in variances]
     means = [t / count / 255 for t in total.tolist()]
-    return torch.tensor(means, device=total.device), torch.tensor(stds, device=total.device)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": total.device}
+    return torch.tensor(means, **options), torch.tensor(stds, **options)
 
 
 def _describe(x: Tensor) -> str:

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from resnet_func.app import data
-from resnet_func.app.data import DataError, Dataset, batches, channel_statistics, load
+from resnet_func.app.data import DataError, Dataset, batches, channel_statistics, load, sources
 
 quick = settings(deadline=None, max_examples=40)
 
@@ -143,7 +143,7 @@ def test_statistics_are_numpys_in_float64(n, c, side, seed):
 
 
 def test_statistics_run_over_all_chunks_of_images_or_source():
-    source = dataset(2 * data.CHUNK + 100, (2, 3, 3))
+    source = dataset(2 * sources.CHUNK + 100, (2, 3, 3))
     pixels = source.images.double() / 255
     mean, std = channel_statistics(source.images)
     torch.testing.assert_close(mean, pixels.mean((0, 2, 3)).float(), rtol=1e-7, atol=0)
@@ -385,7 +385,7 @@ def test_a_folder_above_the_budget_streams(max_bytes, kind, tmp_path, monkeypatc
     write_folder(tmp_path)
     for splits in (
         load("folder", tmp_path, max_bytes=max_bytes),
-        monkeypatch.setattr(data, "_available_memory", lambda: 2 * max_bytes) or load("folder", tmp_path),
+        monkeypatch.setattr(sources, "_available_memory", lambda: 2 * max_bytes) or load("folder", tmp_path),
     ):
         assert [type(source) for source in splits] == [kind, kind]
 
@@ -408,4 +408,4 @@ def test_a_missing_folder_names_the_layout(missing, tmp_path):
 
 def test_available_memory_is_between_a_megabyte_and_what_there_is():
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    assert 2**20 < data._available_memory() <= total
+    assert 2**20 < sources._available_memory() <= total
