@@ -128,10 +128,8 @@ def batch_norm(params: Params, state: State, x: Tensor, *, train: bool) -> tuple
     mean, var = state["running_mean"], state["running_var"]
     if train:
         _check_members(x, mean)
-        # F.batch_norm updates the statistics in place: give it copies, so that the caller's stay as they are,
-        # and made from x, so that `vmap` over x alone has some for each member; times one is every bit
-        one = x.new_ones((), dtype=mean.dtype)
-        mean, var = mean * one, var * one
+        # F.batch_norm updates the statistics in place: give it copies, so that the caller's stay as they are
+        mean, var = _own(mean, x), _own(var, x)
     if train and forward_ad._current_level >= 0:
         y, mean, var = _batch_norm_from_moments(params, mean, var, x)
     else:
@@ -140,6 +138,13 @@ def batch_norm(params: Params, state: State, x: Tensor, *, train: bool) -> tuple
         return y, state
     batches = state["num_batches_tracked"] + 1
     return y, {"running_mean": mean, "running_var": var, "num_batches_tracked": batches}
+
+
+def _own(statistic: Tensor, x: Tensor) -> Tensor:
+    """A copy of a running statistic; under `vmap` over `x` alone, one for each member."""
+    if not torch.compiler.is_compiling() and (_is_batched(statistic) or not _is_batched(x)):
+        return statistic.clone()
+    return statistic * x.new_ones((), dtype=statistic.dtype)  # times one is every bit
 
 
 def _batch_norm_from_moments(
@@ -167,7 +172,9 @@ def _batch_norm_from_moments(
 
 
 def _check_members(x: Tensor, mean: Tensor) -> None:
-    if len(x) == 1 and not torch.compiler.is_compiling() and _is_batched(x) and not _is_batched(mean):
+    if torch.compiler.is_compiling() or _is_batched(mean) or not _is_batched(x):
+        return
+    if x.shape[0] == 1:
         raise ValueError(
             "training-mode BatchNorm under vmap got single samples: normalising each by itself is instance "
             "norm. Map over batches [members, N, C, H, W], or use train=False, or norm='group'"
