@@ -82,15 +82,25 @@ def from_move(
     return Optimizer(init, update, move)
 
 
-def check_fit(grads: Params, params: Params) -> None:
-    """Refuse gradients of another tree, or of other shapes: those would broadcast."""
-    given, wanted = tree.flatten(grads), tree.flatten(params)
+def check_fit(grads: Params, params: Params, *states: Params) -> None:
+    """Refuse gradients, or trees of an optimizer's state, of another tree or other shapes than params.
+
+    They would broadcast, or meet the wrong leaf.
+    """
+    _check_like(grads, params, "grads", "Try torch.func.grad with respect to these params")
+    for state in states:
+        _check_like(
+            state, params, "the optimizer's state", "Make it by init of these params, with the same trainable"
+        )
+
+
+def _check_like(tree_like: Params, params: Params, name: str, remedy: str) -> None:
+    given, wanted = tree.flatten(tree_like), tree.flatten(params)
     for path in {**wanted, **given}:
         got, need = (getattr(leaves.get(path), "shape", None) for leaves in (given, wanted))
         if got != need:
             raise ValueError(
-                f"grads must have the leaves and shapes of params: {path!r} must be {need}; got {got}. "
-                "Try torch.func.grad with respect to these params"
+                f"{name} must have the leaves and shapes of params: {path!r} must be {need}; got {got}. {remedy}"
             )
 
 

@@ -75,7 +75,7 @@ def sgd(
     `lr`, `momentum` and `weight_decay` may be 0-d tensors, to differentiate or map over.
 
     Raises:
-        ValueError: A hyper-parameter is out of range; in `update`, grads do not fit params.
+        ValueError: A hyper-parameter is out of range; in `update`, grads or state do not fit params.
 
     Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".
 
@@ -94,7 +94,8 @@ def sgd(
         return SGDState(zero_step(params), tree.map(torch.zeros_like, params) if has_momentum else {})
 
     def move(grads: Params, opt_state: SGDState, params: Params) -> tuple[Params, SGDState]:
-        check_fit(grads, params)
+        buffers = [opt_state.momentum_buffer] if has_momentum else []
+        check_fit(grads, params, *buffers)
         minus_lr = cast_like(-schedule(to_float64(opt_state.step)))
         momentum_of, decay_of = scalar_of(momentum), scalar_of(weight_decay)
 
@@ -109,7 +110,6 @@ def sgd(
             direction = _add_scaled(g, b, momentum_of(p)) if nesterov else b
             return torch.addcmul(p, direction, minus_lr(p)), b
 
-        buffers = [opt_state.momentum_buffer] if has_momentum else []
         decays = _decays(params, decay_mask)
         moved, *buffers = tree.map_unzip(leaf, 1 + len(buffers), params, grads, decays, *buffers)
         return moved, SGDState(opt_state.step + 1, buffers[0] if has_momentum else {})
@@ -137,7 +137,7 @@ def adam(
     the second moment is 0, the derivative of its root counts as 0, so derivatives stay finite.
 
     Raises:
-        ValueError: A hyper-parameter is out of range; in `update`, grads do not fit params.
+        ValueError: A hyper-parameter is out of range; in `update`, grads or state do not fit params.
 
     Kingma and Ba 2015, https://arxiv.org/abs/1412.6980.
 
@@ -187,7 +187,8 @@ def _adam(
         grads: Params, opt_state: AdamState, params: Params, lr_now: Tensor, decays: Params
     ) -> tuple[Params, AdamState]:
         """The moves of the gradients alone, and the new moments."""
-        check_fit(grads, params)
+        moments = opt_state.exp_avg, opt_state.exp_avg_sq
+        check_fit(grads, params, *moments)
         count = to_float64(opt_state.step + 1)
         beta1, beta2 = (in_float64(beta, count.device) for beta in betas)
         minus_size = cast_like(-(lr_now / (1 - beta1**count)))
@@ -205,7 +206,6 @@ def _adam(
             root = safe_sqrt(v) if is_differentiated(v) else v.sqrt()
             return m * minus_size(p) / (root / root2(p) + eps_of(p)), m, v
 
-        moments = opt_state.exp_avg, opt_state.exp_avg_sq
         delta, first, second = tree.map_unzip(leaf, 3, params, grads, *moments, decays)
         return delta, AdamState(opt_state.step + 1, first, second)
 

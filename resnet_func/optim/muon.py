@@ -54,7 +54,7 @@ def muon(
 
     Raises:
         ValueError: A hyper-parameter is out of range; in `init`, a leaf has fewer than two dimensions; in
-            `update`, grads do not fit params.
+            `update`, grads or state do not fit params.
 
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
@@ -77,7 +77,7 @@ def muon(
         return MuonState(zero_step(params), tree.map(torch.zeros_like, params))
 
     def move(grads: Params, opt_state: MuonState, params: Params) -> tuple[Params, MuonState]:
-        check_fit(grads, params)
+        check_fit(grads, params, opt_state.momentum_buffer)
         share, kept = scalar_of(1 - momentum), scalar_of(momentum)
         buffer = tree.map(lambda b, g: b.lerp(g, share(g)), opt_state.momentum_buffer, grads)
         direction = tree.map(lambda g, b: g.lerp(b, kept(g)), grads, buffer) if nesterov else buffer
