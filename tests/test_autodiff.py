@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import grad, jacrev, jvp, vmap
 from torch.profiler import ProfilerActivity, profile
 
-from resnet_func.autodiff import value_and_grad
+from resnet_func import tree
+from resnet_func.autodiff import detach_leaves, is_differentiated, value_and_grad
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(2, 4, 3)
 AT = torch.tensor([0.3, -0.7, 1.1, 0.2], dtype=torch.float64)
@@ -100,3 +101,67 @@ def test_a_graph_is_kept_only_where_one_is_needed(required: bool) -> None:
 def test_no_grad_is_respected() -> None:
     with torch.no_grad():
         assert not value_and_grad(normalised, AT.clone().requires_grad_()).grad.requires_grad
+
+
+# --------------------------------------------------------------------------- leaves that require grad
+
+
+def test_what_requires_grad_by_itself_is_detached() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    leaf, plain = torch.ones(2, requires_grad=True), torch.ones(2)
+    got = detach_leaves({"parameter": parameter, "leaf": leaf, "plain": plain, "none": None})
+    assert not any(tensor.requires_grad for tensor in tree.leaves(got))
+    assert got["plain"] is plain
+    assert got["parameter"].data_ptr() == parameter.data_ptr()
+    assert parameter.requires_grad
+    assert leaf.requires_grad
+
+
+def test_what_was_computed_or_is_being_differentiated_is_kept() -> None:
+    leaf = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    computed = 2 * leaf
+    assert detach_leaves({"w": computed})["w"] is computed
+
+    def squares(w: Tensor) -> Tensor:
+        return detach_leaves({"w": w})["w"].square().sum()
+
+    at = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    for of in (at, torch.nn.Parameter(at)):
+        assert torch.equal(grad(squares)(of).detach(), 2 * at)
+        assert torch.equal(jvp(squares, (of,), (torch.ones_like(at),))[1].detach(), (2 * at).sum())
+        assert torch.equal(vmap(grad(squares))(of[None])[0].detach(), 2 * at)
+
+
+MODES: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
+    "grad": lambda fn: grad(fn)(RATE),
+    "jvp": lambda fn: jvp(fn, (RATE,), (torch.ones_like(RATE),)),
+    "vmap-in-grad": lambda fn: grad(lambda r: vmap(fn)(r[None]).sum())(RATE),
+    "vmap-of-grad": lambda fn: vmap(grad(fn))(RATE[None]),
+    "autograd": lambda fn: fn(RATE.clone().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_who_differentiates_is_noticed(mode: str) -> None:
+    answers: list[bool] = []
+
+    def fn(rate: Tensor) -> Tensor:
+        answers.append(is_differentiated(rate * 2))
+        return rate * 2
+
+    MODES[mode](fn)
+    assert answers == [True]
+
+
+def test_nobody_who_differentiates_is_noticed() -> None:
+    answers: list[bool] = []
+
+    def fn(rate: Tensor) -> Tensor:
+        answers.append(is_differentiated(rate * 2))
+        return rate * 2
+
+    fn(RATE)
+    vmap(fn)(RATE[None])
+    with torch.no_grad():
+        fn(RATE.clone().requires_grad_())
+    assert answers == [False, False, False]

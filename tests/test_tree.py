@@ -81,3 +81,60 @@ def test_merge_changes_neither() -> None:
 def test_a_path_is_a_leaf_or_a_branch(flat: dict) -> None:
     with pytest.raises(ValueError, match="leaf"):
         tree.unflatten(flat)
+
+
+# --------------------------------------------------------------------------- derivatives, narrow leaves
+
+ZEROS = {"a": torch.zeros(3, dtype=torch.float64), "b": {"c": torch.zeros((), dtype=torch.float64)}}
+
+
+def test_the_norms_derivatives_at_zero_count_as_zero() -> None:
+    for leaf in tree.leaves((torch.func.grad(tree.norm)(ZEROS), torch.func.hessian(tree.norm)(ZEROS))):
+        assert not leaf.any()  # NaN is true
+    ones = tree.map(torch.ones_like, ZEROS)
+    value, tangent = torch.func.jvp(tree.norm, (ZEROS,), (ones,))
+    assert (value.item(), tangent.item()) == (0.0, 0.0)
+    leaves = tree.map(lambda leaf: leaf.clone().requires_grad_(), ZEROS)
+    for leaf in torch.autograd.grad(tree.norm(leaves), tree.leaves(leaves)):
+        assert not leaf.any()
+
+
+def test_one_zero_norm_spoils_no_other_in_a_batch() -> None:
+    """As among the norms of per-sample gradients, of which one is zero."""
+    batch = {"a": torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0]], dtype=torch.float64)}
+    got = torch.func.grad(lambda b: torch.func.vmap(tree.norm)(b).sum())(batch)["a"]
+    want = torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(got, want, rtol=1e-15, atol=0)
+
+
+@given(nested)
+def test_the_norms_derivative_is_the_direction(params: dict) -> None:
+    norm = tree.norm(params)
+    if not tree.leaves(params) or norm == 0:
+        return
+    for got, leaf in zip(tree.leaves(torch.func.grad(tree.norm)(params)), tree.leaves(params), strict=True):
+        torch.testing.assert_close(got, leaf / norm, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_narrow_leaves_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """A sum kept in bfloat16 is stuck at 256, and 300**2 is above float16's range."""
+    params = {"many": torch.full((1000,), 300.0, dtype=dtype), "one": torch.ones(1, dtype=dtype)}
+    exact = vector(tree.map(torch.Tensor.double, params))
+    dot, norm = tree.dot(params, params), tree.norm(params)
+    assert dot.dtype == norm.dtype == torch.float32
+    close = 1001 * torch.finfo(torch.float32).eps
+    assert float(dot) == pytest.approx(float(exact @ exact), rel=close)
+    assert float(norm) == pytest.approx(float(exact.norm()), rel=close)
+
+
+def test_an_empty_tree_has_a_float32_norm_on_the_cpu_whatever_the_defaults() -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        got = tree.norm({}), tree.dot({}, {})
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert [(leaf.dtype, leaf.device.type, leaf.item()) for leaf in got] == 2 * [(torch.float32, "cpu", 0.0)]

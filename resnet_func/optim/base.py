@@ -94,13 +94,14 @@ def check_fit(grads: Params, params: Params, *states: Params) -> None:
         )
 
 
-def _check_like(tree_like: Params, params: Params, name: str, remedy: str) -> None:
-    given, wanted = tree.flatten(tree_like), tree.flatten(params)
+def _check_like(given_tree: Params, params: Params, name: str, remedy: str) -> None:
+    given, wanted = tree.flatten(given_tree), tree.flatten(params)
     for path in {**wanted, **given}:
         got, need = (getattr(leaves.get(path), "shape", None) for leaves in (given, wanted))
         if got != need:
             raise ValueError(
-                f"{name} must have the leaves and shapes of params: {path!r} must be {need}; got {got}. {remedy}"
+                f"{name} must have the leaves and shapes of params: {path!r} must be {need}; got {got}. "
+                f"{remedy}"
             )
 
 

@@ -7,6 +7,7 @@ another optimizer: `partition` gives each leaf its own.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ def muon(
 
         def leaf(p: Tensor, d: Tensor) -> Tensor:
             step = orthogonalized(d, precision or d.dtype).to(p.dtype)
-            size = lr_now * max(1.0, p.shape[0] / p[0].numel()) ** 0.5
+            size = lr_now * max(1.0, p.shape[0] / math.prod(p.shape[1:])) ** 0.5
             return torch.addcmul(p * keep(p), step, cast_like(-size)(p))
 
         return tree.map(leaf, params, direction), MuonState(opt_state.step + 1, buffer)

@@ -626,3 +626,197 @@ def test_schedules_are_elementwise_and_positive(schedule: optim.Schedule) -> Non
     assert torch.equal(rates[::7], torch.stack([schedule(t) for t in steps[::7]]))
     assert (rates >= 0).all()
     assert (rates <= 0.3).all()
+
+
+# --------------------------------------------------------------------------- hyper-parameters as 0-d tensors
+
+# Where gradients are zero, torch's own root has an infinite derivative: zeros in params and grads.
+PARAMS = torch.tensor([1.0, -2.0, 0.0, 0.5, 0.0], dtype=FP64)
+SOME_ZEROS = torch.tensor([0.3, 0.0, 0.0, -0.2, 0.7], dtype=FP64)
+GRADIENTS = pytest.mark.parametrize("grads", [SOME_ZEROS, torch.zeros(5, dtype=FP64)], ids=["some", "all"])
+# name -> values of the hyper-parameters, and the optimizer they make
+OF_TENSORS: dict[str, tuple[list[float], Callable[..., optim.Optimizer]]] = {
+    "sgd": ([0.1], optim.sgd),
+    "sgd-all": ([0.1, 0.9, 0.2], lambda lr, m, wd: optim.sgd(lr, m, wd)),
+    "sgd-nesterov": ([0.1, 0.9, 0.2], lambda lr, m, wd: optim.sgd(lr, m, wd, nesterov=True)),
+    # a large eps: the moves bend within eps of a zero gradient, and a difference must be shorter
+    "adam": ([0.1, 0.8, 0.9, 0.05, 0.2], lambda lr, a, b, eps, wd: optim.adam(lr, (a, b), eps, wd)),
+    "adam-no-decay": ([0.1, 0.8, 0.9, 0.05], lambda lr, a, b, eps: optim.adam(lr, (a, b), eps)),
+    "adamw": ([0.1, 0.8, 0.9, 0.05, 0.2], lambda lr, a, b, eps, wd: optim.adamw(lr, (a, b), eps, wd)),
+}
+
+
+def after_two_steps(
+    make: Callable[..., optim.Optimizer], params: Tensor, grads: Tensor, hyper: Any
+) -> Tensor:
+    optimizer, moved = make(*hyper), {"w": params}
+    opt_state = optimizer.init(moved)
+    for _ in range(2):
+        moved, opt_state = optimizer.step({"w": grads}, opt_state, moved)
+    return moved["w"]
+
+
+def central_differences(fn: Callable[[Tensor], Tensor], at: Tensor, h: float) -> Tensor:
+    bumps = h * torch.eye(len(at), dtype=FP64)
+    return torch.stack([(fn(at + bump) - fn(at - bump)) / (2 * h) for bump in bumps])
+
+
+@GRADIENTS
+@pytest.mark.parametrize("name", OF_TENSORS)
+def test_every_derivative_of_a_step_is_finite_and_a_central_difference(name: str, grads: Tensor) -> None:
+    """With respect to params, grads and hyper-parameters, in reverse and forward mode, and by autograd."""
+    values, make = OF_TENSORS[name]
+    weights = torch.tensor([0.7, -1.1, 0.4, 1.3, -0.6], dtype=FP64)
+
+    def loss(everything: Tensor) -> Tensor:
+        params, grads, hyper = everything[:5], everything[5:10], everything[10:]
+        return after_two_steps(make, params, grads, hyper.unbind()) @ weights
+
+    at = torch.cat([PARAMS, grads, torch.tensor(values, dtype=FP64)])
+    numeric = central_differences(loss, at, 1e-6)
+    assert numeric.isfinite().all()
+    # a zero gradient's move bends by h / eps = 2e-5 of itself
+    close = {"rtol": 1e-4, "atol": 1e-7}
+    torch.testing.assert_close(torch.func.grad(loss)(at), numeric, **close)
+    torch.testing.assert_close(torch.func.jacfwd(loss)(at), numeric, **close)
+    leaf = at.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(loss(leaf), leaf)[0], numeric, **close)
+    assert torch.func.hessian(loss)(at).isfinite().all()
+
+
+@GRADIENTS
+@pytest.mark.parametrize("name", OF_TENSORS)
+def test_mapping_over_hyper_parameters_is_the_loop(name: str, grads: Tensor) -> None:
+    """Over the learning rate alone, and over all at once; a tensor computes as the number it holds."""
+    values, make = OF_TENSORS[name]
+    factors = torch.tensor([0.25, 0.5, 1.0], dtype=FP64)
+    rates, others = factors * values[0], values[1:]
+    by_lr = torch.func.vmap(lambda lr: after_two_steps(make, PARAMS, grads, (lr, *others)))(rates)
+    by_all = torch.func.vmap(lambda hyper: after_two_steps(make, PARAMS, grads, hyper.unbind()))(
+        factors[:, None] * torch.tensor(values, dtype=FP64)
+    )
+    for i, factor in enumerate(factors.tolist()):
+        for got, hyper in (
+            (by_lr[i], (values[0] * factor, *others)),
+            (by_all[i], [v * factor for v in values]),
+        ):
+            want = after_two_steps(make, PARAMS, grads, hyper)
+            torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", OF_TENSORS)
+def test_mapping_keeps_the_dtype_of_the_parameters(name: str, dtype: torch.dtype) -> None:
+    values, make = OF_TENSORS[name]
+    params = {"w": PARAMS.to(dtype), "gain": torch.ones((), dtype=dtype)}
+    grads = tree.map(torch.sin, params)
+
+    def move(lr: Tensor) -> Any:
+        optimizer = make(lr, *values[1:])
+        return optimizer.step(grads, optimizer.init(params), params)[0]
+
+    moved = torch.func.vmap(move)(torch.tensor([0.1, 0.2]))
+    assert {leaf.dtype for leaf in tree.leaves(moved)} == {dtype}
+
+
+@pytest.mark.parametrize("value", [torch.ones(1), torch.tensor(1)], ids=["one-d", "integer"])
+def test_a_tensor_that_is_no_scalar_is_refused(value: Tensor) -> None:
+    for make in (
+        lambda: optim.sgd(value),
+        lambda: optim.sgd(0.1, momentum=value),
+        lambda: optim.adam(0.1, betas=(0.9, value)),
+        lambda: optim.adam(0.1, eps=value),
+        lambda: optim.adamw(0.1, weight_decay=value),
+        lambda: optim.muon(0.1, momentum=value),
+        lambda: optim.clipped(optim.sgd(0.1), value),
+    ):
+        with pytest.raises(ValueError, match="must be a number or a 0-d floating tensor; got"):
+            make()
+
+
+# --------------------------------------------------------------------------- global defaults
+
+
+@pytest.fixture(params=["dtype", "device"])
+def other_defaults(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """Sets a global default that is not torch's own; it is set back at the end."""
+    before = torch.get_default_dtype()
+
+    def change() -> None:
+        if request.param == "dtype":
+            torch.set_default_dtype(FP64)
+        else:
+            torch.set_default_device("meta")
+
+    yield change
+    torch.set_default_dtype(before)
+    torch.set_default_device(None)
+
+
+def make_optimizer(name: str) -> optim.Optimizer:
+    """As in OPTIMIZERS, made anew: what is created then must be right, too."""
+    if name in CASES:
+        return ours(name, optim.one_cycle(0.1, 10))
+    if name == "partition":
+        return optim.partition(lambda path: path == "conv.weight", optim.muon(0.1), optim.adamw(0.1))
+    return optim.clipped(optim.sgd(0.1, momentum=0.9), 0.5)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", [*CASES, "partition", "clipped"])
+def test_global_defaults_change_no_bit_of_a_step(
+    name: str, dtype: torch.dtype, other_defaults: Callable[[], None]
+) -> None:
+    params, grads = make_tree(0, dtype), make_tree(1, dtype)
+
+    def run() -> list[Tensor]:
+        optimizer, moved = make_optimizer(name), params
+        opt_state = optimizer.init(moved)
+        for _ in range(3):
+            moved, opt_state = optimizer.step(grads, opt_state, moved)
+        updates, _ = optimizer.update(grads, opt_state, moved)
+        empty = optimizer.init({}) if name != "partition" else ()
+        norm = optim.clip_by_global_norm({}, 1.0)[1]
+        return tree.leaves((moved, opt_state, updates, optim.ema(params, moved, 0.9), empty, norm))
+
+    want = run()
+    other_defaults()
+    got = run()
+    assert [(leaf.dtype, leaf.device) for leaf in got] == [(leaf.dtype, leaf.device) for leaf in want]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_global_defaults_change_no_bit_of_a_schedule(name: str, other_defaults: Callable[[], None]) -> None:
+    makers: dict[str, Callable[[], optim.Schedule]] = {
+        "constant": lambda: optim.constant(0.1),
+        "one-cycle": lambda: optim.one_cycle(0.3, 1000),
+        "cosine": lambda: optim.cosine(0.3, 900, warmup_steps=20, final_lr=1e-3),
+        "step": lambda: optim.step(0.3, (5, 30, 400), gamma=0.5),
+    }
+    steps = torch.arange(1000)
+    want = makers[name]()(steps)
+    other_defaults()
+    got = makers[name]()(steps)
+    assert (got.dtype, got.device) == (want.dtype, want.device)
+    assert torch.equal(got, want)
+
+
+# --------------------------------------------------------------------------- states of other leaves
+
+
+@pytest.mark.parametrize("name", ["sgd-momentum", "adam", "adamw"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": torch.ones(2)},
+        {"a": torch.ones(2), "c": torch.ones(2)},
+        {"a": torch.ones(1), "b": torch.ones(2)},
+    ],
+    ids=["fewer", "others", "would-broadcast"],
+)
+def test_a_state_of_other_leaves_is_refused(name: str, other: Any) -> None:
+    params = {"a": torch.ones(2), "b": torch.ones(2)}
+    optimizer = ours(name, 0.1)
+    with pytest.raises(ValueError, match="the optimizer's state must have the leaves and shapes of params"):
+        optimizer.step(params, optimizer.init(other), params)

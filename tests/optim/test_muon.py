@@ -176,3 +176,92 @@ def test_it_compiles_as_one_graph_and_once() -> None:
             ours, theirs = compiled(ours[0], grads, ours[1]), move(theirs[0], grads, theirs[1])
     for a, b in zip(tree.leaves(ours[0]), tree.leaves(theirs[0]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+# --------------------------------------------------------------------------- transforms and defaults
+
+
+def two_steps(nesterov: bool, params: Tensor, grads: Tensor, hyper: Any) -> Tensor:
+    optimizer, moved = optim.muon(*hyper, nesterov=nesterov), {"w": params}
+    opt_state = optimizer.init(moved)
+    for _ in range(2):
+        moved, opt_state = optimizer.step({"w": grads}, opt_state, moved)
+    return moved["w"]
+
+
+HYPER = torch.tensor([0.1, 0.8, 0.3], dtype=torch.float64)  # lr, momentum, weight decay
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("zeros", ["none", "a-row", "all"])
+def test_every_derivative_of_a_step_is_finite_and_a_central_difference(zeros: str, nesterov: bool) -> None:
+    """With respect to params, grads and 0-d hyper-parameters."""
+    params, grads, weights = (normal(2, 3, seed=seed) for seed in (0, 1, 2))
+    grads = grads if zeros == "none" else grads * torch.tensor([[0.0], [float(zeros == "a-row")]])
+
+    def loss(params: Tensor, grads: Tensor, hyper: Tensor) -> Tensor:
+        return (two_steps(nesterov, params, grads, hyper.unbind()) * weights).sum()
+
+    at = params, grads, HYPER
+    got = torch.func.grad(loss, argnums=(0, 1, 2))(*at)
+    assert all(
+        leaf.isfinite().all() for leaf in tree.leaves(torch.func.hessian(loss, argnums=(0, 1, 2))(*at))
+    )
+    for i, slot in enumerate(at):
+        # at zero gradients what divides is the smallest norm allowed, 1e-7: a step must be shorter by far
+        h = 1e-12 if zeros == "all" and i == 1 else 1e-6
+        numeric = []
+        for bump in h * torch.eye(slot.numel(), dtype=torch.float64):
+            up, down = (loss(*at[:i], slot + s * bump.reshape(slot.shape), *at[i + 1 :]) for s in (1, -1))
+            numeric.append((up - down) / (2 * h))
+        want = torch.stack(numeric).reshape(slot.shape)
+        torch.testing.assert_close(got[i], want, rtol=1e-3, atol=1e-6 * float(want.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_mapping_over_hyper_parameters_is_the_loop(nesterov: bool) -> None:
+    params, grads = normal(2, 3, seed=0), normal(2, 3, seed=1)
+    factors = torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64)
+    by_lr = torch.func.vmap(lambda lr: two_steps(nesterov, params, grads, (lr, 0.8, 0.3)))(0.1 * factors)
+    by_all = torch.func.vmap(lambda hyper: two_steps(nesterov, params, grads, hyper.unbind()))(
+        factors[:, None] * HYPER
+    )
+    for i, f in enumerate(factors.tolist()):
+        one = two_steps(nesterov, params, grads, (0.1 * f, 0.8, 0.3))
+        torch.testing.assert_close(by_lr[i], one, rtol=1e-11, atol=1e-12)
+        every = two_steps(nesterov, params, grads, [value * f for value in HYPER.tolist()])
+        torch.testing.assert_close(by_all[i], every, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("setting", ["dtype", "device"])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=str)
+def test_global_defaults_change_no_bit(setting: str, precision: torch.dtype | None) -> None:
+    params, grads = ({"w": normal(4, 3, 2, seed=s, dtype=torch.float32)} for s in (0, 1))
+
+    def run() -> list[Tensor]:
+        optimizer, moved = optim.muon(0.1, precision=precision), params
+        opt_state = optimizer.init(moved)
+        for _ in range(3):
+            moved, opt_state = optimizer.step(grads, opt_state, moved)
+        return tree.leaves((moved, opt_state))
+
+    want, before = run(), torch.get_default_dtype()
+    try:
+        if setting == "dtype":
+            torch.set_default_dtype(torch.float64)
+        else:
+            torch.set_default_device("meta")
+        got = run()
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    for a, b in zip(got, want, strict=True):
+        assert (a.dtype, a.device) == (b.dtype, b.device)
+        assert torch.equal(a, b)
+
+
+def test_a_state_of_other_leaves_is_refused() -> None:
+    params, other = {"a": torch.ones(2, 2), "b": torch.ones(2, 2)}, {"a": torch.ones(2, 2)}
+    optimizer = optim.muon(0.1)
+    with pytest.raises(ValueError, match="the optimizer's state must have the leaves and shapes of params"):
+        optimizer.step(params, optimizer.init(other), params)
