@@ -44,8 +44,48 @@ def test_the_derivative_of_clipping_at_zero_gradients_is_finite(max_norm: optim.
         assert torch.equal(a, b)
     second = torch.func.hessian(clipped)(zeros)
     assert not any(leaf.any() for leaf in tree.leaves(second))
-    for leaf in tree.leaves(torch.func.grad(lambda g: optim.clip_by_global_norm(g, max_norm)[1])(zeros)):
+
+    def norm(g: Any) -> Tensor:
+        return optim.clip_by_global_norm(g, max_norm)[1]
+
+    for leaf in tree.leaves((torch.func.grad(norm)(zeros), torch.func.hessian(norm)(zeros))):
         assert not leaf.any()
+
+
+@pytest.mark.parametrize("bound", [0.1, 100.0], ids=["clipped", "as-it-is"])
+def test_one_leaf_of_zeros_leaves_second_derivatives_finite(bound: float) -> None:
+    """torch's norm of that leaf has NaN for a second derivative."""
+    grads = {**grads_of(0), "zeros": torch.zeros(2, dtype=FP64)}
+    weights = {**grads_of(1), "zeros": torch.ones(2, dtype=FP64)}
+
+    def clipped(g: Any) -> Tensor:
+        return tree.dot(optim.clip_by_global_norm(g, bound)[0], weights)
+
+    def along(share: Tensor) -> Tensor:
+        """Its slope towards the weights, among the gradients that are not zero."""
+        towards = {**weights, "zeros": torch.zeros(2, dtype=FP64)}
+        at = tree.map(lambda g, t: g + share * t, grads, towards)
+        return torch.func.jvp(clipped, (at,), (towards,))[1]
+
+    assert all(leaf.isfinite().all() for leaf in tree.leaves(torch.func.hessian(clipped)(grads)))
+    zero, h = torch.zeros((), dtype=FP64), 1e-5
+    numeric = (along(zero + h) - along(zero - h)) / (2 * h)
+    torch.testing.assert_close(torch.func.grad(along)(zero), numeric, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("setting", ["dtype", "device"])
+def test_the_norm_without_leaves_does_not_depend_on_global_defaults(setting: str) -> None:
+    before = torch.get_default_dtype()
+    try:
+        if setting == "dtype":
+            torch.set_default_dtype(FP64)
+        else:
+            torch.set_default_device("meta")
+        norm = optim.clip_by_global_norm({}, 1.0)[1]
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert (norm.dtype, norm.device.type, norm.item()) == (torch.float32, "cpu", 0.0)
 
 
 @given(st.integers(0, 2**31), st.floats(0.1, 10), st.booleans())
