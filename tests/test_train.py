@@ -374,7 +374,9 @@ def test_a_thousand_microbatches_in_bfloat16_take_the_right_step():
     torch.testing.assert_close(new_state.params["weight"].double(), want, rtol=close, atol=0)
     torch.testing.assert_close(new_state.params["bias"].double(), goal.double(), rtol=close, atol=0)
     assert new_state.params["weight"].dtype == bf16
-    assert {value.dtype for value in metrics.values()} == {torch.float32}
+    at_once = make_train_step(model, rf.losses.squared_error, optimizer, metrics=share)
+    for measured in (metrics, at_once(init_train_state(params, {}, optimizer), x, y)[1]):
+        assert {value.dtype for value in measured.values()} == {torch.float32}
     summed = n * torch.finfo(torch.float32).eps
     assert metrics["all"].item() == pytest.approx(1.0, rel=summed)
     loss = 0.5 * goal.double().square().sum().item()

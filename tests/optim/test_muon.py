@@ -207,6 +207,8 @@ def test_every_derivative_of_a_step_is_finite_and_a_central_difference(zeros: st
     assert all(
         leaf.isfinite().all() for leaf in tree.leaves(torch.func.hessian(loss, argnums=(0, 1, 2))(*at))
     )
+    twice = torch.func.jacrev(torch.func.grad(loss, argnums=1), argnums=1)(*at)
+    assert twice.isfinite().all()
     for i, slot in enumerate(at):
         # at zero gradients what divides is the smallest norm allowed, 1e-7: a step must be shorter by far
         h = 1e-12 if zeros == "all" and i == 1 else 1e-6
