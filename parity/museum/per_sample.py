@@ -126,7 +126,7 @@ EXHIBITS = [
         "a broken sample has weight zero, and NaN times zero is NaN",
         "clipped sums that mask factors, not gradients",
         "properties/a-sample-that-is-not-finite-harms-no-other",
-        edit(quantity.clipped_sum, ("factors = masked(factors, finite)", "pass")),
+        edit(quantity.clipped_sum, ("factors = masked(factors, kept)", "pass")),
     ),
     Exhibit(
         "clipped-sums-alias",

@@ -124,8 +124,14 @@ class _FirstPass(NamedTuple):
     factors: Factors
 
 
-def clipped_sum(max_norm: float | Mapping[str, float], clipping: Clipping) -> Quantity:
-    """`(sum of clipped gradients, norms [N])`."""
+def clipped_sum(
+    max_norm: float | Mapping[str, float], clipping: Clipping, *, masked_targets: bool = False
+) -> Quantity:
+    """`(sum of clipped gradients, norms [N])`.
+
+    With `masked_targets` the targets are `(targets, mask)`; where the mask is False, a sample adds nothing
+    and has norm 0.
+    """
 
     def leaf(path: str, factors: Factors, way: Way) -> _FirstPass:
         if way == "keep":
@@ -135,16 +141,19 @@ def clipped_sum(max_norm: float | Mapping[str, float], clipping: Clipping) -> Qu
     def finish(answers: dict[str, _FirstPass], captured: Captured) -> tuple[dict[str, Sum], Tensor]:
         norms = total_norm({path: answer.squares for path, answer in answers.items()}, captured)
         finite = norms.isfinite()
-        mask = not _known_true(finite)
+        all_finite = _known_true(finite)
+        # of the first view: the mask came along with the targets
+        mask = captured.targets[1][: len(norms)] if masked_targets else torch.ones_like(finite)
+        kept = finite & mask
         clip = _factors_by_leaf(answers, norms, captured, max_norm, clipping)
         sums = {}
         for path in list(answers):
             factors = answers.pop(path).factors
-            if mask:
-                factors = masked(factors, finite)
-            total = contract.weighted_sum(factors, torch.where(finite, clip[path], 0))
+            if not all_finite:
+                factors = masked(factors, kept)
+            total = contract.weighted_sum(factors, torch.where(kept, clip[path], 0))
             sums[path] = Sum(total.to(accumulation_dtype(total.dtype)), total.dtype)
-        return sums, norms
+        return sums, torch.where(mask, norms, 0)
 
     def join(parts: list[tuple[dict[str, Sum], Tensor]]) -> tuple[dict[str, Sum], Tensor]:
         total = dict(parts[0][0])

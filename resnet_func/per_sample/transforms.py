@@ -16,7 +16,7 @@ from resnet_func.per_sample.noise_scale import Moments, moments_quantity
 from resnet_func.per_sample.options import Options, Settings, check_options
 from resnet_func.per_sample.projections import Projection, sketch_quantity
 from resnet_func.per_sample.quantity import Clipping, Quantity
-from resnet_func.types import LossFn, Model, Params, State
+from resnet_func.types import Logits, LossFn, Model, Params, State
 
 
 def grads(
@@ -83,7 +83,7 @@ def clipped_sum(
     clipping: Clipping = "flat",
     nonfinite: Literal["raise", "zero"] = "raise",
     **options: Unpack[Options],
-) -> Callable[[Params, State, Any, Any], tuple[Params, Tensor]]:
+) -> Callable[..., tuple[Params, Tensor]]:
     """The sum of per-sample gradients, each clipped to norm `max_norm` (Abadi et al. 2016).
 
     Replacing one sample changes the sum by at most `2 max_norm`, adding one by `max_norm`, up to rounding:
@@ -104,9 +104,10 @@ def clipped_sum(
             raise, and leaves it out: look at the norms.
 
     Returns:
-        `fn(params, state, x, y) -> (sum, norms)`: nested dicts of the trainable leaves, and the norms `[N]`
-        before clipping. `max_norm=0` gives zeros; a zero gradient stays zero; no samples give zeros and
-        `[0]`.
+        `fn(params, state, x, y, mask=None) -> (sum, norms)`: nested dicts of the trainable leaves, and the
+        norms `[N]` before clipping. `max_norm=0` gives zeros; a zero gradient stays zero; no samples give
+        zeros and `[0]`. Where `mask [N]`, of bools, is False, a sample is padding: it adds exactly nothing,
+        whatever it holds, and its norm is 0.
 
     Raises:
         ValueError: `max_norm` is negative or NaN, an unknown name, a sample is not finite, or as in `grads`.
@@ -232,11 +233,21 @@ def _clipped_sum(
     state: State,
     x: Any,
     y: Any,
+    mask: Tensor | None = None,
 ) -> tuple[Params, Tensor]:
+    if mask is not None:  # it goes where the targets go: into microbatches and views
+        if mask.dtype != torch.bool or mask.ndim != 1:
+            raise ValueError(f"mask must be bools [N]; got {mask.dtype} {list(mask.shape)}")
+        settings = settings._replace(loss_fn=partial(_loss_without_mask, settings.loss_fn))
+        make, y = partial(make, masked_targets=True), (y, mask)  # type: ignore[call-arg]
     total, norms = _transform(settings, make, params, state, x, y)
     if nonfinite == "raise":
         detect_nonfinite(norms)
     return total, norms
+
+
+def _loss_without_mask(loss_fn: LossFn, logits: Logits, targets: tuple[Any, Tensor]) -> Tensor:
+    return loss_fn(logits, targets[0])
 
 
 def _dot(settings: Settings, params: Params, state: State, x: Any, y: Any, direction: Params) -> Tensor:

@@ -1,0 +1,31 @@
+"""Training with differential privacy: accounting, Poisson batches, and the step between them.
+
+    sigma = rf.privacy.noise_multiplier(8.0, 1e-5, sampling_rate=q, steps=steps)   # extra: privacy
+    step = rf.privacy.make_private_step(
+        model, loss_fn, optimizer, max_norm=1.0, noise_multiplier=sigma, expected_batch_size=q * len(images)
+    )
+    seed = secrets.randbits(128)
+    batches = rf.privacy.poisson_batches(len(images), sampling_rate=q, steps=steps, seed=seed)
+    for i, (indices, mask) in enumerate(batches):
+        noise = rf.privacy.gaussian_noise(train_state.params, seed=noise_seed, step=i)
+        train_state, metrics = step(train_state, images[indices], labels[indices], mask, noise)
+
+What the guarantee is not about: whatever else looks at the data (normalisation by its mean, the choice of
+hyper-parameters, the step's metrics), and a noise seed that somebody learns.
+"""
+
+from resnet_func.privacy.accounting import NoiseMultiplier, epsilon, epsilon_curve, noise_multiplier
+from resnet_func.privacy.sampling import part, poisson_batches
+from resnet_func.privacy.step import gaussian_noise, make_private_step, sensitivity
+
+__all__ = [
+    "NoiseMultiplier",
+    "epsilon",
+    "epsilon_curve",
+    "gaussian_noise",
+    "make_private_step",
+    "noise_multiplier",
+    "part",
+    "poisson_batches",
+    "sensitivity",
+]
