@@ -40,7 +40,7 @@ PROMISED = """
 
 
 def test_imports_flow_one_way() -> None:
-    """The contracts of pyproject.toml; in a process of its own, since import-linter's console keeps stdout."""
+    """The contracts of pyproject.toml; in a process of its own, since its console keeps stdout."""
     command = [Path(sys.executable).with_name("lint-imports"), "--no-logo", "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
