@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
+from resnet_func.numerics import is_autocast_enabled
 from resnet_func.types import Images, Logits, Model, Params, State
 
 Tile: TypeAlias = Literal[2, 4]
@@ -177,7 +178,7 @@ def convolution(
     y = None
     suited = input.ndim == weight.ndim == 4 and input.shape[1] == weight.shape[1] and groups == 1
     exact = input.dtype in (torch.float32, torch.float64) and input.dtype == weight.dtype
-    if suited and exact and not isinstance(padding, str) and not torch.is_autocast_enabled(input.device.type):
+    if suited and exact and not isinstance(padding, str) and not is_autocast_enabled(input.device.type):
         form = (*weight.shape[2:], *_pair(padding), *_pair(dilation))
         if form == (3, 3, 1, 1, 1, 1) and _pair(stride) == (1, 1):
             tile = cheapest_tile(len(input), input.shape[1], len(weight), *input.shape[2:])
