@@ -12,6 +12,7 @@ evaluated at m + 1 points and at infinity, multiplied there, and interpolated.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
 from resnet_func.numerics import is_autocast_enabled
-from resnet_func.types import Images, Logits, Model, Params, State
+from resnet_func.types import Apply, Images, Logits, Model, Params, State
 
 Tile: TypeAlias = Literal[2, 4]
 
@@ -113,12 +114,14 @@ def wrap(model: Model) -> Model:
     Args:
         model: Any model, one made by `from_module` too.
     """
+    return model._replace(apply=partial(_apply_by_tiles, model.apply))
 
-    def apply(params: Params, state: State, x: Images, *, train: bool) -> tuple[Logits, State]:
-        with _Convolutions(products=train):
-            return model.apply(params, state, x, train=train)
 
-    return model._replace(apply=apply)
+def _apply_by_tiles(
+    apply: Apply, params: Params, state: State, x: Images, *, train: bool
+) -> tuple[Logits, State]:
+    with _Convolutions(products=train):
+        return apply(params, state, x, train=train)
 
 
 def cheapest_tile(n: int, c_in: int, c_out: int, height: int, width: int) -> Tile | None:
