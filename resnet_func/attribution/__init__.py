@@ -4,7 +4,7 @@
     scores = rf.attribution.score_dataset(model, rf.losses.cross_entropy)([(params, state)], batches)
     scores.values["el2n"]    # [N]
 
-All of it goes through `per_sample.over_dataset`: a pass over the data costs about a forward and a backward pass.
+All of it goes through `per_sample.over_dataset`: a pass over the data costs about one of training.
 """
 
 from resnet_func.attribution.evaluation import Lds, found_curve, found_share, lds

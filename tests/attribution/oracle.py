@@ -22,7 +22,9 @@ def rows_of(of: Params) -> Tensor:
     return torch.cat([flat[path].flatten(1) for path in sorted(flat)], 1)
 
 
-def gradient_rows(model: rf.Model, params: Params, state: Any, x: Tensor, y: Tensor, loss: Any = CE) -> Tensor:
+def gradient_rows(
+    model: rf.Model, params: Params, state: Any, x: Tensor, y: Tensor, loss: Any = CE
+) -> Tensor:
     return rows_of(ps.grads(model, loss, method="vmap", train=False)(params, state, x, y))
 
 
