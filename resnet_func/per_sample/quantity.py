@@ -250,20 +250,21 @@ def _known_true(condition: Tensor) -> bool:
 
 def loss() -> Quantity:
     """Per-sample losses `[N]`, averaged over views."""
-    return _of_logits(_losses)
+    return of_logits(_losses)
 
 
 def el2n() -> Quantity:
     """`|softmax(logits) - onehot(target)|` `[N]` (Paul et al. 2021, https://arxiv.org/abs/2107.07075)."""
-    return _of_logits(_el2n)
+    return of_logits(_el2n)
 
 
 def correct() -> Quantity:
     """The share of each sample's views whose top logit is the target, `[N]`."""
-    return _of_logits(_correct)
+    return of_logits(_correct)
 
 
-def _of_logits(compute: Callable[[Captured], Tensor]) -> Quantity:
+def of_logits(compute: Callable[[Captured], Tensor]) -> Quantity:
+    """A quantity `[N]` that needs no gradient."""
     return Quantity("", _no_leaf, partial(_finish_by, compute), torch.cat)
 
 
@@ -282,7 +283,7 @@ def _el2n(captured: Captured) -> Tensor:
     logits = captured.logits
     if not len(logits):
         return captured.losses
-    _check_class_indices("el2n", captured)
+    check_class_indices("el2n", captured)
     errors = logits.softmax(1) - F.one_hot(captured.targets, logits.shape[1]).to(logits.dtype)
     return split_views(torch.linalg.vector_norm(errors, dim=1), captured.views).mean(0)
 
@@ -290,12 +291,13 @@ def _el2n(captured: Captured) -> Tensor:
 def _correct(captured: Captured) -> Tensor:
     if not len(captured.logits):
         return captured.losses
-    _check_class_indices("correct", captured)
+    check_class_indices("correct", captured)
     hits = (captured.logits.argmax(1) == captured.targets).to(captured.logits.dtype)
     return split_views(hits, captured.views).mean(0)
 
 
-def _check_class_indices(name: str, captured: Captured) -> None:
+def check_class_indices(name: str, captured: Captured) -> None:
+    """Refuse targets that are not one class index per sample."""
     targets, logits = captured.targets, captured.logits
     if not isinstance(targets, Tensor) or targets.shape != logits.shape[:1] or targets.is_floating_point():
         shown = list(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
