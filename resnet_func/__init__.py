@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from resnet_func.models import variants
 
 if TYPE_CHECKING:
-    from resnet_func import losses, optim, per_sample, privacy, train, tree
+    from resnet_func import attribution, losses, optim, per_sample, privacy, train, tree
     from resnet_func.models import winograd, zoo
     from resnet_func.models.config import ResNetConfig
     from resnet_func.models.load import load_network
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "attribution": "attribution",
     "losses": "losses",
     "optim": "optim",
     "per_sample": "per_sample",
