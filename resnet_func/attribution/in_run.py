@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, TypeAlias, Unpack, cast
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,8 @@ from resnet_func.losses import check_per_sample
 from resnet_func.per_sample import dot
 from resnet_func.per_sample.options import Options
 from resnet_func.types import LossFn, Model, Params, State
+
+Pair: TypeAlias = tuple[Any, Any]
 
 
 def in_run_values(
@@ -67,7 +69,7 @@ def in_run_values(
             along = {path: learning_rate * leaf for path, leaf in gradient(chosen).items()}
         else:
             total = torch.func.grad(partial(_sum_loss, model, loss_fn, params, state, *batch))(chosen)
-            first, second = torch.func.jvp(gradient, (chosen,), (total,))
+            first, second = cast(tuple[Any, Any], torch.func.jvp(gradient, (chosen,), (total,)))
             along = {p: learning_rate * (first[p] - learning_rate / 2 * second[p]) for p in first}
         zeros = {path: torch.zeros_like(leaf) for path, leaf in tree.flatten(params).items()}
         return products(params, state, *batch, tree.unflatten({**zeros, **along}))
