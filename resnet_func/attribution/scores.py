@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from resnet_func.attribution import quantities
 from resnet_func.attribution.fisher import diagonal_fisher
+from resnet_func.attribution.quantities import Checkpoint
 from resnet_func.per_sample import over_dataset
+from resnet_func.per_sample.dataset import Batches
 from resnet_func.per_sample.options import Options
 from resnet_func.per_sample.quantity import Quantity
-from resnet_func.types import LossFn, Model, Params, State
-
-Checkpoint: TypeAlias = tuple[Params, State]
-Batches: TypeAlias = Iterable[tuple[Any, Any]]
+from resnet_func.types import LossFn, Model
 
 # The scores there are, and whether a large value or a small one is suspicious.
 SUSPICIOUS: dict[str, int] = {
