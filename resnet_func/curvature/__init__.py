@@ -1,7 +1,7 @@
 """Curvature of a network's loss: products with its Hessian and Gauss-Newton matrix, K-FAC and EKFAC.
 
     estimate = rf.curvature.ekfac(model, loss_fn, fisher="empirical")(params, state, batches)
-    estimate.inverse_product(gradient, damping=0.1, relative=True)
+    estimate.inverse_product(gradients, damping=1e-3)    # a tree, or a batch of them
 
 All of it is about the mean loss over the samples given, in evaluation mode, for any network of
 `load_network`. A product is exact; K-FAC and EKFAC are block-diagonal approximations that have an inverse.

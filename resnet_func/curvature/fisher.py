@@ -63,7 +63,7 @@ def root_product(loss_fn: LossFn, logits: Logits, y: Any, mixture: Mixture) -> M
 def mixtures(
     fisher: Literal["exact", "sampled"], like: Tensor, generator: torch.Generator | None
 ) -> Iterator[Mixture]:
-    """The mixtures of a batch whose flat logits are like this `[N, K]`: the K unit vectors, or random signs."""
+    """The mixtures for flat logits like this `[N, K]`: the K unit vectors, or random signs."""
     if fisher == "exact":
         for index in range(like.shape[1]):
             mixture = torch.zeros_like(like)

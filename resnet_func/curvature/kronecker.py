@@ -19,6 +19,9 @@ from torch import Tensor
 from resnet_func import tree
 from resnet_func.types import Params
 
+# In units of a block's mean eigenvalue.
+DEFAULT_DAMPING = 0.1
+
 
 class Factors(NamedTuple):
     """The two Kronecker factors of a leaf, averaged: `left [groups, out, out]`, `right [groups, in, in]`.
@@ -57,20 +60,18 @@ class Block(NamedTuple):
         return self.scale(leaf, self.eigenvalues)
 
     def inverse_product(
-        self, leaf: Float[Tensor, "*n *shape"], *, damping: float, relative: bool = False
+        self, leaf: Float[Tensor, "*n *shape"], damping: float | None = None
     ) -> Float[Tensor, "*n *shape"]:
-        """`(curvature + damping * identity)^-1` times a leaf, or a batch of them."""
-        return self.scale(leaf, 1 / self.damped(damping, relative=relative))
-
-    def damped(self, damping: float, *, relative: bool = False) -> Tensor:
-        """The eigenvalues plus the damping; if `relative`, plus so many times their mean.
+        """`(curvature + damping * identity)^-1` times a leaf, or a batch of them.
 
         Raises:
             ValueError: the damping is negative, or not finite.
         """
+        if damping is None:
+            return self.scale(leaf, 1 / (self.eigenvalues + DEFAULT_DAMPING * self.eigenvalues.mean()))
         if not 0 <= damping < float("inf"):
             raise ValueError(f"damping must be 0 or more, and finite; got {damping}")
-        return self.eigenvalues + damping * (self.eigenvalues.mean() if relative else 1.0)
+        return self.scale(leaf, 1 / (self.eigenvalues + damping))
 
 
 def decompose(shape: tuple[int, ...], factors: Factors) -> Block:
@@ -95,8 +96,8 @@ class KroneckerEstimate:
         blocks: By the leaves' dotted paths, in the order of the parameters.
 
     >>> import torch
-    >>> eye = torch.eye(2)[None]
-    >>> estimate = KroneckerEstimate({"weight": Block((2, 2), eye, eye, torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))})
+    >>> eye, values = torch.eye(2)[None], torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    >>> estimate = KroneckerEstimate({"weight": Block((2, 2), eye, eye, values)})
     >>> estimate.product({"weight": torch.ones(2, 2)})
     {'weight': tensor([[1., 2.],
             [3., 4.]])}
@@ -106,30 +107,29 @@ class KroneckerEstimate:
 
     blocks: dict[str, Block]
 
-    def product(self, vector: Params) -> Params:
+    def product(self, of: Params) -> Params:
         """Curvature times a tree.
 
         Args:
-            vector: Like the trainable parameters, or a batch of such trees: leaves `[*shape]` or
+            of: Like the trainable parameters, or a batch of such trees: leaves `[*shape]` or
                 `[N, *shape]`, as `per_sample.grads` returns them. Leaves that have no block do not count.
 
         Returns:
-            The product for the leaves that have a block, in the vector's dtypes.
+            The product for the leaves that have a block, in its dtypes.
 
         Raises:
             ValueError: a block's leaf is missing, or has another shape.
         """
-        return self._by_block(vector, Block.product)
+        return self._by_block(of, Block.product)
 
-    def inverse_product(self, vector: Params, *, damping: float, relative: bool = False) -> Params:
+    def inverse_product(self, of: Params, *, damping: float | None = None) -> Params:
         """`(curvature + damping * identity)^-1` times a tree.
 
         Args:
-            vector: As in `product`.
-            damping: Added to every eigenvalue. 0 gives infinite or NaN entries where a block is singular, as
-                it is with fewer samples than inputs.
-            relative: Whether the damping is in units of each block's mean eigenvalue; 0.1 is the custom for
-                influence functions (Grosse et al. 2023, https://arxiv.org/abs/2308.03296).
+            of: As in `product`.
+            damping: Added to every eigenvalue. None takes a tenth of each block's mean eigenvalue, as is the
+                custom for influence functions (Grosse et al. 2023, https://arxiv.org/abs/2308.03296). 0 gives
+                infinite or NaN entries where a block is singular, as it is with fewer samples than inputs.
 
         Returns:
             As in `product`.
@@ -137,9 +137,7 @@ class KroneckerEstimate:
         Raises:
             ValueError: as in `product`; the damping is negative or not finite.
         """
-        return self._by_block(
-            vector, lambda block, leaf: block.inverse_product(leaf, damping=damping, relative=relative)
-        )
+        return self._by_block(of, lambda block, leaf: block.inverse_product(leaf, damping))
 
     def eigenvalues(self) -> Float[Tensor, "d"]:
         """All eigenvalues in ascending order, one for each trainable entry."""
@@ -149,8 +147,8 @@ class KroneckerEstimate:
         """The sum of the eigenvalues, 0-d."""
         return torch.stack([block.eigenvalues.sum() for block in self.blocks.values()]).sum()
 
-    def _by_block(self, vector: Params, apply: Callable[[Block, Tensor], Tensor]) -> Params:
-        flat = tree.flatten(vector)
+    def _by_block(self, of: Params, apply: Callable[[Block, Tensor], Tensor]) -> Params:
+        flat = tree.flatten(of)
         for path, block in self.blocks.items():
             shape = tuple(flat[path].shape) if path in flat else None
             if shape is None or shape[max(len(shape) - len(block.shape), 0) :] != block.shape:

@@ -158,7 +158,7 @@ def _hessian_product(task: Task, x: Any, y: Any, direction: Leaves) -> Leaves:
 def _gauss_newton_product(task: Task, x: Any, y: Any, direction: Leaves) -> Leaves:
     network = _network(task, x)
 
-    def both(trained: Leaves) -> tuple[Logits, Tensor]:
+    def both(trained: Leaves) -> Any:  # the logits, and their tangent
         return torch.func.jvp(network, (trained,), (direction,))
 
     logits, pullback, tangent = torch.func.vjp(both, task.trained, has_aux=True)  # type: ignore[misc]

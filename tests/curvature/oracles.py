@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 import resnet_func as rf
 from resnet_func import tree
+from resnet_func.curvature.kronecker import Block
 from resnet_func.testing import generator
 from resnet_func.types import LossFn, Model, Params, State, Trainable
 from tests.per_sample.cases import CLASSES, batch, network
@@ -83,7 +84,9 @@ def ggn(model: Model, loss_fn: LossFn, params: Params, state: State, x: Tensor, 
     return torch.einsum("nci,ncd,ndj->ij", jac, own, jac) / len(x)
 
 
-def empirical_fisher(model: Model, loss_fn: LossFn, params: Params, state: State, x: Tensor, y: Any) -> Tensor:
+def empirical_fisher(
+    model: Model, loss_fn: LossFn, params: Params, state: State, x: Tensor, y: Any
+) -> Tensor:
     grads = rf.per_sample.grads(model, loss_fn, method="loop", train=False)(params, state, x, y)
     rows = torch.cat([leaf.flatten(1) for leaf in tree.flatten(grads).values()], 1)
     return rows.T @ rows / len(rows)
@@ -103,3 +106,25 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float) -> None:
     scale = expected.abs().max().item()
     error = (actual - expected).abs().max().item()
     assert error <= rtol * scale, f"{error:.2g} off, of {scale:.2g}"
+
+
+def dense(block: Block) -> Tensor:
+    """A block as a matrix, by its products with unit vectors."""
+    size = block.eigenvalues.numel()
+    units = torch.eye(size, dtype=torch.float64).reshape(size, *block.shape)
+    return block.product(units).reshape(size, size)
+
+
+def module(*layers: nn.Module, seed: int = 0) -> tuple[rf.Model, Any, Any]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for layer in layers:
+            for parameter in layer.parameters():
+                nn.init.normal_(parameter, std=0.5)
+    return rf.from_module(nn.Sequential(*layers).double())
+
+
+def data(*shape: int, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    source = generator(seed)
+    x = torch.randn(shape, generator=source, dtype=torch.float64)
+    return x, torch.randint(0, classes, shape[:1], generator=source)

@@ -1,21 +1,21 @@
-"""Training and evaluation: one pure step, and the loops over epochs and batches around it."""
+"""The pure steps of training and evaluation."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.autodiff import detach_leaves, value_and_grad
-from resnet_func.losses import accuracy, are_class_indices, check_per_sample, check_targets
+from resnet_func.losses import accuracy, are_class_indices, check_per_sample
 from resnet_func.numerics import to_float64, widen
 from resnet_func.optim import Optimizer, ema
 from resnet_func.types import (
+    Apply,
     Images,
     Logits,
     LossFn,
@@ -32,70 +32,6 @@ from resnet_func.types import (
 
 Step: TypeAlias = Callable[[TrainState, Images, Targets], tuple[TrainState, Metrics]]
 EvalStep: TypeAlias = Callable[[Params, State, Images, Targets], tuple[PerSample, Logits]]
-Batches: TypeAlias = Iterable[tuple[Images, Targets]]
-
-
-# --------------------------------------------------------------------------- models to models
-
-
-def autocast(model: Model, device_type: str, dtype: torch.dtype) -> Model:
-    """The model with its forward pass in mixed precision; parameters, logits and state stay as they are.
-
-    Args:
-        model: Any model with float32 parameters.
-        device_type: "cpu" or "cuda".
-        dtype: The precision of convolutions and matrix products, such as `torch.bfloat16`.
-
-    >>> import resnet_func as rf
-    >>> model = autocast(rf.resnet20(depths=(1, 1, 1)), "cpu", torch.bfloat16)
-    >>> params, state = model.init(torch.Generator().manual_seed(0))
-    >>> model.apply(params, state, torch.zeros(1, 3, 8, 8), train=False)[0].dtype
-    torch.float32
-    """
-
-    def apply(params: Params, state: State, x: Images, *, train: bool) -> tuple[Logits, State]:
-        with torch.autocast(device_type, dtype):
-            logits, state = model.apply(params, state, x, train=train)
-        return logits.float(), state
-
-    return model._replace(apply=apply)
-
-
-def average_flips(model: Model) -> Model:
-    """The model whose logits are averaged over an image and its mirror image, for use at test time.
-
-    Twice the cost. The state comes from the upright image.
-
-    >>> import resnet_func as rf
-    >>> model = average_flips(rf.resnet20(depths=(1, 1, 1)))
-    >>> params, state = model.init(torch.Generator().manual_seed(0))
-    >>> model.apply(params, state, torch.zeros(1, 3, 8, 8), train=False)[0].shape
-    torch.Size([1, 10])
-    """
-
-    def apply(params: Params, state: State, x: Images, *, train: bool) -> tuple[Logits, State]:
-        upright, new_state = model.apply(params, state, x, train=train)
-        mirrored, _ = model.apply(params, state, x.flip(3), train=train)
-        return (upright + mirrored) / 2, new_state
-
-    return model._replace(apply=apply)
-
-
-# --------------------------------------------------------------------------- steps
-
-
-def to_memory_format(params: Params, memory_format: torch.memory_format) -> Params:
-    """The tree with its four-dimensional leaves, convolution weights, in a memory format.
-
-    >>> params = to_memory_format({"weight": torch.zeros(2, 3, 3, 3)}, torch.channels_last)
-    >>> params["weight"].stride()
-    (27, 1, 9, 3)
-    """
-
-    def place(leaf: Tensor) -> Tensor:
-        return leaf.contiguous(memory_format=memory_format) if leaf.ndim == 4 else leaf
-
-    return tree.map(place, params)
 
 
 def init_train_state(
@@ -232,10 +168,14 @@ def _check_batch(x: Images, y: Targets) -> None:
     n = len(x)
     if n == 0:
         raise ValueError("a training step needs at least one sample; got an empty batch")
-    _check_length(y, n)
+    check_length(y, n)
 
 
-def _check_length(targets: Targets, n: int) -> None:
+def check_length(targets: Targets, n: int) -> None:
+    """Refuse targets of which a leaf does not lead with the N samples.
+
+    >>> check_length({"label": torch.tensor([0, 1])}, 2)
+    """
     for leaf in tree.leaves(targets):
         if leaf.shape[:1] != (n,):
             raise ValueError(
@@ -314,161 +254,14 @@ def make_eval_step(model: Model, loss_fn: LossFn) -> EvalStep:
     [[2], [2, 10]]
     """
 
-    @torch.no_grad()
-    def step(params: Params, state: State, x: Images, y: Targets) -> tuple[PerSample, Logits]:
-        logits, _ = model.apply(params, state, x, train=False)
-        losses = loss_fn(logits, y)
-        check_per_sample(losses, len(x))
-        return losses, logits
-
-    return step
+    return partial(_evaluate, model.apply, loss_fn)
 
 
-# --------------------------------------------------------------------------- loops
-
-
-class Progress(NamedTuple):
-    """Where a run is, and the sums of the epoch it is in: what a resumed run needs beside its TrainState."""
-
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: float = 0.0
-    correct: float = 0.0
-    samples: int = 0
-    seconds: float = 0.0
-
-
-def train_epoch(
-    step: Step, train_state: TrainState, batches: Batches, progress: Progress, clock: Callable[[], float]
-) -> Iterator[tuple[TrainState, Progress]]:
-    """Train over the batches, handing back the state and the sums so far after every step.
-
-    A caller may stop after any step: what it was last handed is consistent, and training goes on from it with
-    the batches that were not seen. `progress.correct` is NaN where the step has no metric "accuracy".
-
-    >>> def step(total, x, y):
-    ...     return total + x.sum(), {"loss": y.mean(), "accuracy": y.mean()}
-    >>> batches = [(torch.ones(2), torch.ones(2))] * 3
-    >>> [progress.samples for _, progress in train_epoch(step, 0, batches, Progress(), lambda: 0.0)]
-    [2, 4, 6]
-    """
-    before = clock()
-    for x, y in batches:
-        train_state, metrics = step(train_state, x, y)
-        # NaN, not a number that means nothing, for a step that does not tell
-        loss, share = float(metrics["loss"]), float(metrics.get("accuracy", math.nan))
-        now = clock()
-        progress = Progress(
-            progress.epoch,
-            progress.batch + 1,
-            progress.loss_sum + loss * len(x),
-            progress.correct + share * len(x),
-            progress.samples + len(x),
-            progress.seconds + now - before,
-        )
-        before = now
-        yield train_state, progress
-
-
-class Evaluation(NamedTuple):
-    """What a network makes of a data set, on the CPU: `losses [N]`, `logits [N, classes]`, `targets`."""
-
-    losses: Tensor
-    logits: Tensor
-    targets: Targets
-
-    @property
-    def loss(self) -> float:
-        """Mean loss."""
-        return float(self.losses.double().mean())
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the samples whose largest logit is the target's.
-
-        Raises:
-            ValueError: the targets are not class indices, `[N]` and integer.
-        """
-        return float(accuracy(self.logits, self.targets).double().mean())
-
-
-def evaluate(eval_step: EvalStep, params: Params, state: State, batches: Batches) -> Evaluation:
-    """Run `eval_step` over all batches.
-
-    Raises:
-        ValueError: there are no samples, or the losses of a batch are not per-sample.
-
-    >>> def eval_step(params, state, x, y):
-    ...     return (x - y) ** 2, x[:, None]
-    >>> evaluate(eval_step, {}, {}, [(torch.ones(2), torch.zeros(2)), (torch.ones(1), torch.ones(1))]).losses
-    tensor([1., 1., 0.])
-    """
-    results = []
-    for x, y in batches:
-        losses, logits = eval_step(params, state, x, y)
-        check_per_sample(losses, len(x))
-        _check_length(y, len(x))
-        results.append((losses, logits, y))
-    if not sum(len(losses) for losses, _, _ in results):
-        raise ValueError("cannot evaluate on an empty data set")
-    losses, logits, targets = tree.map(lambda *parts: torch.cat(parts).cpu(), *results)
-    return Evaluation(losses, logits.float(), targets)
-
-
-def fit(
-    step: Step,
-    train_state: TrainState,
-    images: Images,
-    targets: Targets,
-    *,
-    epochs: int,
-    batch_size: int,
-    generator: torch.Generator,
-) -> tuple[TrainState, list[dict[str, float]]]:
-    """Train on tensors in memory, a fresh permutation each epoch: the loop for scripts and notebooks.
-
-    Args:
-        step: From `make_train_step`, compiled or not.
-        train_state: From `init_train_state`.
-        images: `[N, C, H, W]`, ready for the network.
-        targets: A pytree of tensors with N first, such as `[N]` class indices, int64.
-        epochs: Passes over the data.
-        batch_size: Samples a step; a smaller last batch is left out, so N must be at least this.
-        generator: Draws the permutations, on its device.
-
-    Returns:
-        The last state, and for each epoch `{"epoch": 1, "train_loss": ..., "train_accuracy": ...}`: the means
-        over its batches of all metrics of the step, computed in float64.
-
-    Raises:
-        ValueError: fewer samples than a batch, targets of another length, class indices that are negative or
-            not int64.
-
-    >>> def step(total, x, y):
-    ...     return total + x.sum(), {"loss": y.mean()}
-    >>> fit(step, 0, torch.ones(4), torch.ones(4), epochs=1, batch_size=2, generator=torch.Generator())
-    (tensor(4.), [{'epoch': 1, 'train_loss': 1.0}])
-    """
-    n = len(images)
-    if not 1 <= batch_size <= n:
-        raise ValueError(f"batch_size must be 1 to {n}, the number of images; got {batch_size}")
-    _check_length(targets, n)
-    if are_class_indices(targets, n):
-        check_targets(targets, n, max(int(targets.max()) + 1, 1))
-    records = []
-    for epoch in range(epochs):
-        order = torch.randperm(n, generator=generator, dtype=torch.int64, device=generator.device)
-        picks = [pick for pick in order.to(images.device).split(batch_size) if len(pick) == batch_size]
-        measured = []
-        for pick in picks:
-            train_state, latest = step(
-                train_state, images[pick], tree.map(lambda leaf, p=pick: leaf[p], targets)
-            )
-            measured.append(latest)
-        means = {f"train_{name}": _mean([m[name] for m in measured]) for name in measured[0]}
-        records.append({"epoch": epoch + 1, **means})
-    return train_state, records
-
-
-def _mean(values: list[Tensor]) -> float:
-    return float(torch.stack(values).cpu().double().mean())
+@torch.no_grad()
+def _evaluate(
+    apply: Apply, loss_fn: LossFn, params: Params, state: State, x: Images, y: Targets
+) -> tuple[PerSample, Logits]:
+    logits, _ = apply(params, state, x, train=False)
+    losses = loss_fn(logits, y)
+    check_per_sample(losses, len(x))
+    return losses, logits

@@ -1,8 +1,6 @@
-"""The training step against plain autograd and torch.optim, and the loops around it."""
+"""The steps against plain autograd and torch.optim, and what they refuse."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
@@ -14,53 +12,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import resnet_func as rf
 from resnet_func import optim, tree
 from resnet_func.losses import cross_entropy
+from resnet_func.testing import assert_trees_equal
 from resnet_func.train import (
-    Progress,
-    autocast,
-    average_flips,
     evaluate,
     fit,
     init_train_state,
     make_eval_step,
     make_train_step,
-    train_epoch,
 )
-
-SIZE, CLASSES, BATCH = 8, 4, 6
-
-
-def tiny(norm="batch"):
-    return rf.build(
-        rf.ResNetConfig(
-            block="basic",
-            depths=(1, 1),
-            # 8 or more: oneDNN (torch 2.15, AVX2) writes out of bounds in the weight gradient of a strided
-            # 1x1 convolution of fewer input channels in channels_last, which inductor chooses.
-            widths=(8, 16),
-            stem="cifar",
-            norm=norm,
-            norm_groups=2,
-            num_classes=CLASSES,
-        )
-    )
-
-
-def make_batch(seed=0, size=BATCH, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(size, 3, SIZE, SIZE, generator=generator, dtype=dtype)
-    return x, torch.randint(CLASSES, (size,), generator=generator)
-
-
-def start(model, optimizer, *, ema=False, dtype=torch.float64):
-    params, state = model.init(torch.Generator().manual_seed(1), dtype=dtype)
-    return init_train_state(params, state, optimizer, ema=ema)
-
-
-def assert_trees_equal(a, b):
-    a, b = tree.leaves(a), tree.leaves(b)
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x, y)
+from tests.train.cases import BATCH, linear, make_batch, start, tiny
 
 
 def test_step_is_autograd_and_torch_sgd_to_the_bit():
@@ -152,68 +112,6 @@ def test_whole_step_compiles_as_one_graph_and_does_not_recompile():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_autocast_computes_in_bf16_and_returns_float32():
-    model, (x, _) = tiny(), make_batch(dtype=torch.float32)
-    params, state = model.init(torch.Generator().manual_seed(0))
-    exact, _ = model.apply(params, state, x, train=True)
-    mixed, mixed_state = autocast(model, "cpu", torch.bfloat16).apply(params, state, x, train=True)
-    assert mixed.dtype == torch.float32
-    assert 0 < (mixed - exact).norm() / exact.norm() < 0.05
-    assert {leaf.dtype for leaf in tree.leaves(mixed_state)} == {torch.float32, torch.int64}
-
-
-def test_average_flips_is_invariant_under_mirroring():
-    model, (x, _) = tiny(), make_batch()
-    params, state = model.init(torch.Generator().manual_seed(0), dtype=torch.float64)
-    averaged = average_flips(model)
-    a, _ = averaged.apply(params, state, x, train=False)
-    b, _ = averaged.apply(params, state, x.flip(3), train=False)
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(a, model.apply(params, state, x, train=False)[0])
-
-
-def test_train_epoch_stopped_and_gone_on_with_is_the_same():
-    model, batches = tiny(), [make_batch(seed) for seed in range(4)]
-    optimizer = optim.adam(1e-2)
-    step = make_train_step(model, cross_entropy, optimizer)
-    clock = itertools.count().__next__
-    *_, (whole, whole_progress) = train_epoch(step, start(model, optimizer), batches, Progress(2), clock)
-    first = list(itertools.islice(train_epoch(step, start(model, optimizer), batches, Progress(2), clock), 2))
-    half, progress = first[-1]
-    assert (progress.epoch, progress.batch, progress.samples) == (2, 2, 2 * BATCH)
-    *_, (resumed, progress) = train_epoch(step, half, batches[2:], progress, clock)
-    assert_trees_equal(whole, resumed)
-    assert whole_progress[:5] == progress[:5]
-
-
-def test_evaluate_counts_every_sample():
-    model = tiny()
-    params, state = model.init(torch.Generator().manual_seed(0), dtype=torch.float64)
-    x, y = make_batch(size=7)
-    parts = list(zip(x.split(3), y.split(3), strict=True))
-    evaluation = evaluate(make_eval_step(model, cross_entropy), params, state, parts)
-    logits, _ = model.apply(params, state, x, train=False)
-    assert evaluation.accuracy == (logits.argmax(1) == y).double().mean()
-    assert evaluation.loss == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-6)
-    with pytest.raises(ValueError, match="empty"):
-        evaluate(make_eval_step(model, cross_entropy), params, state, [])
-
-
-def test_fit_learns_and_leaves_the_global_generator_alone():
-    model = tiny()
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randint(CLASSES, (64,), generator=generator)
-    x = torch.randn(64, 3, SIZE, SIZE, generator=generator) * 0.1 + y[:, None, None, None] - 1.5
-    optimizer = optim.sgd(0.1, momentum=0.9)
-    step = make_train_step(model, cross_entropy, optimizer)
-    before = torch.get_rng_state()
-    train_state = start(model, optimizer, dtype=torch.float32)
-    _, records = fit(step, train_state, x, y, epochs=30, batch_size=16, generator=generator)
-    assert torch.equal(before, torch.get_rng_state())
-    assert [record["epoch"] for record in records] == list(range(1, 31))
-    assert records[-1]["train_accuracy"] > 0.9 > records[0]["train_accuracy"]
-
-
 def test_mistakes_are_refused():
     model, optimizer = tiny(), optim.sgd(0.1)
     with pytest.raises(ValueError, match="microbatches must be 1 or more; got 0"):
@@ -227,21 +125,6 @@ def test_mistakes_are_refused():
         fit(step, train_state, x, y, epochs=1, batch_size=7, generator=generator)
     with pytest.raises(ValueError, match="int64"):
         fit(step, train_state, x, y.float(), epochs=1, batch_size=2, generator=generator)
-
-
-# --------------------------------------------------------------------------- refusals and targets
-
-
-def linear(dtype: torch.dtype = torch.float64) -> rf.types.Model:
-    """Logits `x @ weight + bias`, for questions that need no ResNet."""
-
-    def init(generator, *, device=None, dtype=dtype):
-        return {"weight": torch.zeros(3, 2, dtype=dtype), "bias": torch.zeros(2, dtype=dtype)}, {}
-
-    def apply(params, state, x, *, train):
-        return x @ params["weight"] + params["bias"], state
-
-    return rf.types.Model(None, init, apply)
 
 
 @pytest.mark.parametrize("microbatches", [1, 3])
@@ -355,9 +238,6 @@ def test_targets_may_be_a_tree_and_every_leaf_is_cut(microbatches):
         make_train_step(model, weighted, optimizer)(train_state, x, short)
 
 
-# --------------------------------------------------------------------------- narrow sums, graphs, stacks
-
-
 def test_a_thousand_microbatches_in_bfloat16_take_the_right_step():
     """A sum of a thousand equal parts, kept in bfloat16, stops at about a third of it."""
     model, n, bf16 = linear(torch.bfloat16), 1000, torch.bfloat16
@@ -446,9 +326,6 @@ def test_vmap_over_stacked_states_is_the_loop(ema, shared_state):
             torch.testing.assert_close(leaf[i], want, rtol=1e-8, atol=1e-10)
 
 
-# --------------------------------------------------------------------------- trainable
-
-
 def is_head(path):
     return path.startswith("fc.")
 
@@ -509,43 +386,3 @@ def test_a_trainable_that_selects_nothing_or_something_else_is_refused(make):
     for_head = init_train_state(params, state, optimizer, trainable=is_head)
     with pytest.raises(ValueError, match="state must have the leaves .* with the same trainable"):
         make_train_step(model, cross_entropy, optimizer)(for_head, x, y)
-
-
-# --------------------------------------------------------------------------- global defaults
-
-
-def whole_training():
-    """Everything from a seed to an evaluation, all of it that is a tensor."""
-    model, (x, y) = tiny(), make_batch(dtype=torch.float32)
-    params, state = model.init(torch.Generator().manual_seed(3))
-    optimizer = optim.clipped(optim.adamw(optim.one_cycle(0.1, 9)), 1.0)
-    step = make_train_step(model, cross_entropy, optimizer, ema_decay=0.9, microbatches=2)
-    train_state = init_train_state(params, state, optimizer, ema=True)
-    train_state, records = fit(
-        step, train_state, x, y, epochs=2, batch_size=3, generator=torch.Generator().manual_seed(5)
-    )
-    evaluation = evaluate(
-        make_eval_step(model, cross_entropy), train_state.params, train_state.state, [(x, y)]
-    )
-    return (params, train_state, tuple(evaluation)), records
-
-
-@pytest.mark.parametrize("setting", ["dtype", "device"])
-def test_global_defaults_change_no_bit_of_a_training(setting, monkeypatch):
-    x, y = make_batch(dtype=torch.float32)
-    monkeypatch.setitem(globals(), "make_batch", lambda dtype: (x, y))
-    want, want_records = whole_training()
-    before = torch.get_default_dtype()
-    try:
-        if setting == "dtype":
-            torch.set_default_dtype(torch.float64)
-        else:
-            torch.set_default_device("meta")
-        got, records = whole_training()
-    finally:
-        torch.set_default_dtype(before)
-        torch.set_default_device(None)
-    assert records == want_records
-    for a, b in zip(tree.leaves(got), tree.leaves(want), strict=True):
-        assert (a.dtype, a.device) == (b.dtype, b.device)
-        assert torch.equal(a, b)
