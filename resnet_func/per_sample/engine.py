@@ -183,6 +183,9 @@ def detect_nonfinite(norms: Tensor) -> None:
 
     Raises:
         ValueError: a norm is not finite.
+
+    >>> import torch
+    >>> detect_nonfinite(torch.tensor([1.0, 0.0]))
     """
     wrong = _indices(~norms.isfinite())
     if wrong:
