@@ -50,8 +50,8 @@ class LayerNoise(TorchFunctionMode):
 def rounding_noise(params: Any, dtype: torch.dtype) -> float:
     """The noise that bounds what a layer in `dtype` rounds.
 
-    In float32 its eps, times the root of the longest sum of one output. Narrower dtypes are summed in float32,
-    and round image, weight, output and what follows it: four times half an eps.
+    In float32 its eps, times the root of the longest sum of one output. Narrower dtypes are summed in
+    float32, and round image, weight, output and what follows it: four times half an eps.
     """
     if torch.finfo(dtype).bits < 32:
         return 2 * torch.finfo(dtype).eps

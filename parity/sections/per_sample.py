@@ -10,7 +10,7 @@ to bfloat16 allows. The figure is the worst error, and which quantity has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -153,26 +153,23 @@ def check_network(name: str) -> str:
     network = case(name)
     of = loop(network)
     assert all(g.isfinite().all() for g in of.grads.values()), "the loop is not finite: nothing is proven"
+    bound = bound_of(of)
     return worst_of(
-        {
-            name: (quantity.computed(network, bound_of(of), **OPTIONS), quantity.defined(network, of))
-            for name, quantity in QUANTITIES.items()
-        }
+        lambda quantity: (quantity.computed(network, bound, **OPTIONS), quantity.defined(network, of))
     )
 
 
-def worst_of(pairs: Mapping[str, tuple[Any, Any]]) -> str:
-    """The worst error of all quantities, and which has it.
+def worst_of(make: Callable[[Quantity], tuple[Any, Any]]) -> str:
+    """The worst error of all quantities, and which has it; one after another, since each may be large.
 
     Raises:
         AssertionError: it is above `RTOL`.
     """
     errors = {}
-    for name, (got, want) in pairs.items():
-        trees = zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]
-        for one, other in trees:
-            for leaf, error in relative_errors(one, other).items():
-                errors[f"{name}, {leaf}"] = error
+    for name, quantity in QUANTITIES.items():
+        got, want = make(quantity)
+        for pair in zip(got, want, strict=True) if isinstance(want, tuple) else [(got, want)]:
+            errors |= {f"{name}, {leaf}": error for leaf, error in relative_errors(*pair).items()}
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     assert errors[worst] <= RTOL, f"worst {worst}: relative error {errors[worst]:.3g}, allowed {RTOL:.3g}"
     return f"{errors[worst]:.1e} ({worst})"
@@ -213,11 +210,12 @@ def check_wrapped(name: str) -> str:
         mock.patch.object(winograd, "product_pays", return_value=True),
     ):
         bound = bound_of(loop(network))
-        fast, slow = (
-            {key: one.computed(network, bound, **OPTIONS, method=method) for key, one in QUANTITIES.items()}
-            for method in METHODS
-        )
-    return worst_of({key: (fast[key], slow[key]) for key in QUANTITIES})
+
+        def both(quantity: Quantity) -> tuple[Any, Any]:
+            fast, slow = (quantity.computed(network, bound, **OPTIONS, method=method) for method in METHODS)
+            return fast, slow
+
+        return worst_of(both)
 
 
 def check_autocast() -> str:
