@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.autodiff import can_read
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Batch, Captured, capture, losses_of, make_task
-from resnet_func.per_sample.checks import can_read
 from resnet_func.per_sample.contract import Way
 from resnet_func.per_sample.factors import Direct, Factors, sample_slices
 from resnet_func.per_sample.options import Settings, refuse_batch_statistics
