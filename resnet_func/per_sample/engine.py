@@ -168,7 +168,7 @@ def plan_ways(
     if settings.plan is not None:
         check_plan(settings.plan, factors)
         return settings.plan.ways
-    return plan_factors(factors, quantity, other=other).ways
+    return plan_factors(factors, quantity, other=other, speeds=settings.speeds).ways
 
 
 def detect_nonfinite(norms: Tensor) -> None:
