@@ -63,8 +63,8 @@ class Speeds:
     def describe(self) -> str:
         """One line.
 
-        >>> TYPICAL.describe()
-        'speeds (typical): conv 80, grouped 59, matmul 80 GFLOP/s; gradients 2, pixels 4, memory 20 GB/s; call 3 us'
+        >>> TYPICAL.describe().partition(";")[0]
+        'speeds (typical): conv 80, grouped 59, matmul 80 GFLOP/s'
         """
         conv, grouped, matmul = (1 / t for t in (self.conv_flop, self.grouped_flop, self.matmul_flop))
         gradient, pixel, memory = (1 / t for t in (self.gradient_byte, self.pixel_byte, self.byte))
@@ -98,8 +98,8 @@ def measured(
 
     Takes half a second the first time. A file that is damaged, or of another machine or version, is
     replaced; one that cannot be written is done without. What was measured while others kept the machine
-    busy, so that two halves of the time disagree, is used and not kept. `RESNET_FUNC_SPEEDS=typical` switches it off, and
-    compiled code and devices without values get `TYPICAL`, too.
+    busy, so that two halves of the time disagree, is used and not kept. `RESNET_FUNC_SPEEDS=typical` switches
+    it off, and compiled code and devices without values get `TYPICAL`, too.
 
     Args:
         device: The CPU or a CUDA device.
@@ -250,31 +250,29 @@ def _two_rates(a: Amounts, b: Amounts) -> tuple[float, float]:
     return min(max(flop, 0.1 * ta / fa), ta / fa), min(max(byte, 0.1 * tb / bb), tb / bb)
 
 
-def _convolution(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], channels: int, groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, weight and output of a 3x3 convolution with its graph."""
-    x = torch.ones(shape, device=device, dtype=dtype, requires_grad=True)
-    per_group = shape[1] // groups
-    weight = torch.ones(channels, per_group, 3, 3, device=device, dtype=dtype, requires_grad=True)
-    return x, weight, F.conv2d(x, weight, padding=1, groups=groups)
-
-
 def _dense(device: torch.device, dtype: torch.dtype, scale: int) -> Probe:
     n, c, side = 8 * scale, 64, 16
     x = torch.ones(n, c, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.ones(c, c, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     cotangent = torch.ones_like(x)
-    run = lambda: torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), cotangent)
+
+    def run() -> Any:
+        return torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), cotangent)
+
     return run, 6 * n * side**2 * c * c * 9, 0
 
 
 def _by_sample(device: torch.device, dtype: torch.dtype, n: int, c: int, side: int) -> Probe:
     """The weight gradients of `n` samples of a 3x3 convolution: `n` groups of one."""
-    _, weight, y = _convolution(device, dtype, (1, n * c, side, side), n * c, n)
+    x = torch.ones(1, n * c, side, side, device=device, dtype=dtype)
+    weight = torch.ones(n * c, c, 3, 3, device=device, dtype=dtype, requires_grad=True)
+    y = F.conv2d(x, weight, padding=1, groups=n)
     cotangent = torch.ones_like(y)
-    run = lambda: torch.autograd.grad(y, weight, cotangent, retain_graph=True)
+
+    def run() -> Any:
+        return torch.autograd.grad(y, weight, cotangent, retain_graph=True)
+
     return run, 2 * n * side**2 * c * c * 9, n * c * c * 9 * dtype.itemsize
 
 

@@ -106,10 +106,10 @@ def wrap(model: Model, speeds: Speeds = TYPICAL) -> Model:
     """The model with its convolutions by minimal filtering where that is cheaper; equal up to rounding.
 
     For 3x3 `cheapest_tile` decides: from 128 channels on, as a rule, where a FLOP of a matrix product takes
-    as long as one of a convolution, and nowhere, where it takes twice as long (AVX-512). With `train=True`, 1x1 convolutions are
-    matrix products where `product_pays`. Other convolutions (3x3 with a stride, dilated, grouped, another
-    kernel) stay as they are, and so do all in half precision, where tiles of 4 would round too much. Made for
-    CPUs: cuDNN has such kernels of its own.
+    as long as one of a convolution, and nowhere where it takes twice as long (AVX-512). With `train=True`,
+    1x1 convolutions are matrix products where `product_pays`. Other convolutions (3x3 with a stride, dilated,
+    grouped, another kernel) stay as they are, and so do all in half precision, where tiles of 4 would round
+    too much. Made for CPUs: cuDNN has such kernels of its own.
 
     Args:
         model: Any model, one made by `from_module` too.
@@ -151,7 +151,7 @@ def product_pays(c_in: int, c_out: int, height: int, width: int, speeds: Speeds 
 class _Convolutions(TorchFunctionMode):
     """Takes the convolutions that are worth it from torch."""
 
-    def __init__(self, speeds: Speeds, *, products: bool) -> None:
+    def __init__(self, speeds: Speeds = TYPICAL, *, products: bool) -> None:
         super().__init__()
         self.speeds, self.products = speeds, products
 
