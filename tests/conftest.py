@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import pytest
 import torch
 from hypothesis import settings
 
@@ -17,8 +16,3 @@ os.environ[calibration.VARIABLE] = "typical"
 
 settings.register_profile("suite", deadline=None, max_examples=25)
 settings.load_profile("suite")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # torch's own, from its first forward-mode derivative
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:FutureWarning")
