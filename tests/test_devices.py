@@ -2,13 +2,12 @@
 
 A tensor left behind on the CPU shows: fake tensors refuse to mix devices as a GPU would. What only goes
 forward is on "cuda". Autograd asks CUDA's driver for the device, so what goes backward is on "meta", which is
-as far from the CPU; there is no autocast there.
+as far from the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,13 +40,6 @@ class Generator(torch.Generator):
 
 def fake() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)  # constants, such as Winograd's maps, are real ones
-
-
-@pytest.fixture(autouse=True)
-def _no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for autocast on "meta", or whether it is on, torch raises."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
-    monkeypatch.setattr(torch, "autocast", lambda device_type, enabled: nullcontext())
 
 
 @pytest.fixture

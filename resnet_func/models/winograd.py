@@ -12,6 +12,7 @@ evaluated at m + 1 points and at infinity, multiplied there, and interpolated.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
-from resnet_func.types import Images, Logits, Model, Params, State
+from resnet_func.numerics import is_autocast_enabled
+from resnet_func.types import Apply, Images, Logits, Model, Params, State
 
 Tile: TypeAlias = Literal[2, 4]
 
@@ -112,12 +114,14 @@ def wrap(model: Model) -> Model:
     Args:
         model: Any model, one made by `from_module` too.
     """
+    return model._replace(apply=partial(_apply_by_tiles, model.apply))
 
-    def apply(params: Params, state: State, x: Images, *, train: bool) -> tuple[Logits, State]:
-        with _Convolutions(products=train):
-            return model.apply(params, state, x, train=train)
 
-    return model._replace(apply=apply)
+def _apply_by_tiles(
+    apply: Apply, params: Params, state: State, x: Images, *, train: bool
+) -> tuple[Logits, State]:
+    with _Convolutions(products=train):
+        return apply(params, state, x, train=train)
 
 
 def cheapest_tile(n: int, c_in: int, c_out: int, height: int, width: int) -> Tile | None:
@@ -177,7 +181,7 @@ def convolution(
     y = None
     suited = input.ndim == weight.ndim == 4 and input.shape[1] == weight.shape[1] and groups == 1
     exact = input.dtype in (torch.float32, torch.float64) and input.dtype == weight.dtype
-    if suited and exact and not isinstance(padding, str) and not torch.is_autocast_enabled(input.device.type):
+    if suited and exact and not isinstance(padding, str) and not is_autocast_enabled(input.device.type):
         form = (*weight.shape[2:], *_pair(padding), *_pair(dilation))
         if form == (3, 3, 1, 1, 1, 1) and _pair(stride) == (1, 1):
             tile = cheapest_tile(len(input), input.shape[1], len(weight), *input.shape[2:])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.numerics import without_autocast
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Batch, Captured, capture, losses_of, make_task
 from resnet_func.per_sample.checks import can_read
@@ -118,7 +119,7 @@ def _evaluate_part(
 ) -> list[Any]:
     captured = capture_batch(settings, params, state, x, y)
     # autocast is for the network: what is summed here keeps the parameters' dtype
-    with torch.autocast(captured.losses.device.type, enabled=False):
+    with without_autocast(captured.losses.device.type):
         return _contract(settings, quantities, captured)
 
 

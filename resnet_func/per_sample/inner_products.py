@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.losses import logit
+from resnet_func.numerics import without_autocast
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.contract import Way
 from resnet_func.per_sample.engine import capture_batch, parts, plan_ways
@@ -90,7 +91,7 @@ def _block(settings: Settings, params: Params, state: State, a: Batch, b: Batch 
     right = left if b is None else capture_batch(settings, params, state, *b).factors
     ways = plan_ways(settings, "gram", left, right)
     # autocast is for the network: what is summed here keeps the parameters' dtype
-    with torch.autocast(tree.leaves(a[0])[0].device.type, enabled=False):
+    with without_autocast(tree.leaves(a[0])[0].device.type):
         products = {}
         for path in list(left):
             factors_a = left.pop(path)
