@@ -60,13 +60,13 @@ class Clipped(NamedTuple):
         total: The clipped sum.
         norms: Of the samples' gradients `[N]`; 0 where the mask is False.
         mask: `[N]`, as it came.
-        count: 0-d, half the samples that are not clipped less half of those that are.
+        unclipped: 0-d, half the samples that are not clipped less half of those that are.
     """
 
     total: Params
     norms: Tensor
     mask: Tensor
-    count: Tensor
+    unclipped: Tensor
 
 
 class PrivateParts(NamedTuple):
@@ -89,7 +89,9 @@ def join(parts: list[Clipped]) -> Clipped:
 
     def add(a: Clipped, b: Clipped) -> Clipped:
         total = tree.map(lambda x, y: widen(x) + y, a.total, b.total)
-        return Clipped(total, torch.cat([a.norms, b.norms]), torch.cat([a.mask, b.mask]), a.count + b.count)
+        return Clipped(
+            total, torch.cat([a.norms, b.norms]), torch.cat([a.mask, b.mask]), a.unclipped + b.unclipped
+        )
 
     return reduce(add, parts)
 
@@ -247,7 +249,7 @@ def make_private_parts(
         inner = opt_state.optimizer if adaptive else opt_state
         params, inner = optimizer.step(mean, inner, params)
         if adaptive:
-            count = clipped.count + adaptive.count_std(noise_multiplier) * noise[COUNT]
+            count = clipped.unclipped + adaptive.count_std(noise_multiplier) * noise[COUNT]
             bound = adaptive.move(opt_state.max_norm, count, expected_batch_size)
             opt_state = AdaptiveState(inner.step, bound, inner)
         else:
