@@ -85,7 +85,13 @@ class PrivateParts(NamedTuple):
 
 
 def join(parts: list[Clipped]) -> Clipped:
-    """The parts of a batch as one."""
+    """The parts of a batch as one.
+
+    >>> half = torch.full((1,), 0.5)
+    >>> part = Clipped({"w": torch.ones(2)}, half, half > 0, half[0])
+    >>> join([part, part]).total
+    {'w': tensor([2., 2.])}
+    """
 
     def add(a: Clipped, b: Clipped) -> Clipped:
         total = tree.map(lambda x, y: widen(x) + y, a.total, b.total)
@@ -213,6 +219,11 @@ def make_private_parts(
 
     Raises:
         ValueError: as in `make_private_step`, or `max_norm` is not the transform's.
+
+    >>> import resnet_func as rf
+    >>> model, rule = rf.resnet20(norm="group"), {"noise_multiplier": 1.1, "expected_batch_size": 64}
+    >>> summed = rf.per_sample.clipped_sum(model, rf.losses.cross_entropy, max_norm=1.0, nonfinite="zero")
+    >>> parts = rf.privacy.make_private_parts(summed, rf.optim.sgd(0.5), max_norm=1.0, **rule)
     """
     adaptive = max_norm if isinstance(max_norm, AdaptiveNorm) else None
     _check_bound(summed, max_norm)
