@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.autodiff import can_read
 from resnet_func.numerics import accumulation_dtype
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
-from resnet_func.per_sample.checks import can_read
 from resnet_func.per_sample.contract import Way
 from resnet_func.per_sample.factors import Direct, Factors, masked, split_views
 
@@ -36,7 +36,8 @@ class Quantity(NamedTuple):
     returns them; `finish(answers, captured)` puts the leaves of a batch together; `join` puts batches
     together, in order; `final` makes the result. `name` is what `plan` calls it; "" means that `leaf` is
     never called. `accumulate` says that `join` adds up, so that a pass over a data set holds one part only.
-    Made of a module's functions it can be pickled, and so sent to other processes.
+    `as_captured` says that `leaf` wants the factors themselves, not gradients that were formed for several
+    quantities together. Made of a module's functions it can be pickled, and so sent to other processes.
 
     The largest entry of every sample's gradient, for instance:
 
@@ -56,6 +57,7 @@ class Quantity(NamedTuple):
     join: Callable[[list[Any]], Any]
     final: Callable[[Any], Any] = identity
     accumulate: bool = False
+    as_captured: bool = False
 
 
 # --------------------------------------------------------------------------- gradients and norms
@@ -125,7 +127,7 @@ class _FirstPass(NamedTuple):
 
 
 def clipped_sum(
-    max_norm: float | Mapping[str, float], clipping: Clipping, *, masked_targets: bool = False
+    max_norm: float | Tensor | Mapping[str, float], clipping: Clipping, *, masked_targets: bool = False
 ) -> Quantity:
     """`(sum of clipped gradients, norms [N])`.
 
@@ -150,7 +152,7 @@ def _first_pass(path: str, factors: Factors, way: Way) -> _FirstPass:
 
 
 def _clip_and_sum(
-    max_norm: float | Mapping[str, float],
+    max_norm: float | Tensor | Mapping[str, float],
     clipping: Clipping,
     masked_targets: bool,
     answers: dict[str, _FirstPass],
@@ -188,7 +190,7 @@ def _factors_by_leaf(
     answers: dict[str, _FirstPass],
     norms: Tensor,
     captured: Captured,
-    max_norm: float | Mapping[str, float],
+    max_norm: float | Tensor | Mapping[str, float],
     clipping: Clipping,
 ) -> dict[str, Tensor]:
     """Every leaf's clip factors `[N]`."""
@@ -226,7 +228,7 @@ def by_prefix(paths: list[str], prefixes: Mapping[str, Any]) -> dict[str, list[s
     return groups
 
 
-def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
+def clip_factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
     """`min(1, max_norm / norm)`: exactly 1 up to `max_norm`, and `factor * norm` never rounds above it."""
     # the quotient may round up, and so may its product with the norm: a step below is safe, unless subnormal
     info = torch.finfo(norms.dtype)
@@ -235,7 +237,7 @@ def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
     return torch.where(norms <= max_norm, 1.0, quotient).to(norms.dtype)
 
 
-def automatic_factors(norms: Tensor, max_norm: float) -> Tensor:
+def automatic_factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
     """`max_norm / (norm + 0.01)`: every gradient normalised (Bu et al. 2023)."""
     return max_norm / (norms + AUTOMATIC_STABILITY)
 
