@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.distributed import Ranks, sum_over_ranks
 from resnet_func.numerics import accumulation_dtype, to_float64
 from resnet_func.optim import Optimizer, ema
 from resnet_func.per_sample import clipped_sum
@@ -106,6 +107,7 @@ def make_private_step(
     views: bool | None = None,
     method: Method = "auto",
     check: bool | None = None,
+    ranks: Ranks | None = None,
 ) -> PrivateStep:
     """A pure function of one step of DP-SGD (Abadi et al. 2016, https://arxiv.org/abs/1607.00133), or of DP
     with any other optimizer, which sees nothing but the noisy mean.
@@ -128,6 +130,8 @@ def make_private_step(
         microbatch: Samples at a time, to bound memory; noise is added once all the same.
         views: As in `per_sample.Options`: views of a sample are averaged before its gradient is clipped.
         method, check: As in `per_sample.Options`.
+        ranks: Of `distributed.join`: the processes that each take their `privacy.part` of every batch. Clipped
+            sums are added up in one all-reduce, before every rank adds the same noise: it counts once.
 
     Returns:
         `step(train_state, x, y, mask, noise) -> (train_state, metrics)`. `x`, `y` and `mask [N]` are a batch
@@ -174,6 +178,8 @@ def make_private_step(
         params, state = train_state.params, train_state.state
         check_noise(noise, params)
         total, norms = summed(params, state, x, y, mask)
+        if ranks is not None:
+            total, norms, mask = _over_ranks(total, norms, mask, ranks)
         noisy = add_noise(total, noise, std)
         mean = tree.map(lambda leaf, like: (leaf / expected_batch_size).to(like.dtype), noisy, params)
         params, opt_state = optimizer.step(mean, train_state.opt_state, params)
@@ -185,6 +191,17 @@ def make_private_step(
         return TrainState(params, state, opt_state, ema_params, train_state.ema_state), metrics
 
     return step
+
+
+def _over_ranks(
+    total: Params, norms: Tensor, mask: Tensor, ranks: Ranks
+) -> tuple[Params, Tensor, Tensor]:
+    """The clipped sum over all ranks, and all ranks' norms and masks, in one collective."""
+    mine = torch.arange(ranks.world, dtype=torch.int64, device=norms.device)[:, None] == ranks.rank
+    flat = tree.flatten(total)
+    rows = [torch.where(mine, row[None].to(norms.dtype), 0) for row in (norms, mask)]
+    *leaves, norms, mask = sum_over_ranks([*flat.values(), *rows], ranks)
+    return tree.unflatten(dict(zip(flat, leaves, strict=True))), norms.flatten(), mask.flatten() > 0
 
 
 def add_noise(total: Params, noise: Params, std: float) -> Params:
