@@ -1,6 +1,6 @@
 """ResNets as pure functions over parameter pytrees, open to every `torch.func` transform."""
 
-from resnet_func import losses, optim, per_sample, privacy, train, tree
+from resnet_func import attribution, losses, optim, per_sample, privacy, train, tree
 from resnet_func.models import winograd, zoo
 from resnet_func.models.config import ResNetConfig
 from resnet_func.models.load import load_network
@@ -37,6 +37,7 @@ __all__ = [
     "Model",
     "ResNetConfig",
     "TrainState",
+    "attribution",
     "build",
     "from_function",
     "from_module",

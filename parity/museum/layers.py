@@ -126,7 +126,7 @@ EXHIBITS = [
         edit(
             layers.conv2d,
             (
-                "return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)",
+                "return F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)",
                 "short = [(s - 1) // spec.stride * spec.stride + spec.kernel - s for s in x.shape[:1:-1]]\n"
                 "    sides = [side for s in short for side in (max(s, 0) // 2, max(s, 0) - max(s, 0) // 2)]\n"
                 "    return F.conv2d(F.pad(x, sides), weight, None, spec.stride, 0, 1, spec.groups)",

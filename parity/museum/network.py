@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from parity.museum.exhibit import REIMPLEMENTATIONS, Exhibit, edit
-from resnet_func.models import resnet
+from resnet_func.models import blocks, resnet
 
 EVALUATION = "bitwise/resnet20/fp32-eval-nchw"
+SUM = 'F.relu_(layer("scale_norm", y + shortcut(layer, x)))'
 
 EXHIBITS = [
     Exhibit(
@@ -15,7 +16,7 @@ EXHIBITS = [
         "properties/bottlenecks-stride-or-dilate-as-torchvisions",
         edit(
             resnet._block_specs,
-            ('"conv1": conv(c_in, c_mid, 1),', '"conv1": conv(c_in, c_mid, 1, stride),'),
+            ("conv(c_in, c_mid, 1),", "conv(c_in, c_mid, 1, stride),"),
             (
                 "conv(c_mid, c_mid, 3, stride, dilation, config.groups)",
                 "conv(c_mid, c_mid, 3, 1, dilation, config.groups)",
@@ -45,7 +46,7 @@ EXHIBITS = [
         REIMPLEMENTATIONS,
         EVALUATION,
         edit(
-            resnet.basic_block,
+            blocks.basic_block,
             ('F.relu_(layer("bn1", layer("conv1", x)))', 'layer("bn1", layer("conv1", x))'),
         ),
     ),
@@ -54,14 +55,20 @@ EXHIBITS = [
         "no ReLU after a basic block's sum",
         "pre-activation networks, mixed with the others",
         EVALUATION,
-        edit(resnet.basic_block, ("F.relu_(y + shortcut(layer, x))", "y + shortcut(layer, x)")),
+        edit(
+            blocks.basic_block,
+            ('F.relu_(layer("scale_norm", y + shortcut(layer, x)))', "y + shortcut(layer, x)"),
+        ),
     ),
     Exhibit(
         "relu-before-the-sum",
         "ReLU before the sum, not after it",
         "He et al. 2016 as a variant that trains worse (figure 4c)",
         EVALUATION,
-        edit(resnet.basic_block, ("F.relu_(y + shortcut(layer, x))", "F.relu(y) + shortcut(layer, x)")),
+        edit(
+            blocks.basic_block,
+            ('F.relu_(layer("scale_norm", y + shortcut(layer, x)))', "F.relu(y) + shortcut(layer, x)"),
+        ),
     ),
     Exhibit(
         "norm-after-the-sum",
@@ -69,9 +76,9 @@ EXHIBITS = [
         "He et al. 2016 as a variant that trains worse (figure 4b)",
         EVALUATION,
         edit(
-            resnet.basic_block,
+            blocks.basic_block,
             ('y = layer("bn2", layer("conv2", y))', 'y = layer("conv2", y)'),
-            ("F.relu_(y + shortcut(layer, x))", 'F.relu(layer("bn2", y + shortcut(layer, x)))'),
+            ('layer("scale_norm", y + shortcut(layer, x))', 'layer("bn2", y + shortcut(layer, x))'),
         ),
     ),
     Exhibit(
@@ -80,7 +87,7 @@ EXHIBITS = [
         REIMPLEMENTATIONS,
         EVALUATION,
         edit(
-            resnet.basic_block,
+            blocks.basic_block,
             ('F.relu_(layer("bn1", layer("conv1", x)))', 'layer("bn1", F.relu(layer("conv1", x)))'),
         ),
     ),
@@ -89,21 +96,21 @@ EXHIBITS = [
         "a projection's norm is left out",
         REIMPLEMENTATIONS,
         "properties/group-norm-is-torchvisions-to-rounding",
-        edit(resnet.shortcut, ('projection("1", projection("0", x))', 'projection("0", x)')),
+        edit(blocks.shortcut, ('projection("1", projection("0", x))', 'projection("0", x)')),
     ),
     Exhibit(
         "projection-of-the-raw-input",
         "a pre-activation block projects the input, not the activated input",
         "reimplementations of Wide ResNets",
         "bitwise/wrn_16_4/fp32-eval-nchw",
-        edit(resnet.preact_block, ("activated if projects else x", "x")),
+        edit(blocks.preact_block, ("activated if projects else x", "x")),
     ),
     Exhibit(
         "identity-of-the-activated-input",
         "every shortcut of a pre-activation network starts at the activated input",
         "reimplementations of Wide ResNets",
         "bitwise/wrn_16_4/fp32-eval-nchw",
-        edit(resnet.preact_block, ("activated if projects else x", "activated")),
+        edit(blocks.preact_block, ("activated if projects else x", "activated")),
     ),
     Exhibit(
         "no-relu-at-the-end",
@@ -113,8 +120,8 @@ EXHIBITS = [
         edit(
             resnet._apply,
             (
-                '    if config.block == "preact":\n        x = F.relu_(layer("bn1", x))',
-                '    if config.block == "preact":\n        x = layer("bn1", x)',
+                "    if config.is_preactivated:\n        x = norm_and_relu(config, layer, x)",
+                '    if config.is_preactivated:\n        x = layer("bn1", x)',
             ),
         ),
     ),

@@ -25,7 +25,7 @@ STANDARDIZATION_EPS = 1e-10
 
 @dataclass(frozen=True)
 class Conv:
-    """A square convolution without bias."""
+    """A square convolution; a standardised one may have a gain and a bias for each filter."""
 
     c_in: int
     c_out: int
@@ -35,6 +35,7 @@ class Conv:
     dilation: int = 1
     groups: int = 1
     standardize: bool = False
+    affine: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -99,8 +100,13 @@ def apply_layer(
 
 def conv2d(spec: Conv, params: Params, x: Tensor) -> Tensor:
     """Convolve `x [N, c_in, H, W]`."""
-    weight = standardize(params["weight"]) if spec.standardize else params["weight"]
-    return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)
+    weight, bias = params["weight"], None
+    if spec.standardize:
+        weight = standardize(weight)
+    if spec.affine:
+        fan_in = math.prod(spec.weight_shape[1:])
+        weight, bias = weight * (params["gain"] * fan_in**-0.5).reshape(-1, 1, 1, 1), params["bias"]
+    return F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
 
 
 def linear(params: Params, x: Tensor) -> Tensor:
@@ -216,7 +222,14 @@ def init_layer(spec: LayerSpec, generator: torch.Generator, device: torch.device
         case Conv():
             weight = torch.empty(spec.weight_shape, **like)
             fan_out = spec.c_out * spec.kernel**2
-            return {"weight": weight.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)}, {}
+            weight = weight.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
+            if not spec.affine:
+                return {"weight": weight}, {}
+            return {
+                "weight": weight,
+                "gain": torch.ones(spec.c_out, **like),
+                "bias": torch.zeros(spec.c_out, **like),
+            }, {}
         case Linear():
             bound = 1 / math.sqrt(spec.c_in)
             weight = torch.empty(spec.c_out, spec.c_in, **like).uniform_(-bound, bound, generator=generator)

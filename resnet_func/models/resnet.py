@@ -6,13 +6,12 @@ Komodakis 2016, https://arxiv.org/abs/1605.07146), and torchvision's variants, w
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.models.blocks import Scope, Specs, block_of, norm_and_relu
 from resnet_func.models.config import ResNetConfig
 from resnet_func.models.layers import (
     BatchNorm,
@@ -20,14 +19,10 @@ from resnet_func.models.layers import (
     GroupNorm,
     Linear,
     Pad,
-    apply_layer,
     global_average_pool,
     init_layer,
 )
 from resnet_func.types import Logits, Model, Params, State
-
-# Nested like the parameters, with a layer's spec where its parameters would be.
-Specs = dict[str, Any]
 
 
 def build(config: ResNetConfig) -> Model:
@@ -87,7 +82,7 @@ class ResNetApply:
 def layer_specs(config: ResNetConfig) -> Specs:
     """Every layer's hyper-parameters, nested like the parameters, in the order of the forward pass."""
     specs: Specs = {"conv1": _stem_conv(config)}
-    if config.block != "preact":
+    if not config.is_preactivated:
         specs |= _norm("bn1", config, config.stem_channels)
     c_in, dilation = config.stem_channels, 1
     for index, (depth, width) in enumerate(zip(config.depths, config.widths, strict=True)):
@@ -103,7 +98,7 @@ def layer_specs(config: ResNetConfig) -> Specs:
         c_in = width * config.expansion
         stage |= {str(i): _block_specs(config, c_in, width, 1, dilation) for i in range(1, depth)}
         specs[f"layer{index + 1}"] = stage
-    if config.block == "preact":
+    if config.is_preactivated:
         specs |= _norm("bn1", config, c_in)
     return specs | {"fc": Linear(c_in, config.num_classes)}
 
@@ -117,6 +112,7 @@ def _stem_conv(config: ResNetConfig) -> Conv:
         stride,
         padding,
         standardize=config.weight_standardization,
+        affine=config.standardization_affine,
     )
 
 
@@ -135,36 +131,30 @@ def _block_specs(config: ResNetConfig, c_in: int, width: int, stride: int, dilat
 
     def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> Conv:
         padding = dilation * (kernel // 2)
-        return Conv(c_in, c_out, kernel, stride, padding, dilation, groups, config.weight_standardization)
+        standardize, affine = config.weight_standardization, config.standardization_affine
+        return Conv(c_in, c_out, kernel, stride, padding, dilation, groups, standardize, affine)
 
     if config.block == "bottleneck":
-        specs = {
-            "conv1": conv(c_in, c_mid, 1),
-            **_norm("bn1", config, c_mid),
-            "conv2": conv(c_mid, c_mid, 3, stride, dilation, config.groups),
-            **_norm("bn2", config, c_mid),
-            "conv3": conv(c_mid, c_out, 1),
-            **_norm("bn3", config, c_out),
-        }
-    elif config.block == "basic":
-        specs = {
-            "conv1": conv(c_in, c_mid, 3, stride),
-            **_norm("bn1", config, c_mid),
-            "conv2": conv(c_mid, c_out, 3),
-            **_norm("bn2", config, c_out),
-        }
+        convs = [
+            conv(c_in, c_mid, 1),
+            conv(c_mid, c_mid, 3, stride, dilation, config.groups),
+            conv(c_mid, c_out, 1),
+        ]
     else:
-        specs = {
-            **_norm("bn1", config, c_in),
-            "conv1": conv(c_in, c_mid, 3, stride),
-            **_norm("bn2", config, c_mid),
-            "conv2": conv(c_mid, c_out, 3),
-        }
+        convs = [conv(c_in, c_mid, 3, stride), conv(c_mid, c_out, 3)]
+    specs: Specs = {}
+    for number, spec in enumerate(convs, start=1):
+        if config.is_preactivated:
+            specs |= {**_norm(f"bn{number}", config, spec.c_in), f"conv{number}": spec}
+        else:
+            specs |= {f"conv{number}": spec, **_norm(f"bn{number}", config, spec.c_out)}
+    if config.scale_norm:
+        specs |= _norm("scale_norm", config, c_out)
     if stride != 1 or c_in != c_out:
         if config.shortcut == "pad":
             specs["downsample"] = Pad(c_in, c_out, stride)
         else:
-            norm = {} if config.block == "preact" else _norm("1", config, c_out)
+            norm = {} if config.is_preactivated else _norm("1", config, c_out)
             specs["downsample"] = {"0": conv(c_in, c_out, 1, stride), **norm}
     return specs
 
@@ -199,69 +189,13 @@ def _residual_ends(specs: Specs) -> list[str]:
     ends = []
     for stage in _stages(specs):
         for index, block in specs[stage].items():
-            last = [name for name in block if name != "downsample"][-1]
-            ends.append(f"{stage}.{index}.{last}.weight")
+            last = [name for name in block if name not in ("downsample", "scale_norm")][-1]
+            gain = isinstance(block[last], Conv) and block[last].affine
+            ends.append(f"{stage}.{index}.{last}.{'gain' if gain else 'weight'}")
     return ends
 
 
 # --------------------------------------------------------------------------- apply
-
-
-class Scope:
-    """One level of the network: call a layer by name, and `state` collects what the layers return."""
-
-    def __init__(self, specs: Specs, params: Params, old_state: State, *, train: bool) -> None:
-        self.specs, self.params, self.old_state, self.train = specs, params, old_state, train
-        self.state: State = {}
-
-    def __call__(self, name: str, x: Tensor) -> Tensor:
-        """Apply a layer; one that the config leaves out is the identity."""
-        if name not in self.specs:
-            return x
-        params, state = self.params.get(name, {}), self.old_state.get(name, {})
-        y, self.state[name] = apply_layer(self.specs[name], params, state, x, train=self.train)
-        return y
-
-    def enter(self, name: str) -> Scope:
-        """The level below, whose state becomes part of this one's."""
-        inner = Scope(self.specs[name], self.params[name], self.old_state.get(name, {}), train=self.train)
-        self.state[name] = inner.state
-        return inner
-
-
-def shortcut(layer: Scope, x: Tensor) -> Tensor:
-    """The identity where shapes agree; else zero padding or a projection."""
-    if not isinstance(layer.specs.get("downsample"), dict):
-        return layer("downsample", x)
-    projection = layer.enter("downsample")
-    return projection("1", projection("0", x))
-
-
-def basic_block(layer: Scope, x: Tensor) -> Tensor:
-    """Two 3x3 convolutions around a shortcut (He et al. 2015, figure 5 left)."""
-    y = F.relu_(layer("bn1", layer("conv1", x)))
-    y = layer("bn2", layer("conv2", y))
-    return F.relu_(y + shortcut(layer, x))
-
-
-def bottleneck(layer: Scope, x: Tensor) -> Tensor:
-    """1x1, 3x3, 1x1 around a shortcut (He et al. 2015, figure 5 right); the 3x3 strides."""
-    y = F.relu_(layer("bn1", layer("conv1", x)))
-    y = F.relu_(layer("bn2", layer("conv2", y)))
-    y = layer("bn3", layer("conv3", y))
-    return F.relu_(y + shortcut(layer, x))
-
-
-def preact_block(layer: Scope, x: Tensor) -> Tensor:
-    """Norm and ReLU before each 3x3 convolution (He et al. 2016); a projection sees the activated input."""
-    activated = F.relu(layer("bn1", x))  # not in place: without a norm this is x, which the shortcut needs
-    y = layer("conv1", activated)
-    y = layer("conv2", F.relu_(layer("bn2", y)))
-    projects = "downsample" in layer.specs
-    return y + shortcut(layer, activated if projects else x)
-
-
-BLOCKS = {"basic": basic_block, "bottleneck": bottleneck, "preact": preact_block}
 
 
 def _apply(
@@ -269,17 +203,17 @@ def _apply(
 ) -> tuple[Logits, State]:
     layer = Scope(specs, params, state, train=train)
     x = layer("conv1", x)
-    if config.block != "preact":
-        x = F.relu_(layer("bn1", x))
+    if not config.is_preactivated:
+        x = norm_and_relu(config, layer, x)
     if config.stem == "imagenet":
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-    block = BLOCKS[config.block]
+    block = block_of(config)
     for stage in _stages(specs):
         blocks = layer.enter(stage)
         for index in blocks.specs:
             x = block(blocks.enter(index), x)
-    if config.block == "preact":
-        x = F.relu_(layer("bn1", x))
+    if config.is_preactivated:
+        x = norm_and_relu(config, layer, x)
     return layer("fc", global_average_pool(x)), tree.prune(layer.state)
 
 

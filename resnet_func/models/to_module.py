@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,9 +39,10 @@ def to_module(model: Model, params: Params, state: State) -> nn.Module:
 
     For a network that `build` or the zoo made: torchvision's class where it has one, else modules of
     `nn.Conv2d`, `nn.BatchNorm2d`, ... with torchvision's names. For one that `from_module` made: a copy of
-    the module. For any other function (of `from_function`; with `winograd.wrap`, `train.average_flips` or
-    `train.autocast` around `apply`): a module that holds the tensors by name and runs the function, which has
-    no layers to put hooks on.
+    the module. For a network with another activation order than its block's own, gains in its convolutions
+    or norms after its sums, and for any other function (of `from_function`; with `winograd.wrap`,
+    `train.average_flips` or `train.autocast` around `apply`): a module that holds the tensors by name and
+    runs the function, which has no layers to put hooks on.
 
     Args:
         model: Any model.
@@ -62,8 +64,7 @@ def to_module(model: Model, params: Params, state: State) -> nn.Module:
     match model.apply:
         case ModuleApply():
             return _module_again(model.apply, {**tree.flatten(params), **tree.flatten(state)})
-        case ResNetApply():
-            config = model.apply.config
+        case ResNetApply(config=config) if _has_modules(config):
             with torch.device("meta"):
                 module = _torchvision(config) if _is_torchvisions(config) else ResNetModule(config)
             own = {key: leaf.detach().clone() for key, leaf in state_dict.items()}
@@ -77,6 +78,12 @@ def _module_again(apply: ModuleApply, leaves: Mapping[str, Tensor]) -> nn.Module
     skeleton = apply.training
     names = {id(leaf): name for name, leaf in (*skeleton.named_parameters(), *skeleton.named_buffers())}
     return copy_module(skeleton, lambda leaf: leaves[names[id(leaf)]].detach().clone())
+
+
+def _has_modules(config: ResNetConfig) -> bool:
+    """Whether `ResNetModule` covers the config."""
+    plain = replace(config, activation_order=None)
+    return config.order == plain.order and not config.standardization_affine and not config.scale_norm
 
 
 # --------------------------------------------------------------------------- torchvision's

@@ -240,7 +240,7 @@ def _known_true(condition: Tensor) -> bool:
 
 def loss() -> Quantity:
     """Per-sample losses `[N]`, averaged over views."""
-    return _of_logits(lambda captured: captured.losses)
+    return of_logits(lambda captured: captured.losses)
 
 
 def el2n() -> Quantity:
@@ -250,11 +250,11 @@ def el2n() -> Quantity:
         logits = captured.logits
         if not len(logits):
             return captured.losses
-        _check_class_indices("el2n", captured)
+        check_class_indices("el2n", captured)
         errors = logits.softmax(1) - F.one_hot(captured.targets, logits.shape[1]).to(logits.dtype)
         return split_views(torch.linalg.vector_norm(errors, dim=1), captured.views).mean(0)
 
-    return _of_logits(scores)
+    return of_logits(scores)
 
 
 def correct() -> Quantity:
@@ -263,14 +263,15 @@ def correct() -> Quantity:
     def shares(captured: Captured) -> Tensor:
         if not len(captured.logits):
             return captured.losses
-        _check_class_indices("correct", captured)
+        check_class_indices("correct", captured)
         hits = (captured.logits.argmax(1) == captured.targets).to(captured.logits.dtype)
         return split_views(hits, captured.views).mean(0)
 
-    return _of_logits(shares)
+    return of_logits(shares)
 
 
-def _check_class_indices(name: str, captured: Captured) -> None:
+def check_class_indices(name: str, captured: Captured) -> None:
+    """Refuse targets that are not one class index per sample."""
     targets, logits = captured.targets, captured.logits
     if not isinstance(targets, Tensor) or targets.shape != logits.shape[:1] or targets.is_floating_point():
         shown = list(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
@@ -280,7 +281,8 @@ def _check_class_indices(name: str, captured: Captured) -> None:
         )
 
 
-def _of_logits(compute: Callable[[Captured], Tensor]) -> Quantity:
+def of_logits(compute: Callable[[Captured], Tensor]) -> Quantity:
+    """A quantity `[N]` that needs no gradient."""
     return Quantity(
         "", lambda path, factors, way: None, lambda answers, captured: compute(captured), torch.cat
     )

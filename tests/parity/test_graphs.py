@@ -20,9 +20,9 @@ from parity.sections import graphs
 from parity.sections.graphs import trace
 from parity.sections.isomorphism import Side, Trace, Walk, assert_isomorphic
 from parity.steps import function_step
-from resnet_func.models import layers, resnet, zoo
+from resnet_func.models import blocks, layers, resnet, zoo
+from resnet_func.models.blocks import Scope, shortcut
 from resnet_func.models.config import ResNetConfig
-from resnet_func.models.resnet import Scope, shortcut
 from resnet_func.testing import generator
 from resnet_func.types import Model, Params, State
 
@@ -86,7 +86,7 @@ def respecified(block: str, **changes: dict[str, int]) -> Any:
 
 
 def reblocked(block: Callable[[Scope, Tensor], Tensor]) -> Any:
-    return mock.patch.dict(resnet.BLOCKS, basic=block)
+    return mock.patch.dict(blocks.BLOCKS, basic=block)
 
 
 def without_last_relu(layer: Scope, x: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from parity.__main__ import main
 from parity.cell import run
 from parity.museum.exhibit import Exhibit, applied, both, checks, constant, edit
 from parity.sections import bitwise
-from resnet_func.models import layers, resnet
+from resnet_func.models import blocks, layers
 
 NAMES = pytest.mark.parametrize("name", list(museum.EXHIBITS))
 KILLER = "bitwise/resnet20/fp32-eval-nchw"
 # a sum of two terms is the same in either order: no bug, and no check may say so
-HARMLESS = edit(resnet.basic_block, ("y + shortcut(layer, x)", "shortcut(layer, x) + y"))
+HARMLESS = edit(blocks.basic_block, ("y + shortcut(layer, x)", "shortcut(layer, x) + y"))
 
 
 def made_up(mutation: Callable[[], Any], killer: str = KILLER) -> Exhibit:
@@ -118,13 +118,13 @@ def test_a_check_that_is_none_kills_nothing() -> None:
     assert (proof.killed, proof.said) == (False, "no quick check is called bitwise/resnet21")
 
 
-@pytest.mark.parametrize(("old", "found"), [("no such line", 0), ("layer(", 4)])
+@pytest.mark.parametrize(("old", "found"), [("no such line", 0), ("layer(", 5)])
 def test_an_outdated_exhibit_says_so(old: str, found: int) -> None:
-    before = resnet.basic_block.__code__
-    stale = edit(resnet.basic_block, (old, "x"))
+    before = blocks.basic_block.__code__
+    stale = edit(blocks.basic_block, (old, "x"))
     with pytest.raises(LookupError, match=f"basic_block has .* {found} times, not once: renew the exhibit"):
         museum.prove(made_up(stale))
-    assert resnet.basic_block.__code__ is before
+    assert blocks.basic_block.__code__ is before
 
 
 # --------------------------------------------------------------------------- nothing stays

@@ -17,7 +17,7 @@ from torch import Tensor
 from parity.cell import Cell, Result, run
 from parity.sections import oracle_numpy, oracles
 from resnet_func import tree
-from resnet_func.models import layers, resnet, zoo
+from resnet_func.models import blocks, layers, resnet, zoo
 from resnet_func.models.config import ResNetConfig
 from resnet_func.types import Params, State
 
@@ -94,11 +94,11 @@ def test_the_epsilon_of_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_relu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def basic_block(layer: resnet.Scope, x: Tensor) -> Tensor:
+    def basic_block(layer: blocks.Scope, x: Tensor) -> Tensor:
         y = layer("bn2", layer("conv2", layer("bn1", layer("conv1", x))))
-        return F.relu(y + resnet.shortcut(layer, x))
+        return F.relu(y + blocks.shortcut(layer, x))
 
-    monkeypatch.setitem(resnet.BLOCKS, "basic", basic_block)
+    monkeypatch.setitem(blocks.BLOCKS, "basic", basic_block)
     assert_caught("no-norm", "train", "logits", "gradient ")
 
 

@@ -1,0 +1,77 @@
+"""The diagonal of the empirical Fisher matrix, and its damped inverse: the cheapest curvature there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Unpack
+
+from torch import Tensor
+
+from resnet_func import tree
+from resnet_func.per_sample import over_dataset
+from resnet_func.per_sample.dataset import Batches
+from resnet_func.per_sample.options import Options
+from resnet_func.types import LossFn, Model, Params, State
+
+
+class DiagonalFisher(NamedTuple):
+    """The mean of every squared entry of the per-sample gradients: a tree like the trainable leaves."""
+
+    diagonal: Params
+
+    def default_damping(self) -> float:
+        """A tenth of the mean entry, as is common for influence (Grosse et al. 2023, section 5.1)."""
+        total = sum(float(leaf.double().sum()) for leaf in tree.leaves(self.diagonal))
+        return 0.1 * total / max(tree.size(self.diagonal), 1)
+
+    def inverse(self, damping: float | None = None) -> dict[str, Tensor]:
+        """`1 / (diagonal + damping)`, flat: `{dotted path: tensor}`.
+
+        Raises:
+            ValueError: `damping` is not positive.
+        """
+        chosen = self.default_damping() if damping is None else damping
+        if not chosen > 0:
+            raise ValueError(
+                f"damping must be positive; got {chosen}. A gradient that is zero everywhere has no "
+                "curvature to choose it from: pass damping="
+            )
+        return {path: 1 / (leaf + chosen) for path, leaf in tree.flatten(self.diagonal).items()}
+
+    def inverse_product(self, of: Params, *, damping: float | None = None) -> Params:
+        """The damped inverse times a tree; leaves may lead with more dimensions, `[N, *shape]`.
+
+        >>> import torch
+        >>> fisher = DiagonalFisher({"w": torch.tensor([1.0, 3.0])})
+        >>> fisher.inverse_product({"w": torch.tensor([[2.0, 4.0]])}, damping=1.0)
+        {'w': tensor([[1., 1.]])}
+        """
+        inverse = self.inverse(damping)
+        return tree.map_with_path(lambda path, leaf: leaf * inverse[path].to(leaf.dtype), of)
+
+
+def diagonal_fisher(
+    model: Model, loss_fn: LossFn, *, progress: bool = False, **options: Unpack[Options]
+) -> Callable[[Params, State, Batches], DiagonalFisher]:
+    """The diagonal empirical Fisher matrix of a data set, in one pass over its batches.
+
+    Args:
+        model, loss_fn, **options: As in `per_sample.grads`.
+        progress: Show a progress bar.
+
+    Returns:
+        `fn(params, state, batches) -> DiagonalFisher`.
+
+    Raises:
+        ValueError: as in `per_sample.over_dataset`.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.resnet20(depths=(1, 1, 1), norm="group")
+    >>> params, state = model.init(torch.Generator().manual_seed(0))
+    >>> batches = [(torch.ones(2, 3, 8, 8), torch.tensor([0, 1]))]
+    >>> fisher = diagonal_fisher(model, rf.losses.cross_entropy)(params, state, batches)
+    >>> fisher.diagonal["fc"]["bias"].shape
+    torch.Size([10])
+    """
+    run = over_dataset(model, loss_fn, ["moments"], progress=progress, **options)
+    return lambda params, state, batches: DiagonalFisher(run(params, state, batches)["moments"].second_moment)
