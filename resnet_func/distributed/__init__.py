@@ -8,6 +8,7 @@ from resnet_func.distributed.ranks import (
     fingerprint,
     gather_rows,
     join,
+    leave,
     sum_over_ranks,
 )
 
@@ -18,6 +19,7 @@ __all__ = [
     "fingerprint",
     "gather_rows",
     "join",
+    "leave",
     "sum_over_ranks",
     "sync_batch_norm",
 ]

@@ -82,6 +82,12 @@ def join(device: torch.device | str = "cpu", *, timeout: float = 300.0) -> Ranks
     return Ranks(dist.get_rank(), world, dist.group.WORLD.group_name)
 
 
+def leave() -> None:
+    """Leave the group; nothing where none was joined. Without it a process may crash while it ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def sum_over_ranks(leaves: list[Tensor], ranks: Ranks) -> list[Tensor]:
     """The sums over all ranks of tensors, in one collective; every rank gets the same bits.
 
@@ -155,8 +161,10 @@ def gather_rows(rows: Tensor, ranks: Ranks, *, dealt: list[int]) -> Tensor | Non
     dist.gather(padded, received, dst=0)
     if received is None:
         return None
-    blocks = [iter(part.split(dealt[rank :: ranks.world] or [0])) for rank, part in enumerate(
-        part[:count] for part, count in zip(received, counts, strict=True))]
+    blocks = [
+        iter(part[:count].split(dealt[rank :: ranks.world] or [0]))
+        for rank, (part, count) in enumerate(zip(received, counts, strict=True))
+    ]
     return torch.cat([next(blocks[i % ranks.world]) for i in range(len(dealt))])
 
 
@@ -196,7 +204,7 @@ def fingerprint(of: Any) -> int:
 
 
 def differing_ranks(mine: int, ranks: Ranks) -> list[int]:
-    """The ranks whose number (a `fingerprint`, a count of steps) is not rank 0's; all ranks get the same list.
+    """The ranks whose number, such as a `fingerprint`, is not rank 0's; all ranks get the same list.
 
     >>> differing_ranks(3, Ranks(0, 1))
     []

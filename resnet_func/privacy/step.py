@@ -130,8 +130,8 @@ def make_private_step(
         microbatch: Samples at a time, to bound memory; noise is added once all the same.
         views: As in `per_sample.Options`: views of a sample are averaged before its gradient is clipped.
         method, check: As in `per_sample.Options`.
-        ranks: Of `distributed.join`: the processes that each take their `privacy.part` of every batch. Clipped
-            sums are added up in one all-reduce, before every rank adds the same noise: it counts once.
+        ranks: Of `distributed.join`: the processes that each take their `privacy.part` of every batch.
+            Clipped sums are added up in one all-reduce, before every rank adds the same noise: it counts once.
 
     Returns:
         `step(train_state, x, y, mask, noise) -> (train_state, metrics)`. `x`, `y` and `mask [N]` are a batch
@@ -193,9 +193,7 @@ def make_private_step(
     return step
 
 
-def _over_ranks(
-    total: Params, norms: Tensor, mask: Tensor, ranks: Ranks
-) -> tuple[Params, Tensor, Tensor]:
+def _over_ranks(total: Params, norms: Tensor, mask: Tensor, ranks: Ranks) -> tuple[Params, Tensor, Tensor]:
     """The clipped sum over all ranks, and all ranks' norms and masks, in one collective."""
     mine = torch.arange(ranks.world, dtype=torch.int64, device=norms.device)[:, None] == ranks.rank
     flat = tree.flatten(total)

@@ -112,8 +112,9 @@ def make_train_step(
 
     Raises:
         ValueError: `microbatches` is below 1, `ema_decay` outside [0, 1), a metric is called "loss",
-            `sync_batch_norm` without ranks; in the step, an empty batch, a loss or metric that is not per-sample, targets of another length, a
-            `trainable` that accepts no leaf, or another than the state was made with.
+            `sync_batch_norm` without ranks; in the step, an empty batch, a loss or metric that is not
+            per-sample, targets of another length, a `trainable` that accepts no leaf, or another than the
+            state was made with.
 
     >>> import resnet_func as rf
     >>> model, optimizer = rf.resnet20(depths=(1, 1, 1)), rf.optim.sgd(lr=0.1)
