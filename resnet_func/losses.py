@@ -6,6 +6,7 @@ Targets are any pytree of tensors with the samples first; each loss says what it
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -50,12 +51,12 @@ def smoothed_cross_entropy(smoothing: float) -> LossFn:
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be in [0, 1); got {smoothing}. 0.1 is common, 0 is none")
+    return partial(_smoothed_cross_entropy, smoothing)
 
-    def loss_fn(logits: Logits, targets: Targets) -> PerSample:
-        _check_class_targets(logits, targets)
-        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
-    return loss_fn
+def _smoothed_cross_entropy(smoothing: float, logits: Logits, targets: Targets) -> PerSample:
+    _check_class_targets(logits, targets)
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
 
 def squared_error(logits: Logits, targets: Float[torch.Tensor, "n classes"]) -> PerSample:
@@ -81,11 +82,11 @@ def logit(index: int) -> Callable[[Logits, Targets], PerSample]:
     >>> logit(1)(torch.tensor([[1.0, 2.0]]), None)
     tensor([2.])
     """
+    return partial(_logit, index)
 
-    def loss_fn(logits: Logits, targets: Targets) -> PerSample:
-        return logits[:, index]
 
-    return loss_fn
+def _logit(index: int, logits: Logits, targets: Targets) -> PerSample:
+    return logits[:, index]
 
 
 # --------------------------------------------------------------------------- metrics

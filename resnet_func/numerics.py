@@ -1,8 +1,9 @@
-"""Arithmetic at its edges: roots at zero, sums in narrow dtypes, float64 on devices without it."""
+"""Arithmetic at its edges: roots at zero, sums in narrow dtypes, devices without float64 or autocast."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -59,6 +60,28 @@ def to_float64(x: Tensor) -> Tensor:
     if x.device.type in DEVICES_WITHOUT_FLOAT64:
         x = x.to("cpu")
     return x.to(torch.float64)
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; False where there is none, of which torch raises.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     is_autocast_enabled("cpu"), is_autocast_enabled("meta")
+    (True, False)
+    """
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which a kind of device does not narrow; nothing where there is no autocast.
+
+    >>> with torch.autocast("cpu", torch.bfloat16), without_autocast("cpu"):
+    ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+    torch.float32
+    """
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def cast_like(value: Tensor) -> Callable[[Tensor], Tensor]:

@@ -2,13 +2,12 @@
 
 A tensor left behind on the CPU shows: fake tensors refuse to mix devices as a GPU would. What only goes
 forward is on "cuda". Autograd asks CUDA's driver for the device, so what goes backward is on "meta", which is
-as far from the CPU; there is no autocast there.
+as far from the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from benchmarks.commands import per_sample as per_sample_benchmark
 from benchmarks.forms import networks, variants
 from benchmarks.forms.variants import Setting, Spec
 from resnet_func import losses, optim, tree
-from resnet_func.app import data, experiment, inference, recipes, runtime
-from resnet_func.app.experiment import Experiment, Preparer
+from resnet_func.app import batches, data, inference, parts, recipes, runtime
+from resnet_func.app.batches import Preparer
+from resnet_func.app.experiment import Experiment
 from resnet_func.models import winograd
 from resnet_func.train import average_flips, init_train_state, make_train_step, to_memory_format
 from tests.app.image_folder import make_image_folder
@@ -41,13 +41,6 @@ class Generator(torch.Generator):
 
 def fake() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)  # constants, such as Winograd's maps, are real ones
-
-
-@pytest.fixture(autouse=True)
-def _no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for autocast on "meta", or whether it is on, torch raises."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
-    monkeypatch.setattr(torch, "autocast", lambda device_type, enabled: nullcontext())
 
 
 @pytest.fixture
@@ -96,7 +89,7 @@ class Source:
 @pytest.fixture
 def splits(tmp_path: Path) -> data.Splits:
     make_image_folder(tmp_path, train=6, test=3)
-    return experiment.load_data(described(tmp_path))
+    return batches.load_data(described(tmp_path))
 
 
 def described(folder: Path) -> Experiment:
@@ -111,23 +104,23 @@ def machine(device: torch.device) -> runtime.Runtime:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_train(optimizer: Any, splits: data.Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described_run = replace(described(tmp_path), recipe=replace(RECIPE, optimizer=optimizer))
-    task, source = experiment.make_task(RECIPE, splits), Source(splits.train)
-    monkeypatch.setattr(experiment, "make_generator", lambda device, *seeds: Generator())
+    task, source = batches.make_task(RECIPE, splits), Source(splits.train)
+    monkeypatch.setattr(batches, "make_generator", lambda device, *seeds: Generator())
     with fake():
         model = winograd.wrap(rf.resnet20(num_classes=len(task.classes)))
         params, state = model.init(torch.Generator(), device=META)
-        chosen = experiment.make_optimizer(described_run.recipe, 10, params)
+        chosen = parts.make_optimizer(described_run.recipe, 10, params)
         train_state = init_train_state(to_memory_format(params, torch.channels_last), state, chosen, ema=True)
         loss = losses.smoothed_cross_entropy(0.1)
         step = make_train_step(model, loss, chosen, microbatches=2, ema_decay=0.9)
         prepare = Preparer(task, machine(META))
-        x, y = next(iter(experiment.train_batches(described_run, source, prepare, 0, 0)))
+        x, y = next(iter(batches.train_batches(described_run, source, prepare, 0, 0)))
         after, metrics = step(train_state, x, y)
         assert_on(META, x, y, after.params, after.state, after.ema_params, after.ema_state, metrics)
 
 
 def test_evaluate_and_predict(splits: data.Splits, tmp_path: Path) -> None:
-    task, source = experiment.make_task(RECIPE, splits), Source(splits.test)
+    task, source = batches.make_task(RECIPE, splits), Source(splits.test)
     with fake():
         model = winograd.wrap(rf.resnet20(num_classes=len(task.classes)))
         params, state = model.init(torch.Generator(), device=CUDA)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -17,9 +19,9 @@ PACKAGE = ROOT / "resnet_func"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ATEN = {"per_sample/contract.py"}
-# Only names and words; `python -m resnet_func`; what the folder as a whole is tested for.
-UNTESTED = {"types.py", "__main__.py"}
-TESTED_AS_A_WHOLE = {"per_sample", "optim", "testing"}
+# Only names, words and data; `python -m resnet_func`; what the folder as a whole is tested for.
+UNTESTED = {"types.py", "__main__.py", "app/errors.py", "models/variants.py"}
+TESTED_AS_A_WHOLE = {"per_sample", "optim", "testing", "app/commands"}
 
 # What README.md and the design promise, and where from.
 PROMISED = """
@@ -62,7 +64,11 @@ def test_every_source_file_has_its_test_file() -> None:
     missing = []
     for path in SOURCES:
         inner = path.relative_to(PACKAGE)
-        if path.name == "__init__.py" or str(inner) in UNTESTED or inner.parts[0] in TESTED_AS_A_WHOLE:
+        if (
+            path.name == "__init__.py"
+            or str(inner) in UNTESTED
+            or inner.parent.as_posix() in TESTED_AS_A_WHOLE
+        ):
             continue
         if not (ROOT / "tests" / inner.parent / f"test_{path.name}").is_file():
             missing.append(str(inner))
@@ -94,3 +100,16 @@ def test_no_machine_is_named() -> None:
         if path.name != "test_house.py" and pattern.search(path.read_text("utf-8"))
     ]
     assert not named
+
+
+PACKAGES = "losses optim per_sample privacy attribution train tree testing models.winograd models.zoo".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_public_function_has_an_example(name: str) -> None:
+    """pytest runs them: `--doctest-modules`."""
+    module = importlib.import_module(f"resnet_func.{name}")
+    names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
+    functions = [value for name in names if inspect.isfunction(value := getattr(module, name))]
+    ours = [function for function in functions if function.__module__.startswith("resnet_func.")]
+    assert not [function.__name__ for function in ours if ">>>" not in (function.__doc__ or "")]

@@ -37,7 +37,7 @@ from benchmarks.harness.report import Row
 from benchmarks.harness.statistics import interleave, until_steady
 from parity import environment
 from resnet_func.app import runtime
-from resnet_func.app.experiment import compute_by
+from resnet_func.app.parts import compute_by
 from resnet_func.losses import cross_entropy
 from resnet_func.train import init_train_state, make_train_step, to_memory_format
 

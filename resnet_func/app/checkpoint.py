@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from resnet_func import files
+from resnet_func.app.errors import AppError
 
 Tree = TypeVar("Tree")
 _KIND = {"format": "resnet_func.app.checkpoint", "version": 1}
 
 
-class CheckpointError(Exception):
+class CheckpointError(AppError):
     """A checkpoint that cannot be written, read or used; the message is one line with the way out."""
 
 

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 
 from resnet_func.app import checkpoint, data, run_folder
-from resnet_func.app.experiment import (
-    Experiment,
-    Preparer,
-    Task,
-    evaluation_batches,
-    make_network,
-    make_optimizer,
-)
+from resnet_func.app.batches import Preparer, evaluation_batches
+from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.parts import make_network, make_optimizer
 from resnet_func.app.runtime import Runtime
 from resnet_func.losses import cross_entropy
 from resnet_func.train import (

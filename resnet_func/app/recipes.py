@@ -1,4 +1,7 @@
-"""Recipes: how a network is trained, as frozen data."""
+"""Recipes: how a network is trained, as frozen data.
+
+Imports no torch, so that a wrong option is refused at once.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from resnet_func.app.data.augment import Augment
-from resnet_func.models import zoo
-from resnet_func.models.load import find_callable, load_network
-from resnet_func.types import Model
+from resnet_func.models import variants
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -88,35 +88,15 @@ class Recipe:
                 f"got {self.early_scales}. Try 0.5 0.6 0.75 0.2"
             )
         if ":" in self.model:
+            from resnet_func.models.load import find_callable  # imports torch, and the network's package
+
             find_callable(self.model)
         else:
-            zoo.config(self.model, norm=self.norm, stem=self.stem)
+            variants.config(self.model, norm=self.norm, stem=self.stem)
 
     def _check(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
             raise ValueError(f"{name} must be {expected}; got {getattr(self, name)}")
-
-    def network(self, num_classes: int, in_channels: int) -> Model:
-        """The network for so many classes and channels.
-
-        Norm and stem are the zoo's; other networks are called with `num_classes`, timm's with `in_chans` too.
-
-        Raises:
-            ValueError: the network takes images of three channels only.
-        """
-        if ":" not in self.model:
-            changes = {"norm": self.norm, "stem": self.stem, "in_channels": in_channels}
-            return zoo.by_name(self.model, num_classes=num_classes, **changes)
-        if self.model.startswith("timm:"):
-            return load_network(self.model, num_classes=num_classes, in_chans=in_channels)[0]
-        if in_channels != 3:
-            raise ValueError(f"{self.model} takes images of 3 channels; these have {in_channels}")
-        return load_network(self.model, num_classes=num_classes)[0]
-
-    @cached_property
-    def augment(self) -> Augment:
-        """What is done to training images."""
-        return Augment(crop=self.crop, flip=self.flip, cutout=self.cutout)
 
     @cached_property
     def evaluation_batch(self) -> int:

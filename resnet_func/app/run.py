@@ -12,29 +12,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from resnet_func.app import checkpoint, data, run_folder
-from resnet_func.app.experiment import (
-    Experiment,
-    Preparer,
-    Task,
-    check_classes,
-    describe_changes,
-    make_parts,
-    make_task,
-    train_batches,
-)
+from resnet_func.app.batches import Preparer, check_classes, describe_changes, make_task, train_batches
+from resnet_func.app.errors import AppError, Interrupted
+from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.inference import Trained, evaluate_trained, parameters_to_test
+from resnet_func.app.parts import make_parts
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
 from resnet_func.train import Evaluation, Progress, train_epoch
 from resnet_func.types import TrainState
 
 
-class TrainingError(Exception):
+class TrainingError(AppError):
     """Training cannot go on; the message is one line with the way out."""
-
-
-class Interrupted(Exception):  # noqa: N818, it is no error
-    """The user stopped the run; its state is saved."""
 
 
 class Reporter(Protocol):

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from resnet_func import files
-from resnet_func.app import checkpoint
+from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.recipes import Recipe
 
 Record = Mapping[str, float]
 
 
-class RunError(Exception):
+class RunError(AppError):
     """A run folder cannot be used as asked; the message is one line with the way out."""
 
 
@@ -53,7 +53,7 @@ def new(folder: Path | None, name: str) -> Iterator[Path]:
     try:
         yield path
     except BaseException:
-        if not any(checkpoint.exists(checkpoints(path), which) for which in ("best", "last")):
+        if not any(_has_checkpoint(path, which) for which in ("best", "last")):
             (path / "config.json").unlink(missing_ok=True)
             for place in (checkpoints(path), *absent):
                 with suppress(OSError):  # not empty: it has become another's
@@ -92,17 +92,19 @@ def latest() -> Path:
     Raises:
         RunError: there is none.
     """
-    configs = [
-        path
-        for path in Path("runs").glob("*/config.json")
-        if checkpoint.exists(checkpoints(path.parent), "last")
-    ]
+    configs = [path for path in Path("runs").glob("*/config.json") if _has_checkpoint(path.parent, "last")]
     if not configs:
         raise RunError(
             "there is no run with a checkpoint below runs/. Make one with: resnet-func train, "
             "or name one with --run-dir"
         )
     return max(configs, key=lambda path: path.stat().st_mtime).parent
+
+
+def _has_checkpoint(folder: Path, which: str) -> bool:
+    from resnet_func.app import checkpoint  # imports torch, which a refused option does not wait for
+
+    return checkpoint.exists(checkpoints(folder), which)
 
 
 # --------------------------------------------------------------------------- files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,9 @@ from resnet_func.per_sample.capture import Captured
 from resnet_func.per_sample.contract import Way
 from resnet_func.per_sample.factors import Direct, Factors, grad_rows, sample_slices, split_views
 from resnet_func.per_sample.quantity import Quantity, check_class_indices, of_logits
-from resnet_func.types import Logits, Params, PerSample, Targets
+from resnet_func.types import Logits, Params, PerSample, State, Targets
+
+Checkpoint: TypeAlias = tuple[Params, State]
 
 # --------------------------------------------------------------------------- of the logits
 

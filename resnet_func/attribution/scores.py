@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from resnet_func.attribution import quantities
 from resnet_func.attribution.fisher import diagonal_fisher
+from resnet_func.attribution.quantities import Checkpoint
 from resnet_func.per_sample import over_dataset
+from resnet_func.per_sample.dataset import Batches
 from resnet_func.per_sample.options import Options
 from resnet_func.per_sample.quantity import Quantity
-from resnet_func.types import LossFn, Model, Params, State
-
-Checkpoint: TypeAlias = tuple[Params, State]
-Batches: TypeAlias = Iterable[tuple[Any, Any]]
+from resnet_func.types import LossFn, Model
 
 # The scores there are, and whether a large value or a small one is suspicious.
 SUSPICIOUS: dict[str, int] = {
@@ -153,6 +152,10 @@ def ranks(values: Float[Tensor, "n"], name: str) -> Int64[Tensor, "n"]:
 
 
 def suspicion_order(values: Float[Tensor, "n"], name: str) -> Int64[Tensor, "n"]:
-    """The samples' indices, the most suspicious first; equal scores keep the data set's order."""
+    """The samples' indices, the most suspicious first; equal scores keep the data set's order.
+
+    >>> suspicion_order(torch.tensor([0.1, 2.0, 0.5]), "loss").tolist()
+    [1, 2, 0]
+    """
     signed = (SUSPICIOUS[name] * values.double()).nan_to_num(nan=torch.inf)
     return signed.argsort(descending=True, stable=True)

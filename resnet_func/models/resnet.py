@@ -22,6 +22,7 @@ from resnet_func.models.layers import (
     global_average_pool,
     init_layer,
 )
+from resnet_func.numerics import is_autocast_enabled
 from resnet_func.types import Logits, Model, Params, State
 
 
@@ -229,7 +230,7 @@ def _check_images(config: ResNetConfig, params: Params, x: Tensor) -> None:
             f"{x.shape[1] if x.ndim == 4 else 'C'}"
         )
     dtype = params["conv1"]["weight"].dtype
-    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != dtype and not is_autocast_enabled(x.device.type):
         raise ValueError(
             f"expected images of the parameters' dtype, {dtype}; got {x.dtype}. Convert one: x.to({dtype})"
         )

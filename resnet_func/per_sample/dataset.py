@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias, Unpack
 
 import torch
@@ -12,7 +13,7 @@ from resnet_func import tree
 from resnet_func.per_sample import quantity
 from resnet_func.per_sample.engine import evaluate
 from resnet_func.per_sample.noise_scale import moments_quantity
-from resnet_func.per_sample.options import Options, check_options
+from resnet_func.per_sample.options import Options, Settings, check_options
 from resnet_func.per_sample.quantity import Quantity
 from resnet_func.types import LossFn, Model, Params, State
 
@@ -52,26 +53,40 @@ def over_dataset(
 
     Raises:
         ValueError: an unknown name, no batches, or as in `grads`.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.from_function(lambda params, x: x @ params["w"])  # the gradient of its logit is x
+    >>> params, x, y = {"w": torch.ones(2, 1)}, torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2)
+    >>> look = rf.per_sample.over_dataset(model, rf.losses.logit(0), ["norms", "loss"])
+    >>> look(params, {}, [(x, y), (2 * x, y)])
+    {'norms': tensor([ 5.,  1., 10.,  2.]), 'loss': tensor([ 7.,  1., 14.,  2.])}
     """
     chosen = _choose(quantities)
     settings = check_options(model, loss_fn, **options)
 
-    def over_dataset_fn(params: Params, state: State, batches: Batches) -> dict[str, Any]:
-        parts: list[list[Any]] = [[] for _ in chosen]
-        shown = track(batches, "per-sample", disable=not progress)
-        for x, y in shown:
-            answers = evaluate(settings, list(chosen.values()), params, state, x, y)
-            for i, (wanted, answer) in enumerate(zip(chosen.values(), answers, strict=True)):
-                # sums stay one sum; what has a row for each sample is joined once, at the end
-                parts[i] = _append(wanted, parts[i], answer)
-        if not all(parts):
-            raise ValueError("expected at least one batch (x, y); the iterable was empty or used up")
-        return {
-            name: wanted.final(wanted.join(part) if len(part) > 1 else part[0])
-            for (name, wanted), part in zip(chosen.items(), parts, strict=True)
-        }
+    return partial(_over_dataset, settings, chosen, progress)
 
-    return over_dataset_fn
+
+def _over_dataset(
+    settings: Settings,
+    chosen: dict[str, Quantity],
+    progress: bool,
+    params: Params,
+    state: State,
+    batches: Batches,
+) -> dict[str, Any]:
+    parts: list[list[Any]] = [[] for _ in chosen]
+    for x, y in track(batches, "per-sample", disable=not progress):
+        answers = evaluate(settings, list(chosen.values()), params, state, x, y)
+        for i, (wanted, answer) in enumerate(zip(chosen.values(), answers, strict=True)):
+            # sums stay one sum; what has a row for each sample is joined once, at the end
+            parts[i] = _append(wanted, parts[i], answer)
+    if not all(parts):
+        raise ValueError("expected at least one batch (x, y); the iterable was empty or used up")
+    return {
+        name: wanted.final(wanted.join(part) if len(part) > 1 else part[0])
+        for (name, wanted), part in zip(chosen.items(), parts, strict=True)
+    }
 
 
 def _choose(quantities: Sequence[str] | Mapping[str, str | Quantity]) -> dict[str, Quantity]:

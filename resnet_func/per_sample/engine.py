@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.numerics import without_autocast
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Batch, Captured, capture, losses_of, make_task
 from resnet_func.per_sample.checks import can_read
@@ -118,7 +119,7 @@ def _evaluate_part(
 ) -> list[Any]:
     captured = capture_batch(settings, params, state, x, y)
     # autocast is for the network: what is summed here keeps the parameters' dtype
-    with torch.autocast(captured.losses.device.type, enabled=False):
+    with without_autocast(captured.losses.device.type):
         return _contract(settings, quantities, captured)
 
 
@@ -134,6 +135,10 @@ def _contract(settings: Settings, quantities: Sequence[Quantity], captured: Capt
         wanted: list[tuple[int, Way]] = [
             (i, ways[i].get(path, "materialize")) for i, q in enumerate(quantities) if q.name
         ]
+        for i, way in wanted:
+            if quantities[i].as_captured:
+                answers[i][path] = quantities[i].leaf(path, factors, way)
+        wanted = [(i, way) for i, way in wanted if not quantities[i].as_captured]
         if sum(way != "ghost" for _, way in wanted) > 1 and len(sample_slices(factors)) == 1:
             factors = Direct(contract.grads(factors))  # formed once for all, where that is small enough
         for i, way in wanted:
@@ -178,6 +183,9 @@ def detect_nonfinite(norms: Tensor) -> None:
 
     Raises:
         ValueError: a norm is not finite.
+
+    >>> import torch
+    >>> detect_nonfinite(torch.tensor([1.0, 0.0]))
     """
     wrong = _indices(~norms.isfinite())
     if wrong:

@@ -46,22 +46,23 @@ class _Sums(NamedTuple):
 
 def moments_quantity() -> Quantity:
     """`Moments` as a quantity."""
+    return Quantity("moments", _sums_of_leaf, _finish, _join, _final, accumulate=True)
 
-    def leaf(path: str, factors: Factors, way: Way) -> tuple[Tensor, Tensor]:
-        first, second = [], []
-        for part in sample_slices(factors):
-            grads = contract.grads(part)
-            grads = grads.to(accumulation_dtype(grads.dtype))
-            first.append(grads.sum(0))
-            second.append(grads.square().sum(0))
-        return torch.stack(first).sum(0), torch.stack(second).sum(0)
 
-    def finish(answers: dict[str, tuple[Tensor, Tensor]], captured: Captured) -> _Sums:
-        first = {path: first for path, (first, _) in answers.items()}
-        second = {path: second for path, (_, second) in answers.items()}
-        return _Sums(captured.losses.shape[0], first, second)
+def _sums_of_leaf(path: str, factors: Factors, way: Way) -> tuple[Tensor, Tensor]:
+    first, second = [], []
+    for part in sample_slices(factors):
+        grads = contract.grads(part)
+        grads = grads.to(accumulation_dtype(grads.dtype))
+        first.append(grads.sum(0))
+        second.append(grads.square().sum(0))
+    return torch.stack(first).sum(0), torch.stack(second).sum(0)
 
-    return Quantity("moments", leaf, finish, _join, _final, accumulate=True)
+
+def _finish(answers: dict[str, tuple[Tensor, Tensor]], captured: Captured) -> _Sums:
+    first = {path: first for path, (first, _) in answers.items()}
+    second = {path: second for path, (_, second) in answers.items()}
+    return _Sums(captured.losses.shape[0], first, second)
 
 
 def _join(parts: list[_Sums]) -> _Sums:

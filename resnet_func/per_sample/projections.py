@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 from math import prod
 from typing import Literal, TypeAlias
 
@@ -34,25 +35,32 @@ MASK = 2**32 - 1
 
 
 def sketch_quantity(dim: int, seed: int, projection: Projection) -> Quantity:
-    """Sketches `[N, dim]` as a quantity."""
+    """Sketches `[N, dim]` as a quantity.
+
+    >>> sketch_quantity(512, 0, "factorized").name
+    'sketch'
+    """
     if dim < 1:
         raise ValueError(f"dim must be 1 or more; got {dim}. 4096 is common")
     if projection not in ("factorized", "dense"):
         raise ValueError(f"projection must be 'factorized' or 'dense'; got {projection!r}")
+    return Quantity("sketch", partial(_sketch_leaf, dim, seed, projection), partial(_add_up, dim), torch.cat)
 
-    def leaf(path: str, factors: Factors, way: Way) -> Tensor:
-        own = leaf_seed(seed, path)
-        if projection == "dense":
-            grads = (grad_rows(contract.grads(part)) for part in sample_slices(factors))
-            return torch.cat([dense(part, dim, own) for part in grads])
-        return factorized(factors, dim, own)
 
-    def finish(answers: dict[str, Tensor], captured: Captured) -> Tensor:
-        if not answers:
-            return captured.losses.new_zeros((captured.losses.shape[0], dim))
-        return torch.stack(list(answers.values())).sum(0)
+def _sketch_leaf(
+    dim: int, seed: int, projection: Projection, path: str, factors: Factors, way: Way
+) -> Tensor:
+    own = leaf_seed(seed, path)
+    if projection == "dense":
+        grads = (grad_rows(contract.grads(part)) for part in sample_slices(factors))
+        return torch.cat([dense(part, dim, own) for part in grads])
+    return factorized(factors, dim, own)
 
-    return Quantity("sketch", leaf, finish, torch.cat)
+
+def _add_up(dim: int, answers: dict[str, Tensor], captured: Captured) -> Tensor:
+    if not answers:
+        return captured.losses.new_zeros((captured.losses.shape[0], dim))
+    return torch.stack(list(answers.values())).sum(0)
 
 
 @torch.compiler.assume_constant_result

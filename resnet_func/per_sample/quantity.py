@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -35,6 +36,8 @@ class Quantity(NamedTuple):
     returns them; `finish(answers, captured)` puts the leaves of a batch together; `join` puts batches
     together, in order; `final` makes the result. `name` is what `plan` calls it; "" means that `leaf` is
     never called. `accumulate` says that `join` adds up, so that a pass over a data set holds one part only.
+    `as_captured` says that `leaf` wants the factors themselves, not gradients that were formed for several
+    quantities together. Made of a module's functions it can be pickled, and so sent to other processes.
 
     The largest entry of every sample's gradient, for instance:
 
@@ -54,6 +57,7 @@ class Quantity(NamedTuple):
     join: Callable[[list[Any]], Any]
     final: Callable[[Any], Any] = identity
     accumulate: bool = False
+    as_captured: bool = False
 
 
 # --------------------------------------------------------------------------- gradients and norms
@@ -61,42 +65,40 @@ class Quantity(NamedTuple):
 
 def grads() -> Quantity:
     """Per-sample gradients: nested dicts, leaves `[N, *shape]`."""
-
-    def leaf(path: str, factors: Factors, way: Way) -> Tensor:
-        return contract.grads(factors)
-
-    def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {path: torch.cat([part[path] for part in parts]) for path in parts[0]}
-
-    return Quantity("grads", leaf, lambda answers, captured: answers, join, tree.unflatten)
+    return Quantity("grads", _grads, _as_they_are, _join_each, tree.unflatten)
 
 
 def norms() -> Quantity:
     """Per-sample gradient norms `[N]`."""
-
-    def finish(squares: dict[str, Tensor], captured: Captured) -> Tensor:
-        return total_norm(squares, captured)
-
-    return Quantity("norms", _squared_norms, finish, torch.cat)
+    return Quantity("norms", _squared_norms, total_norm, torch.cat)
 
 
 def layer_norms() -> Quantity:
     """Per-sample gradient norms of each layer: `{layer path: [N]}`."""
+    return Quantity("norms", _squared_norms, _norms_by_layer, _join_each)
 
-    def finish(squares: dict[str, Tensor], captured: Captured) -> dict[str, Tensor]:
-        return {
-            layer: total_norm({path: squares[path] for path in paths}, captured)
-            for layer, paths in by_layer(squares).items()
-        }
 
-    def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+def _grads(path: str, factors: Factors, way: Way) -> Tensor:
+    return contract.grads(factors)
 
-    return Quantity("norms", _squared_norms, finish, join)
+
+def _as_they_are(answers: dict[str, Tensor], captured: Captured) -> dict[str, Tensor]:
+    return answers
+
+
+def _join_each(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _squared_norms(path: str, factors: Factors, way: Way) -> Tensor:
     return contract.squared_norms(factors, way)
+
+
+def _norms_by_layer(squares: dict[str, Tensor], captured: Captured) -> dict[str, Tensor]:
+    return {
+        layer: total_norm({path: squares[path] for path in paths}, captured)
+        for layer, paths in by_layer(squares).items()
+    }
 
 
 def total_norm(squares: dict[str, Tensor], captured: Captured) -> Tensor:
@@ -132,39 +134,8 @@ def clipped_sum(
     With `masked_targets` the targets are `(targets, mask)`; where the mask is False, a sample adds nothing
     and has norm 0.
     """
-
-    def leaf(path: str, factors: Factors, way: Way) -> _FirstPass:
-        if way == "keep":
-            factors = Direct(contract.grads(factors))
-        return _FirstPass(contract.squared_norms(factors, way), factors)
-
-    def finish(answers: dict[str, _FirstPass], captured: Captured) -> tuple[dict[str, Sum], Tensor]:
-        norms = total_norm({path: answer.squares for path, answer in answers.items()}, captured)
-        finite = norms.isfinite()
-        all_finite = _known_true(finite)
-        # of the first view: the mask came along with the targets
-        mask = captured.targets[1][: len(norms)] if masked_targets else torch.ones_like(finite)
-        kept = finite & mask
-        clip = _factors_by_leaf(answers, norms, captured, max_norm, clipping)
-        sums = {}
-        for path in list(answers):
-            factors = answers.pop(path).factors
-            if not all_finite:
-                factors = masked(factors, kept)
-            total = contract.weighted_sum(factors, torch.where(kept, clip[path], 0))
-            sums[path] = Sum(total.to(accumulation_dtype(total.dtype)), total.dtype)
-        return sums, torch.where(mask, norms, 0)
-
-    def join(parts: list[tuple[dict[str, Sum], Tensor]]) -> tuple[dict[str, Sum], Tensor]:
-        total = dict(parts[0][0])
-        for sums, _ in parts[1:]:
-            total = {path: Sum(total[path].value + sums[path].value, total[path].dtype) for path in total}
-        return total, torch.cat([norms for _, norms in parts])
-
-    def final(result: tuple[dict[str, Sum], Tensor]) -> tuple[dict[str, Any], Tensor]:
-        return tree.unflatten({path: sum.value.to(sum.dtype) for path, sum in result[0].items()}), result[1]
-
-    return Quantity("clipped_sum", leaf, finish, join, final, accumulate=True)
+    finish = partial(_clip_and_sum, max_norm, clipping, masked_targets)
+    return Quantity("clipped_sum", _first_pass, finish, _join_sums, _as_trees, accumulate=True)
 
 
 class Sum(NamedTuple):
@@ -172,6 +143,47 @@ class Sum(NamedTuple):
 
     value: Tensor
     dtype: torch.dtype
+
+
+def _first_pass(path: str, factors: Factors, way: Way) -> _FirstPass:
+    if way == "keep":
+        factors = Direct(contract.grads(factors))
+    return _FirstPass(contract.squared_norms(factors, way), factors)
+
+
+def _clip_and_sum(
+    max_norm: float | Mapping[str, float],
+    clipping: Clipping,
+    masked_targets: bool,
+    answers: dict[str, _FirstPass],
+    captured: Captured,
+) -> tuple[dict[str, Sum], Tensor]:
+    norms = total_norm({path: answer.squares for path, answer in answers.items()}, captured)
+    finite = norms.isfinite()
+    all_finite = _known_true(finite)
+    # of the first view: the mask came along with the targets
+    mask = captured.targets[1][: len(norms)] if masked_targets else torch.ones_like(finite)
+    kept = finite & mask
+    clip = _factors_by_leaf(answers, norms, captured, max_norm, clipping)
+    sums = {}
+    for path in list(answers):
+        factors = answers.pop(path).factors
+        if not all_finite:
+            factors = masked(factors, kept)
+        total = contract.weighted_sum(factors, torch.where(kept, clip[path], 0))
+        sums[path] = Sum(total.to(accumulation_dtype(total.dtype)), total.dtype)
+    return sums, torch.where(mask, norms, 0)
+
+
+def _join_sums(parts: list[tuple[dict[str, Sum], Tensor]]) -> tuple[dict[str, Sum], Tensor]:
+    total = dict(parts[0][0])
+    for sums, _ in parts[1:]:
+        total = {path: Sum(total[path].value + sums[path].value, total[path].dtype) for path in total}
+    return total, torch.cat([norms for _, norms in parts])
+
+
+def _as_trees(result: tuple[dict[str, Sum], Tensor]) -> tuple[dict[str, Any], Tensor]:
+    return tree.unflatten({path: sum.value.to(sum.dtype) for path, sum in result[0].items()}), result[1]
 
 
 def _factors_by_leaf(
@@ -240,34 +252,50 @@ def _known_true(condition: Tensor) -> bool:
 
 def loss() -> Quantity:
     """Per-sample losses `[N]`, averaged over views."""
-    return of_logits(lambda captured: captured.losses)
+    return of_logits(_losses)
 
 
 def el2n() -> Quantity:
     """`|softmax(logits) - onehot(target)|` `[N]` (Paul et al. 2021, https://arxiv.org/abs/2107.07075)."""
-
-    def scores(captured: Captured) -> Tensor:
-        logits = captured.logits
-        if not len(logits):
-            return captured.losses
-        check_class_indices("el2n", captured)
-        errors = logits.softmax(1) - F.one_hot(captured.targets, logits.shape[1]).to(logits.dtype)
-        return split_views(torch.linalg.vector_norm(errors, dim=1), captured.views).mean(0)
-
-    return of_logits(scores)
+    return of_logits(_el2n)
 
 
 def correct() -> Quantity:
     """The share of each sample's views whose top logit is the target, `[N]`."""
+    return of_logits(_correct)
 
-    def shares(captured: Captured) -> Tensor:
-        if not len(captured.logits):
-            return captured.losses
-        check_class_indices("correct", captured)
-        hits = (captured.logits.argmax(1) == captured.targets).to(captured.logits.dtype)
-        return split_views(hits, captured.views).mean(0)
 
-    return of_logits(shares)
+def of_logits(compute: Callable[[Captured], Tensor]) -> Quantity:
+    """A quantity `[N]` that needs no gradient."""
+    return Quantity("", _no_leaf, partial(_finish_by, compute), torch.cat)
+
+
+def _no_leaf(path: str, factors: Factors, way: Way) -> None: ...
+
+
+def _finish_by(compute: Callable[[Captured], Tensor], answers: dict[str, Any], captured: Captured) -> Tensor:
+    return compute(captured)
+
+
+def _losses(captured: Captured) -> Tensor:
+    return captured.losses
+
+
+def _el2n(captured: Captured) -> Tensor:
+    logits = captured.logits
+    if not len(logits):
+        return captured.losses
+    check_class_indices("el2n", captured)
+    errors = logits.softmax(1) - F.one_hot(captured.targets, logits.shape[1]).to(logits.dtype)
+    return split_views(torch.linalg.vector_norm(errors, dim=1), captured.views).mean(0)
+
+
+def _correct(captured: Captured) -> Tensor:
+    if not len(captured.logits):
+        return captured.losses
+    check_class_indices("correct", captured)
+    hits = (captured.logits.argmax(1) == captured.targets).to(captured.logits.dtype)
+    return split_views(hits, captured.views).mean(0)
 
 
 def check_class_indices(name: str, captured: Captured) -> None:
@@ -279,10 +307,3 @@ def check_class_indices(name: str, captured: Captured) -> None:
             f"{name} needs class indices [N], int64, and logits [N, classes]; got targets {shown} and logits "
             f"{list(logits.shape)}"
         )
-
-
-def of_logits(compute: Callable[[Captured], Tensor]) -> Quantity:
-    """A quantity `[N]` that needs no gradient."""
-    return Quantity(
-        "", lambda path, factors, way: None, lambda answers, captured: compute(captured), torch.cat
-    )

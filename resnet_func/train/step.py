@@ -17,6 +17,7 @@ from resnet_func.losses import accuracy, are_class_indices, check_per_sample
 from resnet_func.numerics import to_float64, widen
 from resnet_func.optim import Optimizer, ema
 from resnet_func.types import (
+    Apply,
     Images,
     Logits,
     LossFn,
@@ -294,11 +295,14 @@ def make_eval_step(model: Model, loss_fn: LossFn) -> EvalStep:
     [[2], [2, 10]]
     """
 
-    @torch.no_grad()
-    def step(params: Params, state: State, x: Images, y: Targets) -> tuple[PerSample, Logits]:
-        logits, _ = model.apply(params, state, x, train=False)
-        losses = loss_fn(logits, y)
-        check_per_sample(losses, len(x))
-        return losses, logits
+    return partial(_evaluate, model.apply, loss_fn)
 
-    return step
+
+@torch.no_grad()
+def _evaluate(
+    apply: Apply, loss_fn: LossFn, params: Params, state: State, x: Images, y: Targets
+) -> tuple[PerSample, Logits]:
+    logits, _ = apply(params, state, x, train=False)
+    losses = loss_fn(logits, y)
+    check_per_sample(losses, len(x))
+    return losses, logits

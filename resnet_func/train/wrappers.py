@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.types import Images, Logits, Model, Params, State
+from resnet_func.types import Apply, Images, Logits, Model, Params, State
 
 
 def autocast(model: Model, device_type: str, dtype: torch.dtype) -> Model:
@@ -23,13 +25,22 @@ def autocast(model: Model, device_type: str, dtype: torch.dtype) -> Model:
     >>> model.apply(params, state, torch.zeros(1, 3, 8, 8), train=False)[0].dtype
     torch.float32
     """
+    return model._replace(apply=partial(_apply_in_mixed_precision, model.apply, device_type, dtype))
 
-    def apply(params: Params, state: State, x: Images, *, train: bool) -> tuple[Logits, State]:
-        with torch.autocast(device_type, dtype):
-            logits, state = model.apply(params, state, x, train=train)
-        return logits.float(), state
 
-    return model._replace(apply=apply)
+def _apply_in_mixed_precision(
+    apply: Apply,
+    device_type: str,
+    dtype: torch.dtype,
+    params: Params,
+    state: State,
+    x: Images,
+    *,
+    train: bool,
+) -> tuple[Logits, State]:
+    with torch.autocast(device_type, dtype):
+        logits, state = apply(params, state, x, train=train)
+    return logits.float(), state
 
 
 def average_flips(model: Model) -> Model:
@@ -43,13 +54,15 @@ def average_flips(model: Model) -> Model:
     >>> model.apply(params, state, torch.zeros(1, 3, 8, 8), train=False)[0].shape
     torch.Size([1, 10])
     """
+    return model._replace(apply=partial(_apply_to_both_sides, model.apply))
 
-    def apply(params: Params, state: State, x: Images, *, train: bool) -> tuple[Logits, State]:
-        upright, new_state = model.apply(params, state, x, train=train)
-        mirrored, _ = model.apply(params, state, x.flip(3), train=train)
-        return (upright + mirrored) / 2, new_state
 
-    return model._replace(apply=apply)
+def _apply_to_both_sides(
+    apply: Apply, params: Params, state: State, x: Images, *, train: bool
+) -> tuple[Logits, State]:
+    upright, new_state = apply(params, state, x, train=train)
+    mirrored, _ = apply(params, state, x.flip(3), train=train)
+    return (upright + mirrored) / 2, new_state
 
 
 def to_memory_format(params: Params, memory_format: torch.memory_format) -> Params:

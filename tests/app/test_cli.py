@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_func.app import checkpoint, cli, recipes, run_folder
+from resnet_func.app import checkpoint, recipes, run_folder
 from resnet_func.app.cli import main
-from resnet_func.app.options import Train
 from resnet_func.models import zoo
 from tests.app.image_folder import make_image_folder, read_metrics
 
@@ -235,7 +234,7 @@ def test_a_full_disk_is_one_line(images, monkeypatch, capsys):
 
 def test_of_equal_flags_all_take_the_last(images, monkeypatch):
     parsed = []
-    monkeypatch.setitem(cli.ACTIONS, Train, parsed.append)
+    monkeypatch.setattr("resnet_func.app.commands.train.main", parsed.append)
     for call, dataset, recipe in (
         (["--dataset", "cifar10", "--dataset", "digits"], "digits", recipes.DIGITS),
         (["--dataset", "digits", "--dataset=cifar10"], "cifar10", recipes.FAST),
@@ -249,7 +248,7 @@ def test_of_equal_flags_all_take_the_last(images, monkeypatch):
 
 def test_resume_twice_takes_the_last(trained, tmp_path, monkeypatch):
     parsed = []
-    monkeypatch.setitem(cli.ACTIONS, Train, parsed.append)
+    monkeypatch.setattr("resnet_func.app.commands.train.main", parsed.append)
     assert main(["train", "--resume", "nowhere", "--resume", str(trained)]) == 0
     assert (parsed[0].resume, parsed[0].dataset, parsed[0].hyper.epochs) == (trained, "folder", 2)
 
@@ -393,3 +392,24 @@ def test_a_network_of_ones_own_is_trained_evaluated_asked_and_begun_from(
     assert main([*words, "--init", str(tmp_path / "no.pth"), "--run-dir", str(tmp_path / "none")]) == 1
     assert "no.pth" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("--help", 0),
+        ("train --help", 0),
+        ("train --epochs 0", 2),
+        ("train --model resnet19", 2),
+        ("evaluate", 1),
+    ],
+)
+def test_help_and_refusals_do_not_wait_for_torch(call, code):
+    script = (
+        "import sys; from resnet_func.app.cli import main\n"
+        f"try: code = main({call.split()})\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "sys.exit(100 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from resnet_func import tree
-from resnet_func.app import checkpoint, data, experiment, inference, run, run_folder, runtime
-from resnet_func.app.experiment import Experiment, load_data
+from resnet_func.app import checkpoint, data, inference, parts, run, run_folder, runtime
+from resnet_func.app.batches import load_data
+from resnet_func.app.errors import Interrupted
+from resnet_func.app.experiment import Experiment
 from resnet_func.app.recipes import FAST, Recipe
-from resnet_func.app.run import Interrupted
 from resnet_func.train import Progress
 from tests.app.image_folder import CLASSES, global_defaults, make_image_folder, read_metrics
 
@@ -306,9 +307,9 @@ def test_changed_data_are_said_in_a_line_and_what_was_recorded_is_used(
     config = (folder / "config.json").read_bytes()
     _, recorded = run_folder.read_config(folder)
     change(images)
-    total_steps, make = [], experiment.make_optimizer
+    total_steps, make = [], parts.make_optimizer
     monkeypatch.setattr(
-        experiment, "make_optimizer", lambda r, steps, p: total_steps.append(steps) or make(r, steps, p)
+        parts, "make_optimizer", lambda r, steps, p: total_steps.append(steps) or make(r, steps, p)
     )
     reporter, described = Silent(), Experiment("folder", str(images), 3, RECIPE)
     result = run.train(described, load_data(described), folder, machine(), reporter, resume=True)

@@ -11,12 +11,13 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import resnet_func as rf
 from parity.steps import function_step
 from resnet_func import tree
 from resnet_func.models import winograd
-from resnet_func.testing import assert_trees_near, batches, dyadic_tensors, models, randn
+from resnet_func.testing import assert_trees_close, assert_trees_near, batches, dyadic_tensors, models, randn
 
 FP64 = torch.float64
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
@@ -219,9 +220,24 @@ def test_products_are_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- networks ---
 
 
+class Noise(TorchFunctionMode):
+    """Every layer's output, and the gradient that comes back to it, off by about so much, relatively."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.size, self.source = size, torch.Generator().manual_seed(0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func not in (F.conv2d, F.batch_norm, F.group_norm):
+            return y
+        return y * (1 + self.size * torch.randn(y.shape, generator=self.source, dtype=y.dtype))
+
+
 @settings(max_examples=25)
 @given(models(dtype=FP64), batches(dtype=FP64), st.booleans())
 def test_wrapped_networks_are_the_same(network: Any, batch: Any, train: bool) -> None:
+    """As near as the network's condition allows: BatchNorm of two pixels amplifies any rounding."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "cheapest_tile", lambda *_: 4)
         patch.setattr(winograd, "product_pays", lambda *_: True)
@@ -229,7 +245,9 @@ def test_wrapped_networks_are_the_same(network: Any, batch: Any, train: bool) ->
         cotangent = randn(len(batch.x), 3, seed=0, dtype=FP64)
         want = function_step(model, params, state, batch.x, cotangent, train=train)
         got = function_step(winograd.wrap(model), params, state, batch.x, cotangent, train=train)
-    assert_trees_near(got, want, rtol=1e-7)
+        with Noise(1e-12):  # the bound of one convolution alone, above
+            noisy = function_step(model, params, state, batch.x, cotangent, train=train)
+    assert_trees_close(got, noisy, want)
 
 
 def test_modules_are_wrapped_too(everywhere: None) -> None:
@@ -311,8 +329,19 @@ def test_a_compiled_step_is_one_graph_and_the_same() -> None:
     train_state = rf.train.init_train_state(params, state, optimizer)
     x, y = randn(8, 3, 16, 16, seed=0), torch.arange(8) % 4
     assert winograd.cheapest_tile(8, 128, 128, 16, 16)
+
+    def compiled(model: rf.Model) -> rf.Params:
+        step = rf.train.make_train_step(model, rf.losses.cross_entropy, optimizer)
+        return torch.compile(step, fullgraph=True, dynamic=False)(train_state, x, y)[0].params
+
+    exact = tree.map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, train_state)
     plain = rf.train.make_train_step(model, rf.losses.cross_entropy, optimizer)
-    step = rf.train.make_train_step(winograd.wrap(model), rf.losses.cross_entropy, optimizer)
-    want, _ = plain(train_state, x, y)
-    got, _ = torch.compile(step, fullgraph=True, dynamic=False)(train_state, x, y)
-    assert_trees_near(tree.flatten(got.params), tree.flatten(want.params), rtol=1e-4)
+    want = plain(exact, x.double(), y)[0].params
+    with Noise(rounding_limit(winograd.MAPS[4], 128, 8 * (16 // 4) ** 2)):
+        noisy = plain(exact, x.double(), y)[0].params
+    # what the compiler does to the network as it is, and what tiles round beyond that
+    allowed = tree.map(
+        lambda want, same, noisy: (want + (same - want).abs().max() + (noisy - want).abs().max()).float(),
+        *(want, compiled(model), noisy),
+    )
+    assert_trees_close(compiled(winograd.wrap(model)), allowed, want)

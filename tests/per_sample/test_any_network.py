@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrizations
 import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
+from resnet_func.per_sample import dataset
 from resnet_func.types import Model, Params, State
 from tests.per_sample.cases import batch, generator, network, small
 
@@ -431,13 +433,38 @@ def test_dot_is_the_inner_product_with_a_direction() -> None:
     assert_close(only(params, state, x, y, direction), products["fc"]["weight"] + products["fc"]["bias"])
 
 
+OUR_WRAPPERS: dict[str, Callable[[Model], Model]] = {
+    "plain": lambda model: model,
+    "flips": rf.train.average_flips,
+    "autocast": partial(rf.train.autocast, device_type="cpu", dtype=torch.bfloat16),
+    "winograd": rf.winograd.wrap,
+    "both": lambda model: rf.winograd.wrap(rf.train.average_flips(model)),
+}
+
+
+def sent(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
 @pytest.mark.parametrize("name", ["grads", "norms", "clipped_sum", "moments", "sketch", "gram", "dot"])
 def test_what_a_transform_returns_can_be_sent_to_another_process(name: str) -> None:
     model, params, state = rf.from_module(nn.Sequential(nn.Flatten(), nn.Linear(27, CLASSES)).double())
     x, y = images(3, 3, 3), torch.arange(N) % CLASSES
     more: dict[str, Any] = {"clipped_sum": {"max_norm": 1.0}, "sketch": {"dim": 4}}.get(name, {})
-    function = getattr(ps, name)(model, losses.cross_entropy, **more)
-    sent = pickle.loads(pickle.dumps(function))
     arguments = {"gram": ((x, y),), "dot": (x, y, params)}.get(name, (x, y))
-    expected, actual = function(params, state, *arguments), sent(params, state, *arguments)
+    function = getattr(ps, name)(model, losses.smoothed_cross_entropy(0.1), **more)
+    expected, actual = (one(params, state, *arguments) for one in (function, sent(function)))
     assert all(map(torch.equal, tree.leaves(actual), tree.leaves(expected)))
+
+
+@pytest.mark.parametrize("wrapper", OUR_WRAPPERS)
+def test_wrapped_networks_can_be_sent_to_another_process(wrapper: str) -> None:
+    model = OUR_WRAPPERS[wrapper](rf.resnet20(depths=(1, 1, 1), norm="group"))
+    params, state = model.init(torch.Generator().manual_seed(0))
+    x, y = images(3, 8, 8).float(), torch.arange(N)
+    wanted = {**{name: name for name in dataset.NAMED}, "sketch": ps.sketch_quantity(4, 0, "factorized")}
+    function = ps.over_dataset(model, losses.logit(1), wanted)
+    expected, actual = (one(params, state, [(x, y), (x, y)]) for one in (function, sent(function)))
+    assert all(map(torch.equal, tree.leaves(actual), tree.leaves(expected)))
+    evaluate = rf.train.make_eval_step(model, losses.logit(1))
+    assert all(map(torch.equal, sent(evaluate)(params, state, x, y), evaluate(params, state, x, y)))

@@ -38,6 +38,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from resnet_func.app.errors import AppError
 from resnet_func.app.names import printable
 
 DECODE_VERSION = 2  # to be raised when `decode` gives other pixels, so that no old cache is used
@@ -49,7 +50,7 @@ FLOAT_OVERSHOOT = (
 logger = logging.getLogger(__name__)
 
 
-class DataError(ValueError):
+class DataError(AppError, ValueError):
     """Data that cannot be used: one line that names the file or folder, and the way out."""
 
     def __init__(self, message: str) -> None:

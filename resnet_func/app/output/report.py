@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from resnet_func.app import data, plots
+from resnet_func.app import data
 from resnet_func.app.names import printable
+from resnet_func.app.output import plots
 from resnet_func.train import Evaluation
 
 MISTAKES_SHOWN = 25

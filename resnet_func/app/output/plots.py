@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resnet_func.app.fonts import drawable, fonts_of
+from resnet_func.app.output.fonts import drawable, fonts_of
 from resnet_func.files import write_whole
 
 DPI = 150

@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from resnet_func.app import plots, report
 from resnet_func.app.data import Dataset
+from resnet_func.app.output import plots, report
 from resnet_func.train import Evaluation
 from tests.app.image_folder import global_defaults
 

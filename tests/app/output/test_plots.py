@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from resnet_func.app import fonts, plots
+from resnet_func.app.output import fonts, plots
 
 CLASSES = ("cat", "dog", "a rather long name of a class")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from resnet_func.app import fonts
+from resnet_func.app.output import fonts
 
 
 def test_matplotlibs_own_font_comes_first() -> None:

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from resnet_func.app.console import ConsoleReporter
+from resnet_func.app.output.console import ConsoleReporter
 from resnet_func.train import Progress
 
 RECORD = {

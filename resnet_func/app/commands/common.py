@@ -1,0 +1,50 @@
+"""What several commands do alike: set up the machine, load a run, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from resnet_func.app import data, inference, runtime
+from resnet_func.app.errors import warn
+from resnet_func.app.options import Machine
+
+
+def configure(machine: Machine) -> runtime.Runtime:
+    """Choose and apply what the options leave open."""
+    return runtime.configure(
+        device=machine.device,
+        threads=machine.threads or None,
+        precision=machine.precision,
+        memory_format=machine.memory_format,
+        winograd=machine.winograd,
+        compile=machine.compile,
+    )
+
+
+def load(folder: Path, which: str, machine: runtime.Runtime, *, flips: bool = False) -> inference.Trained:
+    """The network of a run; a damaged checkpoint is said on stderr, where an older one takes its place."""
+    trained, warning = inference.load_trained(folder, which, machine, flips=flips)
+    if warning:
+        warn(warning)
+    return trained
+
+
+def describe_data(name: str, splits: data.Splits) -> str:
+    """The data set in a line."""
+    channels, height, width = splits.train.image_shape
+    return (
+        f"data: {name}, {splits.train.num_samples:,} training and {splits.test.num_samples:,} test images, "
+        f"{channels}x{height}x{width}, {len(splits.train.classes)} classes"
+    )
+
+
+def plain_console() -> Console:
+    """A console that prints what a user named as it is: "[old]" is no markup, ":cat:" no picture."""
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def say(output: Console, text: str) -> None:
+    """Print a line, however long, without breaking it."""
+    output.print(text, soft_wrap=True)

@@ -1,0 +1,47 @@
+"""`resnet-func train`: train an experiment in its run folder."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+
+from resnet_func.app import batches, parts, run, run_folder, runtime
+from resnet_func.app.commands.common import configure, describe_data, plain_console, say
+from resnet_func.app.errors import Interrupted
+from resnet_func.app.experiment import Experiment
+from resnet_func.app.options import Train
+from resnet_func.app.output import console, plots, report
+
+COMPILE_ABOVE_FLOPS = 1e15  # hours on two CPU cores: below, compiling costs what it saves or more
+
+
+def main(options: Train) -> None:
+    """Train, and write metrics, checkpoints and pictures."""
+    output, recipe = plain_console(), options.hyper
+    data_dir = None if options.data_dir is None else str(options.data_dir.resolve())
+    init = None if options.init is None else str(options.init.resolve())
+    experiment = Experiment(options.dataset, data_dir, options.seed, recipe, init)
+    machine = configure(options.machine)
+    splits = batches.load_data(experiment, download=options.download)
+    if options.machine.compile == "auto" and machine.compile:
+        # where the choice is ours, only what runs long enough to win the compilation's time back
+        machine = replace(machine, compile=parts.training_flops(experiment, splits) > COMPILE_ABOVE_FLOPS)
+    name = re.sub(r"[^\w.-]+", "-", f"{options.dataset}-{recipe.model}")
+    with nullcontext(options.resume) if options.resume else run_folder.new(options.run_dir, name) as folder:
+        say(output, runtime.describe(machine))
+        say(output, describe_data(options.dataset, splits))
+        try:
+            with console.ConsoleReporter(output, recipe.epochs) as reporter:
+                resume = options.resume is not None
+                result = run.train(experiment, splits, folder, machine, reporter, resume=resume)
+        except Interrupted:
+            raise Interrupted(f"the run is saved; go on with: resnet-func train --resume {folder}") from None
+    title = f"{recipe.model} on {options.dataset}"
+    plots.curves(result.records, folder / "curves.png", title)
+    report.write_pictures(result.evaluation, splits.test, result.trained.task.classes, folder, title)
+    say(
+        output,
+        f"test accuracy {result.evaluation.accuracy:.2%}, loss {result.evaluation.loss:.4f} "
+        f"after {len(result.records)} epochs; see {folder}/curves.png",
+    )

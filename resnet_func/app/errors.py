@@ -1,0 +1,21 @@
+"""What ends a command with one line on stderr instead of a traceback."""
+
+import re
+import sys
+
+
+class AppError(Exception):
+    """A command cannot be carried out as asked; the message is one line with the way out."""
+
+
+class UsageError(AppError):
+    """The command's options are wrong or do not go together."""
+
+
+class Interrupted(Exception):  # noqa: N818, it is no error
+    """The user stopped the run; its state is saved."""
+
+
+def warn(message: str) -> None:
+    """Print a message on stderr, as one line."""
+    print("resnet-func: " + re.sub(r"\s*[\r\n]\s*", " ", message.strip()), file=sys.stderr)

@@ -1,0 +1,153 @@
+"""The parts of an experiment: network, optimizer, compiled step, and where training starts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from resnet_func import optim, tree
+from resnet_func.app import data
+from resnet_func.app.batches import make_generator
+from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.recipes import Recipe
+from resnet_func.app.runtime import Runtime
+from resnet_func.losses import smoothed_cross_entropy
+from resnet_func.models import summary, winograd, zoo
+from resnet_func.models.load import load_network
+from resnet_func.models.state_dicts import from_state_dict
+from resnet_func.train import Step, autocast, init_train_state, make_train_step, to_memory_format
+from resnet_func.types import Model, Params, State, TrainState
+
+
+class Parts(NamedTuple):
+    """What a run is made of: the network, one training step, and where training starts."""
+
+    model: Model
+    step: Step
+    train_state: TrainState
+
+
+def make_parts(experiment: Experiment, task: Task, runtime: Runtime) -> Parts:
+    """Make the network, the step, compiled where the runtime says so, and the state before the first step.
+
+    Raises:
+        ValueError: the recipe's schedule needs more steps.
+    """
+    recipe = experiment.recipe
+    model = make_network(recipe, task, runtime)
+    params, state = start(experiment, model, runtime)
+    optimizer = make_optimizer(recipe, recipe.epochs * (task.train_images // recipe.batch_size), params)
+    step = make_train_step(
+        model,
+        smoothed_cross_entropy(recipe.label_smoothing),
+        optimizer,
+        microbatches=recipe.microbatches,
+        ema_decay=recipe.ema or None,
+    )
+    if runtime.compile:
+        step = torch.compile(step, fullgraph=True, dynamic=False)
+    return Parts(model, step, init_train_state(params, state, optimizer, ema=recipe.ema > 0))
+
+
+def start(experiment: Experiment, model: Model, runtime: Runtime) -> tuple[Params, State]:
+    """Fresh parameters and state, or those of a file, with a fresh head where the file's does not fit.
+
+    Raises:
+        ValueError, OSError: the file does not hold this network's parameters, or cannot be read.
+    """
+    generator = make_generator("cpu", experiment.seed, 0)
+    if experiment.init is None:
+        params, state = model.init(generator, device=runtime.device)
+    else:
+        into = {"device": runtime.device, "dtype": torch.float32}
+        try:
+            params, state = from_state_dict(model, experiment.init, **into)
+        except ValueError:
+            params, state = from_state_dict(model, experiment.init, head="new", generator=generator, **into)
+    return to_memory_format(params, runtime.memory_format), state
+
+
+def make_network(recipe: Recipe, task: Task, runtime: Runtime) -> Model:
+    """The recipe's network for the task, as the machine computes it."""
+    return compute_by(runtime, find_network(recipe, len(task.classes), task.in_channels))
+
+
+def find_network(recipe: Recipe, num_classes: int, in_channels: int) -> Model:
+    """The recipe's network for so many classes and channels.
+
+    Norm and stem are the zoo's; other networks are called with `num_classes`, timm's with `in_chans` too.
+
+    Raises:
+        ValueError: the network takes images of three channels only.
+    """
+    if ":" not in recipe.model:
+        changes = {"norm": recipe.norm, "stem": recipe.stem, "in_channels": in_channels}
+        return zoo.by_name(recipe.model, num_classes=num_classes, **changes)
+    if recipe.model.startswith("timm:"):
+        return load_network(recipe.model, num_classes=num_classes, in_chans=in_channels)[0]
+    if in_channels != 3:
+        raise ValueError(f"{recipe.model} takes images of 3 channels; these have {in_channels}")
+    return load_network(recipe.model, num_classes=num_classes)[0]
+
+
+def compute_by(runtime: Runtime, model: Model) -> Model:
+    """The model by the algorithm and in the precision of the runtime."""
+    if runtime.winograd:
+        model = winograd.wrap(model)
+    return autocast(model, runtime.device.type, torch.bfloat16) if runtime.precision == "bf16" else model
+
+
+def make_optimizer(recipe: Recipe, total_steps: int, params: Params) -> optim.Optimizer:
+    """The recipe's optimizer and schedule for a run of `total_steps`.
+
+    Weights of two dimensions and more decay, norms and biases do not. Muon takes them, too, but the last: the
+    head. Of `params` only the shapes are read.
+
+    Raises:
+        ValueError: the schedule needs more steps.
+    """
+    if total_steps < 2 and recipe.schedule == "one-cycle":
+        raise ValueError(
+            "schedule one-cycle needs 2 steps or more; this run has one. Raise --epochs, lower --batch-size, "
+            "or try --schedule constant"
+        )
+    schedule = _schedule(recipe, recipe.learning_rate, total_steps)
+    matrices = [path for path, leaf in tree.flatten(params).items() if leaf.ndim >= 2]
+    decay = {"weight_decay": recipe.weight_decay, "decay_mask": set(matrices).__contains__}
+    momentum = {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
+    match recipe.optimizer:
+        case "sgd":
+            optimizer = optim.sgd(schedule, **momentum, **decay)
+        case "muon":
+            rest = optim.sgd(_schedule(recipe, recipe.rest_learning_rate, total_steps), **momentum)
+            chosen = optim.muon(schedule, weight_decay=recipe.weight_decay, **momentum)
+            optimizer = optim.partition(set(matrices[:-1]).__contains__, chosen, rest)
+        case "adam":
+            optimizer = optim.adam(schedule, **decay)
+        case "adamw":
+            optimizer = optim.adamw(schedule, **decay)
+    return optim.clipped(optimizer, recipe.clip_norm) if recipe.clip_norm else optimizer
+
+
+def _schedule(recipe: Recipe, peak: float, total_steps: int) -> optim.Schedule:
+    match recipe.schedule:
+        case "one-cycle":
+            return optim.one_cycle(peak, total_steps, warmup_fraction=recipe.warmup)
+        case "cosine":
+            return optim.cosine(peak, total_steps, warmup_steps=int(recipe.warmup * total_steps))
+        case "step":
+            return optim.step(peak, [total_steps // 2, total_steps * 3 // 4], gamma=0.1)
+        case "constant":
+            return optim.constant(peak)
+
+
+def training_flops(experiment: Experiment, splits: data.Splits) -> float:
+    """Floating-point operations of the run's forward and backward passes, six a multiply-accumulate."""
+    recipe, source = experiment.recipe, splits.train
+    channels, height, width = source.image_shape
+    model, size = find_network(recipe, len(source.classes), channels), recipe.image_size or min(height, width)
+    params, state = model.init(torch.Generator("cpu"), device="cpu")
+    rows = summary.summarize_network(model, params, state, (channels, size, size))
+    full_epochs = sum(recipe.scale_at(epoch) ** 2 for epoch in range(recipe.epochs))
+    return 6.0 * summary.totals(rows).macs * source.num_samples * full_epochs
