@@ -67,6 +67,9 @@ def join(device: torch.device | str = "cpu", *, timeout: float = 300.0) -> Ranks
     Raises:
         ValueError: the timeout is not above 0, or the device has no backend.
         RuntimeError: the others do not come in time.
+
+    >>> join()
+    Ranks(rank=0, world=1, group='')
     """
     if not timeout > 0:
         raise ValueError(f"timeout must be above 0 seconds; got {timeout}")
@@ -83,7 +86,10 @@ def join(device: torch.device | str = "cpu", *, timeout: float = 300.0) -> Ranks
 
 
 def leave() -> None:
-    """Leave the group; nothing where none was joined. Without it a process may crash while it ends."""
+    """Leave the group; nothing where none was joined. Without it a process may crash while it ends.
+
+    >>> leave()
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -119,7 +125,8 @@ def all_reduce(x: Tensor, ranks: Ranks) -> Tensor:
         return x
     from torch.distributed import _functional_collectives as functional  # private, and slow to import
 
-    return functional.wait_tensor(functional.all_reduce(x, "sum", ranks.group))
+    group: Any = ranks.group  # a name: a constant in a compiled graph
+    return functional.wait_tensor(functional.all_reduce(x, "sum", group))
 
 
 def _is_channels_last(leaf: Tensor) -> bool:

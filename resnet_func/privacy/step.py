@@ -131,7 +131,7 @@ def make_private_step(
         views: As in `per_sample.Options`: views of a sample are averaged before its gradient is clipped.
         method, check: As in `per_sample.Options`.
         ranks: Of `distributed.join`: the processes that each take their `privacy.part` of every batch.
-            Clipped sums are added up in one all-reduce, before every rank adds the same noise: it counts once.
+            Clipped sums are added up in one all-reduce; then every rank adds the same noise, once.
 
     Returns:
         `step(train_state, x, y, mask, noise) -> (train_state, metrics)`. `x`, `y` and `mask [N]` are a batch

@@ -155,7 +155,9 @@ def make_train_step(
             total = part if total is None else tree.map(_add_wide, total, part)
         assert total is not None  # _check_batch refuses an empty batch
         if ranks is not None:
-            *total, state = _mean_over_ranks(*total, state, len(x), ranks, average_state=not sync_batch_norm)
+            *total, state = _mean_over_ranks(
+                total[0], total[1], state, len(x), ranks, average_state=not sync_batch_norm
+            )
         grads, measured = tree.map(lambda g, p: g.to(p.dtype), total[0], trained), total[1]
         moved, opt_state = optimizer.step(grads, opt_state, trained)
         if ema_decay is not None and ema_params:

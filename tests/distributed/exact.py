@@ -108,7 +108,7 @@ def train(ranks: Ranks | None, *, batch_norm: bool = False, dtype: torch.dtype =
     )
     model = with_batch_norm() if batch_norm else sample_by_sample(rf.build(small))
     optimizer = optim.sgd(0.05, 0.9, weight_decay=1e-3)
-    train_state = rf.train.init_train_state(*to(dtype, model.init(draw)), optimizer, ema=True)
+    train_state = rf.train.init_train_state(*(to(dtype, of) for of in model.init(draw)), optimizer, ema=True)
     step = rf.train.make_train_step(
         model, cross_entropy, optimizer, ema_decay=0.9, ranks=ranks, sync_batch_norm=batch_norm
     )
@@ -125,7 +125,7 @@ def train_privately(ranks: Ranks) -> TrainState:
     model = rf.from_function(lambda params, x: F.linear(x, params["w"]))
     optimizer, draw = optim.sgd(0.5, 0.5), torch.Generator().manual_seed(0)
     state = rf.train.init_train_state({"w": torch.zeros(10, 32)}, {}, optimizer)
-    rule = {"max_norm": 2.0, "noise_multiplier": 0.7, "expected_batch_size": 10.0}
+    rule: dict[str, Any] = {"max_norm": 2.0, "noise_multiplier": 0.7, "expected_batch_size": 10.0}
     step = privacy.make_private_step(model, negative_logit, optimizer, **rule, ranks=ranks)
     signs = torch.randint(0, 2, (SAMPLES, 32), generator=draw) * 2.0 - 1
     signs[::2, 4:] = 0

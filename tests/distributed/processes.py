@@ -1,4 +1,4 @@
-"""Run a module in several processes that find each other as `torchrun`'s would, with a limit on every wait."""
+"""Run a module in several processes that find each other as `torchrun`'s do; every wait has a limit."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ def run_ranks(world: int, module: str, *arguments: str, limit: float = 240.0) ->
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", module, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = []
+    processes: list[subprocess.Popen[str]] = []
     try:
         for rank in range(world):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(
-                subprocess.Popen(command, env={**os.environ, **common, **own}, cwd=ROOT, **pipes)
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **common, **own},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
+            processes.append(process)
         for rank, process in enumerate(processes):
             output, _ = process.communicate(timeout=limit)
             assert process.returncode == 0, f"rank {rank} of {world}: {output}"
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,9 @@ def check_against_one_process(ranks: Ranks) -> None:
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(9, 3, 8, 8, generator=draw, dtype=torch.float64), torch.arange(9)
     optimizer = rf.optim.sgd(0.1, 0.9)
-    for norm, sync in (("group", False), ("batch", True), ("batch", False)):
+    cases: tuple[tuple[Literal["batch", "group"], bool], ...]
+    cases = ("group", False), ("batch", True), ("batch", False)
+    for norm, sync in cases:
         model = rf.resnet20(depths=(1, 1, 1), norm=norm)
         params, state = exact.to(torch.float64, model.init(draw))
         start = rf.train.init_train_state(params, state, optimizer)
