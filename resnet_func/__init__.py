@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from resnet_func.models import variants
 
 if TYPE_CHECKING:
-    from resnet_func import attribution, curvature, distributed, losses, optim, per_sample, privacy, train, tree
+    from resnet_func import (
+        attribution,
+        curvature,
+        distributed,
+        losses,
+        optim,
+        per_sample,
+        privacy,
+        train,
+        tree,
+    )
     from resnet_func.models import winograd, zoo
     from resnet_func.models.config import ResNetConfig
     from resnet_func.models.load import load_network

@@ -18,7 +18,7 @@ from resnet_func.distributed import Ranks
 from resnet_func.models import layers
 from resnet_func.types import Model, Params, State, TrainState
 
-BATCH, STEPS, SAMPLES = 12, 50, 40
+BATCH, SAMPLES = 12, 40
 FINE, COARSE = 2.0**-8, 2.0**-5
 
 
@@ -100,28 +100,32 @@ def to(dtype: torch.dtype, of: Any) -> Any:
     return tree.map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, of)
 
 
-def train(ranks: Ranks | None, *, batch_norm: bool = False, dtype: torch.dtype = torch.float32) -> TrainState:
-    """Fifty steps of a network with GroupNorm, or with BatchNorm over all ranks."""
+def train(
+    ranks: Ranks | None, steps: int, *, batch_norm: bool = False, dtype: torch.dtype = torch.float32
+) -> TrainState:
+    """A network with GroupNorm, or with BatchNorm over all ranks."""
     draw = torch.Generator().manual_seed(0)
     small = rf.ResNetConfig(
         block="basic", depths=(1,), widths=(8,), num_classes=10, norm="group", norm_groups=4
     )
     model = with_batch_norm() if batch_norm else sample_by_sample(rf.build(small))
     optimizer = optim.sgd(0.05, 0.9, weight_decay=1e-3)
-    train_state = rf.train.init_train_state(*(to(dtype, of) for of in model.init(draw)), optimizer, ema=True)
+    params, state = model.init(draw)
+    start = to(dtype, params), to(dtype, state)
+    train_state = rf.train.init_train_state(*start, optimizer, ema=True)
     step = rf.train.make_train_step(
         model, cross_entropy, optimizer, ema_decay=0.9, ranks=ranks, sync_batch_norm=batch_norm
     )
     x, y = torch.randn(SAMPLES, 3, 8, 8, generator=draw).to(dtype), torch.arange(SAMPLES) % 10
     mine = slice(None) if ranks is None else ranks.part(BATCH)
-    for _ in range(STEPS):
+    for _ in range(steps):
         pick = torch.randperm(SAMPLES, generator=draw)[:BATCH][mine]
         train_state, _ = step(train_state, x[pick], y[pick])
     return train_state
 
 
-def train_privately(ranks: Ranks) -> TrainState:
-    """Fifty private steps of a linear network on rows of norm 2 and 4, the longer of which are clipped."""
+def train_privately(ranks: Ranks, steps: int) -> TrainState:
+    """Private steps of a linear network on rows of norm 2 and 4, the longer of which are clipped."""
     model = rf.from_function(lambda params, x: F.linear(x, params["w"]))
     optimizer, draw = optim.sgd(0.5, 0.5), torch.Generator().manual_seed(0)
     state = rf.train.init_train_state({"w": torch.zeros(10, 32)}, {}, optimizer)
@@ -131,7 +135,7 @@ def train_privately(ranks: Ranks) -> TrainState:
     signs[::2, 4:] = 0
     signs[1::2, 16:] = 0
     y = torch.arange(SAMPLES) % 10
-    batches = privacy.poisson_batches(SAMPLES, sampling_rate=0.1, steps=STEPS, seed=1, capacity=7)
+    batches = privacy.poisson_batches(SAMPLES, sampling_rate=0.1, steps=steps, seed=1, capacity=7)
     for number, (indices, mask) in enumerate(batches):
         pick, own = privacy.part(indices, mask, ranks.rank, ranks.world)
         noise = privacy.gaussian_noise(state.params, seed=2, step=number)
@@ -139,11 +143,11 @@ def train_privately(ranks: Ranks) -> TrainState:
     return state
 
 
-def all_trainings(ranks: Ranks) -> dict[str, TrainState]:
+def all_trainings(ranks: Ranks, steps: int) -> dict[str, TrainState]:
     return {
-        "group-fp32": train(ranks),
-        "group-fp64": train(ranks, dtype=torch.float64),
-        "sync-batch-fp32": train(ranks, batch_norm=True),
-        "sync-batch-fp64": train(ranks, batch_norm=True, dtype=torch.float64),
-        "private": train_privately(ranks),
+        "group-fp32": train(ranks, steps),
+        "group-fp64": train(ranks, steps, dtype=torch.float64),
+        "sync-batch-fp32": train(ranks, steps, batch_norm=True),
+        "sync-batch-fp64": train(ranks, steps, batch_norm=True, dtype=torch.float64),
+        "private": train_privately(ranks, steps),
     }

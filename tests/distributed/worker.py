@@ -77,12 +77,14 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, check_dtype=False)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, steps: int) -> None:
     torch.set_num_threads(1)
     ranks = distributed.join(timeout=60)
     check_collectives(ranks)
     check_against_one_process(ranks)
-    trained = {name: distributed.fingerprint(state) for name, state in exact.all_trainings(ranks).items()}
+    trained = {
+        name: distributed.fingerprint(state) for name, state in exact.all_trainings(ranks, steps).items()
+    }
     for name, number in trained.items():
         assert not distributed.differing_ranks(number, ranks), name
     if ranks.rank == 0:
@@ -91,4 +93,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
