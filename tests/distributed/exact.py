@@ -129,8 +129,9 @@ def train_privately(ranks: Ranks, steps: int) -> TrainState:
     model = rf.from_function(lambda params, x: F.linear(x, params["w"]))
     optimizer, draw = optim.sgd(0.5, 0.5), torch.Generator().manual_seed(0)
     state = rf.train.init_train_state({"w": torch.zeros(10, 32)}, {}, optimizer)
-    rule: dict[str, Any] = {"max_norm": 2.0, "noise_multiplier": 0.7, "expected_batch_size": 10.0}
-    step = privacy.make_private_step(model, negative_logit, optimizer, **rule, ranks=ranks)
+    rule: dict[str, Any] = {"noise_multiplier": 0.7, "expected_batch_size": 10.0}
+    summed = rf.per_sample.clipped_sum(model, negative_logit, max_norm=2.0, nonfinite="zero")
+    step = privacy.make_private_parts(summed, optimizer, max_norm=2.0, **rule)
     signs = torch.randint(0, 2, (SAMPLES, 32), generator=draw) * 2.0 - 1
     signs[::2, 4:] = 0
     signs[1::2, 16:] = 0
@@ -139,7 +140,8 @@ def train_privately(ranks: Ranks, steps: int) -> TrainState:
     for number, (indices, mask) in enumerate(batches):
         pick, own = privacy.part(indices, mask, ranks.rank, ranks.world)
         noise = privacy.gaussian_noise(state.params, seed=2, step=number)
-        state, _ = step(state, signs[pick], y[pick], own, noise)
+        clipped = privacy.join_over_ranks(step.clip(state, signs[pick], y[pick], own), ranks)
+        state = step.finish(state, clipped, noise)
     return state
 
 
