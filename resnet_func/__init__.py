@@ -13,6 +13,7 @@ from resnet_func.models import variants
 if TYPE_CHECKING:
     from resnet_func import (
         attribution,
+        calibration,
         curvature,
         distributed,
         losses,
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attribution": "attribution",
+    "calibration": "calibration",
     "curvature": "curvature",
     "distributed": "distributed",
     "losses": "losses",

@@ -82,9 +82,8 @@ def main(folder: Path, steps: int) -> None:
     ranks = distributed.join(timeout=60)
     check_collectives(ranks)
     check_against_one_process(ranks)
-    trained = {
-        name: distributed.fingerprint(state) for name, state in exact.all_trainings(ranks, steps).items()
-    }
+    states = exact.all_trainings(ranks, steps)
+    trained = {name: distributed.fingerprint(state) for name, state in states.items()}
     for name, number in trained.items():
         assert not distributed.differing_ranks(number, ranks), name
     if ranks.rank == 0:
