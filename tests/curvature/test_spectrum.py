@@ -26,7 +26,7 @@ def test_extremes_and_trace_are_the_dense_ones(matrix) -> None:
         model, CROSS_ENTROPY, params, state, x, y
     )
     values = torch.linalg.eigvalsh(dense)
-    run = curvature.spectrum(model, CROSS_ENTROPY, matrix=matrix, steps=60, starts=2)
+    run = curvature.spectrum(model, CROSS_ENTROPY, matrix=matrix, steps=40, starts=2)
     found = run(params, state, batches, generator=generator(0))
     assert found.dim == len(values)
     assert_close(found.largest(3), values.flip(0)[:3], 1e-8)
@@ -38,7 +38,7 @@ def test_extremes_and_trace_are_the_dense_ones(matrix) -> None:
     # within its residual, every node has an eigenvalue
     distances = (found.nodes.unsqueeze(2) - values).abs().amin(2)
     assert (distances <= found.residuals + 1e-10 * values.abs().max()).all()
-    probes = curvature.trace(model, CROSS_ENTROPY, matrix=matrix, probes=60)
+    probes = curvature.trace(model, CROSS_ENTROPY, matrix=matrix, probes=30)
     trace = probes(params, state, batches, generator=generator(1))
     assert trace.error > 0
     assert abs(trace.value - float(dense.trace())) <= 5 * trace.error
