@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import settings
 
@@ -11,8 +10,3 @@ torch.set_num_threads(1)
 
 settings.register_profile("suite", deadline=None, max_examples=25)
 settings.load_profile("suite")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # torch's own, from its first forward-mode derivative
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:FutureWarning")

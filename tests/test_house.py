@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -98,3 +100,16 @@ def test_no_machine_is_named() -> None:
         if path.name != "test_house.py" and pattern.search(path.read_text("utf-8"))
     ]
     assert not named
+
+
+PACKAGES = "losses optim per_sample privacy attribution train tree testing models.winograd models.zoo".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_public_function_has_an_example(name: str) -> None:
+    """pytest runs them: `--doctest-modules`."""
+    module = importlib.import_module(f"resnet_func.{name}")
+    names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
+    functions = [value for name in names if inspect.isfunction(value := getattr(module, name))]
+    ours = [function for function in functions if function.__module__.startswith("resnet_func.")]
+    assert not [function.__name__ for function in ours if ">>>" not in (function.__doc__ or "")]

@@ -170,6 +170,10 @@ def ranks(values: Float[Tensor, "n"], name: str) -> Int64[Tensor, "n"]:
 
 
 def suspicion_order(values: Float[Tensor, "n"], name: str) -> Int64[Tensor, "n"]:
-    """The samples' indices, the most suspicious first; equal scores keep the data set's order."""
+    """The samples' indices, the most suspicious first; equal scores keep the data set's order.
+
+    >>> suspicion_order(torch.tensor([0.1, 2.0, 0.5]), "loss").tolist()
+    [1, 2, 0]
+    """
     signed = (SUSPICIOUS[name] * values.double()).nan_to_num(nan=torch.inf)
     return signed.argsort(descending=True, stable=True)

@@ -160,6 +160,11 @@ def tracin_scores(
     Args:
         pairs: For each checkpoint the training set's features, in blocks, and the test samples'.
         learning_rates: One for each checkpoint.
+
+    >>> features = Features(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.ones(2))
+    >>> tracin_scores([([features], features)], learning_rates=[0.1])
+    tensor([[0.1000, 0.3000],
+            [0.3000, 2.5000]])
     """
     total = torch.zeros((), dtype=torch.float32, device="cpu")
     for rate, (blocks, test) in zip(learning_rates, pairs, strict=True):

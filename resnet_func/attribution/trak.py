@@ -81,6 +81,11 @@ def trak_scores(
 
     Raises:
         ValueError: there are no pairs.
+
+    >>> features = Features(torch.eye(2), torch.ones(2))
+    >>> trak_scores([([features], features)], damping=0.0)
+    tensor([[1., 0.],
+            [0., 1.]])
     """
     total = slack = torch.zeros((), dtype=torch.float32, device="cpu")
     count = 0

@@ -74,6 +74,10 @@ def conv2d(
 
     Returns:
         The same convolution, channels_last in memory.
+
+    >>> x, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
+    >>> conv2d(x, weight, tile=2)[0, 0, 0]
+    tensor([4., 6., 6., 4.])
     """
     n, c_in, height, width = x.shape
     c_out, points = len(weight), (tile + 2) ** 2
@@ -113,6 +117,12 @@ def wrap(model: Model) -> Model:
 
     Args:
         model: Any model, one made by `from_module` too.
+
+    >>> import resnet_func as rf
+    >>> model = wrap(rf.resnet20())
+    >>> params, state = model.init(torch.Generator().manual_seed(0))
+    >>> model.apply(params, state, torch.zeros(1, 3, 8, 8), train=False)[0].shape
+    torch.Size([1, 10])
     """
     return model._replace(apply=partial(_apply_by_tiles, model.apply))
 
@@ -125,7 +135,11 @@ def _apply_by_tiles(
 
 
 def cheapest_tile(n: int, c_in: int, c_out: int, height: int, width: int) -> Tile | None:
-    """The tile that makes a 3x3 convolution of stride 1 cheapest on a CPU; None where the definition is."""
+    """The tile that makes a 3x3 convolution of stride 1 cheapest on a CPU; None where the definition is.
+
+    >>> cheapest_tile(32, 256, 256, 8, 8), cheapest_tile(32, 3, 16, 32, 32)
+    (4, None)
+    """
     best, least = None, 9 * n * height * width * c_in * c_out
     for tile in POINTS:
         points, tiles = (tile + 2) ** 2, n * -(-height // tile) * -(-width // tile)
@@ -142,6 +156,9 @@ def product_pays(c_in: int, c_out: int, height: int, width: int) -> bool:
     oneDNN's weight gradient is the slower the fewer output pixels there are: with no more of them than
     channels, the product takes 0.74 to 0.90 of the time of all three, measured on two cores with AVX2.
     Forward, and with more pixels, it is behind.
+
+    >>> product_pays(256, 512, 4, 4), product_pays(16, 32, 32, 32)
+    (True, False)
     """
     return height * width <= min(c_in, c_out)
 
@@ -174,6 +191,9 @@ def convolution(
     """`F.conv2d` by minimal filtering where that is cheaper; with `products` a 1x1 convolution may be one.
 
     A `TorchFunctionMode` around it sees this one call, not what it is made of.
+
+    >>> convolution(torch.ones(1, 2, 4, 4), torch.ones(3, 2, 3, 3), padding=1).shape
+    torch.Size([1, 3, 4, 4])
     """
     if has_torch_function_variadic(input, weight):
         where = (input, weight, bias, stride, padding, dilation, groups)

@@ -53,6 +53,13 @@ def over_dataset(
 
     Raises:
         ValueError: an unknown name, no batches, or as in `grads`.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.from_function(lambda params, x: x @ params["w"])  # the gradient of its logit is x
+    >>> params, x, y = {"w": torch.ones(2, 1)}, torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2)
+    >>> look = rf.per_sample.over_dataset(model, rf.losses.logit(0), ["norms", "loss"])
+    >>> look(params, {}, [(x, y), (2 * x, y)])
+    {'norms': tensor([ 5.,  1., 10.,  2.]), 'loss': tensor([ 7.,  1., 14.,  2.])}
     """
     chosen = _choose(quantities)
     settings = check_options(model, loss_fn, **options)

@@ -135,6 +135,10 @@ def _contract(settings: Settings, quantities: Sequence[Quantity], captured: Capt
         wanted: list[tuple[int, Way]] = [
             (i, ways[i].get(path, "materialize")) for i, q in enumerate(quantities) if q.name
         ]
+        for i, way in wanted:
+            if quantities[i].as_captured:
+                answers[i][path] = quantities[i].leaf(path, factors, way)
+        wanted = [(i, way) for i, way in wanted if not quantities[i].as_captured]
         if sum(way != "ghost" for _, way in wanted) > 1 and len(sample_slices(factors)) == 1:
             factors = Direct(contract.grads(factors))  # formed once for all, where that is small enough
         for i, way in wanted:
@@ -179,6 +183,9 @@ def detect_nonfinite(norms: Tensor) -> None:
 
     Raises:
         ValueError: a norm is not finite.
+
+    >>> import torch
+    >>> detect_nonfinite(torch.tensor([1.0, 0.0]))
     """
     wrong = _indices(~norms.isfinite())
     if wrong:

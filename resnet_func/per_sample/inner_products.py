@@ -40,6 +40,13 @@ def gram(
     Returns:
         `fn(params, state, (x_a, y_a), (x_b, y_b)) -> Tensor [N_a, N_b]`. Without the last argument it is the
         Gram matrix of the first batch, exactly symmetric, and positive semi-definite to round-off.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.from_function(lambda params, x: x @ params["w"])  # the gradient of its logit is x
+    >>> params, x, y = {"w": torch.ones(2, 1)}, torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2)
+    >>> rf.per_sample.gram(model, rf.losses.logit(0))(params, {}, (x, y))
+    tensor([[25.,  4.],
+            [ 4.,  1.]])
     """
     return partial(_gram, layer_grams(model, loss_fn, **options))
 
@@ -60,7 +67,16 @@ def layer_grams(
     loss_fn: LossFn,
     **options: Unpack[Options],
 ) -> Callable[..., dict[str, Tensor]]:
-    """`gram` of each layer by itself: `{layer path: Tensor [N_a, N_b]}`; they add up to `gram`."""
+    """`gram` of each layer by itself: `{layer path: Tensor [N_a, N_b]}`; they add up to `gram`.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.from_function(lambda params, x: x @ params["fc"]["weight"])  # the logit's gradient is x
+    >>> x, y = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2)
+    >>> params = {"fc": {"weight": torch.ones(2, 1)}}
+    >>> rf.per_sample.layer_grams(model, rf.losses.logit(0))(params, {}, (x, y))
+    {'fc': tensor([[25.,  4.],
+            [ 4.,  1.]])}
+    """
     return partial(_layer_grams, check_options(model, loss_fn, **options))
 
 
@@ -127,6 +143,13 @@ def ntk(model: Model, num_classes: int | None = None, **options: Unpack[Options]
 
     Raises:
         ValueError: the model came from a module and `num_classes` is None.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.from_function(lambda params, x: x @ params["w"])  # the gradient of its logit is x
+    >>> params, x, y = {"w": torch.ones(2, 1)}, torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2)
+    >>> rf.per_sample.ntk(model, num_classes=1)(params, {}, x)
+    tensor([[25.,  4.],
+            [ 4.,  1.]])
     """
     if num_classes is None:
         if model.config is None:

@@ -35,7 +35,11 @@ MASK = 2**32 - 1
 
 
 def sketch_quantity(dim: int, seed: int, projection: Projection) -> Quantity:
-    """Sketches `[N, dim]` as a quantity."""
+    """Sketches `[N, dim]` as a quantity.
+
+    >>> sketch_quantity(512, 0, "factorized").name
+    'sketch'
+    """
     if dim < 1:
         raise ValueError(f"dim must be 1 or more; got {dim}. 4096 is common")
     if projection not in ("factorized", "dense"):

@@ -36,7 +36,8 @@ class Quantity(NamedTuple):
     returns them; `finish(answers, captured)` puts the leaves of a batch together; `join` puts batches
     together, in order; `final` makes the result. `name` is what `plan` calls it; "" means that `leaf` is
     never called. `accumulate` says that `join` adds up, so that a pass over a data set holds one part only.
-    Made of a module's functions it can be pickled, and so sent to other processes.
+    `as_captured` says that `leaf` wants the factors themselves, not gradients that were formed for several
+    quantities together. Made of a module's functions it can be pickled, and so sent to other processes.
 
     The largest entry of every sample's gradient, for instance:
 
@@ -56,6 +57,7 @@ class Quantity(NamedTuple):
     join: Callable[[list[Any]], Any]
     final: Callable[[Any], Any] = identity
     accumulate: bool = False
+    as_captured: bool = False
 
 
 # --------------------------------------------------------------------------- gradients and norms

@@ -40,6 +40,13 @@ def grads(
     Raises:
         ValueError: an option is out of range, the model has BatchNorm and `train` is not False, the shapes do
             not fit together, or the loss is not per-sample.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.from_function(lambda params, x: x @ params["w"])  # the gradient of its logit is x
+    >>> params, x, y = {"w": torch.ones(2, 1)}, torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2)
+    >>> rf.per_sample.grads(model, rf.losses.logit(0))(params, {}, x, y)["w"][..., 0]
+    tensor([[3., 4.],
+            [0., 1.]])
     """
     settings = check_options(model, loss_fn, **options)
     return partial(_transform, settings, quantity.grads)
@@ -60,6 +67,12 @@ def norms(
 
     Returns:
         `fn(params, state, x, y) -> Tensor [N]`. A sample with NaN has a NaN norm; no samples give `[0]`.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.from_function(lambda params, x: x @ params["w"])  # the gradient of its logit is x
+    >>> params, x, y = {"w": torch.ones(2, 1)}, torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2)
+    >>> rf.per_sample.norms(model, rf.losses.logit(0))(params, {}, x, y)
+    tensor([5., 1.])
     """
     settings = check_options(model, loss_fn, **options)
     return partial(_transform, settings, quantity.norms)
@@ -70,7 +83,15 @@ def layer_norms(
     loss_fn: LossFn,
     **options: Unpack[Options],
 ) -> Callable[[Params, State, Any, Any], dict[str, Tensor]]:
-    """`norms` of each layer by itself: `fn(params, state, x, y) -> {layer path: Tensor [N]}`."""
+    """`norms` of each layer by itself: `fn(params, state, x, y) -> {layer path: Tensor [N]}`.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.from_function(lambda params, x: x @ params["fc"]["weight"])  # the logit's gradient is x
+    >>> x, y = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2)
+    >>> params = {"fc": {"weight": torch.ones(2, 1)}}
+    >>> rf.per_sample.layer_norms(model, rf.losses.logit(0))(params, {}, x, y)
+    {'fc': tensor([5., 1.])}
+    """
     settings = check_options(model, loss_fn, **options)
     return partial(_transform, settings, quantity.layer_norms)
 
@@ -111,6 +132,13 @@ def clipped_sum(
 
     Raises:
         ValueError: `max_norm` is negative or NaN, an unknown name, a sample is not finite, or as in `grads`.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.from_function(lambda params, x: x @ params["w"])  # the gradient of its logit is x
+    >>> params, x, y = {"w": torch.ones(2, 1)}, torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2)
+    >>> total, norms = rf.per_sample.clipped_sum(model, rf.losses.logit(0), max_norm=2.5)(params, {}, x, y)
+    >>> total["w"].T, norms
+    (tensor([[1.5000, 3.0000]]), tensor([5., 1.]))
     """
     for bound in max_norm.values() if isinstance(max_norm, Mapping) else (max_norm,):
         if not bound >= 0 or (math.isinf(bound) and clipping == "automatic"):
@@ -158,6 +186,12 @@ def sketch(
 
     Raises:
         ValueError: `dim` is below 1, an unknown projection, or as in `grads`.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.from_function(lambda params, x: x @ params["w"])  # the gradient of its logit is x
+    >>> params, x, y = {"w": torch.ones(2, 1)}, torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2)
+    >>> rf.per_sample.sketch(model, rf.losses.logit(0), dim=16)(params, {}, x, y).shape
+    torch.Size([2, 16])
     """
     settings = check_options(model, loss_fn, **options)
     make = partial(sketch_quantity, dim, seed, projection)
@@ -183,6 +217,13 @@ def moments(
         `fn(params, state, x, y) -> Moments`. One sample has no noise scale (NaN); no samples give zeros, and
         NaN. The estimate of the squared gradient norm, and with it the noise scale, can come out negative
         where the batch is small against the noise.
+
+    >>> import torch, resnet_func as rf
+    >>> model = rf.from_function(lambda params, x: x @ params["w"])  # the gradient of its logit is x
+    >>> params, x, y = {"w": torch.ones(2, 1)}, torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.zeros(2)
+    >>> found = rf.per_sample.moments(model, rf.losses.logit(0))(params, {}, x, y)
+    >>> found.mean["w"].T
+    tensor([[1.5000, 2.5000]])
     """
     settings = check_options(model, loss_fn, **options)
     return partial(_transform, settings, moments_quantity)

@@ -64,6 +64,10 @@ def random_network(config: ResNetConfig, seed: int, dtype: torch.dtype = torch.f
 
     What `model.init` draws, plus noise; running variances are 1 to 2, batch counters 1 to 9. A seed gives the
     same network in every dtype, up to rounding.
+
+    >>> config = ResNetConfig(block="basic", depths=(1,), widths=(4,), norm="none", num_classes=3)
+    >>> random_network(config, seed=0).params["fc"]["bias"].shape
+    torch.Size([3])
     """
     source = torch.Generator().manual_seed(seed)
     model = build(config)
@@ -86,7 +90,12 @@ def random_network(config: ResNetConfig, seed: int, dtype: torch.dtype = torch.f
 def random_batch(
     shape: Sequence[int], seed: int, *, num_classes: int = 3, dtype: torch.dtype = torch.float32
 ) -> Batch:
-    """Normal images of a shape `[N, C, H, W]`, and labels `[N]`."""
+    """Normal images of a shape `[N, C, H, W]`, and labels `[N]`.
+
+    >>> x, y = random_batch([2, 3, 8, 8], seed=0)
+    >>> x.shape, y.shape
+    (torch.Size([2, 3, 8, 8]), torch.Size([2]))
+    """
     source = torch.Generator().manual_seed(seed)
     x = torch.randn(tuple(shape), generator=source, dtype=torch.float64).to(dtype)
     batch = Batch(x, torch.randint(num_classes, (shape[0],), generator=source))
@@ -110,6 +119,10 @@ def configs(
             `configs().map(lambda config: dataclasses.replace(config, stem="cifar"))`.
 
     Every size of image fits every config.
+
+    >>> from hypothesis import find
+    >>> find(configs(), lambda config: config.norm == "group").norm_groups
+    1
     """
     block = draw(st.sampled_from(blocks))
     widths = draw(st.sampled_from([(4,), (8,), (4, 4), (4, 8)]))
@@ -143,6 +156,10 @@ def models(
     Args:
         config: Strategy of configs; None means `configs()`.
         dtype: Of parameters and statistics.
+
+    >>> from hypothesis import find
+    >>> find(models(), lambda network: True).model.config.widths
+    (4,)
     """
     return random_network(draw(configs() if config is None else config), draw(SEEDS), dtype)
 
@@ -164,6 +181,10 @@ def batches(
         sizes: Strategy of H and of W, drawn apart.
         num_classes: Labels are `0 .. num_classes - 1`.
         dtype: Of the images.
+
+    >>> from hypothesis import find
+    >>> find(batches(), lambda batch: True).x.shape[:2]
+    torch.Size([2, 3])
     """
     shape = (draw(samples), 3, draw(sizes), draw(sizes))
     return random_batch(shape, draw(SEEDS), num_classes=num_classes, dtype=dtype)
@@ -263,6 +284,11 @@ def dyadic_tensors(
 
     Raises:
         ValueError: `largest` is below 1, or too large for the dtype.
+
+    >>> from hypothesis import find
+    >>> found = find(dyadic_tensors((2, 3)), lambda t: True)
+    >>> torch.equal(found, found.round()), found.dtype
+    (True, torch.float64)
     """
     if not 1 <= largest <= 2 / torch.finfo(dtype).eps:
         raise ValueError(f"largest must be in 1 .. 2/eps, so that {dtype} holds every integer; got {largest}")
@@ -283,6 +309,10 @@ def pytrees_like(draw: st.DrawFn, example: Any, *, largest: int | None = None) -
         example: Any pytree of tensors, on any device: `model.init(generator, device="meta")[0]` will do.
         largest: None draws floating leaves from the normal distribution; a number draws integers in
             `-largest .. largest`, as `dyadic_tensors` does. Integer leaves are in 0 .. 9.
+
+    >>> from hypothesis import find
+    >>> find(pytrees_like({"a": torch.zeros(2), "b": torch.zeros(3)}), lambda t: True)["b"].shape
+    torch.Size([3])
     """
     source = torch.Generator().manual_seed(draw(SEEDS))
 

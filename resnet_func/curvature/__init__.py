@@ -1,0 +1,14 @@
+"""Curvature of a network's loss: products with its Hessian and Gauss-Newton matrix, K-FAC and EKFAC.
+
+    estimate = rf.curvature.ekfac(model, loss_fn, fisher="empirical")(params, state, batches)
+    estimate.inverse_product(gradients, damping=1e-3)    # a tree, or a batch of them
+
+All of it is about the mean loss over the samples given, in evaluation mode, for any network of
+`load_network`. A product is exact; K-FAC and EKFAC are block-diagonal approximations that have an inverse.
+"""
+
+from resnet_func.curvature.kfac import ekfac, kfac
+from resnet_func.curvature.kronecker import KroneckerEstimate
+from resnet_func.curvature.products import flat_function, ggn_vp, hvp
+
+__all__ = ["KroneckerEstimate", "ekfac", "flat_function", "ggn_vp", "hvp", "kfac"]

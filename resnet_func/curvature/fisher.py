@@ -1,0 +1,75 @@
+"""Losses whose gradients have the Gauss-Newton matrix as their second moment: what K-FAC captures.
+
+With `S S' = H`, the Hessian of a sample's loss in its logits, the gradients `J' S m` have the second moment
+`J' H J` over mixtures m with `E[m m'] = 1`: summed over the unit vectors ("exact"), or for random signs
+("sampled"). For cross-entropy and squared error that is the Fisher information.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from resnet_func import losses, tree
+from resnet_func.types import Logits, LossFn, PerSample
+
+Fisher: TypeAlias = Literal["exact", "sampled", "empirical"]
+Mixture: TypeAlias = Float[Tensor, "n k"]
+
+
+def mixing_loss(loss_fn: LossFn) -> LossFn:
+    """A loss of targets `(y, mixture)` whose gradient in the logits is `S mixture`.
+
+    >>> import torch
+    >>> loss = mixing_loss(losses.squared_error)  # S = 1
+    >>> y, mixture = torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])
+    >>> torch.func.grad(lambda logits: loss(logits, (y, mixture)).sum())(torch.ones(1, 2))
+    tensor([[3., 4.]])
+    """
+
+    def loss(logits: Logits, targets: tuple[Any, Mixture]) -> PerSample:
+        cotangent = root_product(loss_fn, logits.detach(), *targets)
+        return (logits.flatten(1) * cotangent).sum(1)
+
+    return loss
+
+
+def root_product(loss_fn: LossFn, logits: Logits, y: Any, mixture: Mixture) -> Mixture:
+    """`S mixture` for every sample, S a square root of the loss's Hessian in the logits; flat logits.
+
+    Where the Hessian has negative eigenvalues, they count as zero.
+    """
+    if loss_fn is losses.cross_entropy and logits.ndim == 2:  # H = diag(p) - p p'
+        p = logits.softmax(1)
+        mixed = p.sqrt() * mixture
+        return mixed - p * mixed.sum(1, keepdim=True)
+
+    def one(flat: Tensor, y: Any) -> Tensor:
+        alone = flat.reshape(1, *logits.shape[1:])
+        return loss_fn(alone, tree.map(lambda leaf: leaf.unsqueeze(0), y)).sum()
+
+    hessians = torch.vmap(torch.func.hessian(one))(logits.flatten(1), y)
+    values, vectors = torch.linalg.eigh(hessians)
+    # the symmetric root is the only one that does not hang on the eigenvectors' signs; rounding has no root
+    rounding = torch.finfo(values.dtype).eps * values.shape[1] * values.abs().amax(1, keepdim=True)
+    roots = torch.where(values > rounding, values, 0).sqrt()
+    return torch.einsum("nck,nk,ndk,nd->nc", vectors, roots, vectors, mixture)
+
+
+def mixtures(
+    fisher: Literal["exact", "sampled"], like: Tensor, generator: torch.Generator | None
+) -> Iterator[Mixture]:
+    """The mixtures for flat logits like this `[N, K]`: the K unit vectors, or random signs."""
+    if fisher == "exact":
+        for index in range(like.shape[1]):
+            mixture = torch.zeros_like(like)
+            mixture[:, index] = 1
+            yield mixture
+    else:
+        assert generator is not None
+        coins = torch.randint(0, 2, like.shape, generator=generator, device=generator.device)
+        yield coins.to(like) * 2 - 1
