@@ -74,7 +74,7 @@ def _parse(argv: list[str]) -> Any:
     defaults = {"train": _train_defaults(argv)} if argv[:1] == ["train"] else {}
     choices = []
     for name, command in COMMANDS.items():
-        default = {"default": defaults[name]} if name in defaults else {}
+        default: dict[str, Any] = {"default": defaults[name]} if name in defaults else {}
         choices.append(Annotated[command, tyro.conf.subcommand(name, **default)])
     any_command = functools.reduce(operator.or_, choices)
     try:
