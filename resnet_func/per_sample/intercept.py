@@ -116,6 +116,8 @@ class Calls:
         if is_in_place(func):  # what comes in is overwritten: keep it as it was
             before = (args[0].clone(), *args[1:])
         result = func(*args, **kwargs)
+        if func is F.embedding:
+            result = _without_padding(result, *args, **kwargs)
         alone = isinstance(result, Tensor)
         outputs = [result] if alone else list(result) if isinstance(result, tuple) else []
         indices = [i for i, one in enumerate(outputs) if isinstance(one, Tensor) and one.is_floating_point()]
@@ -175,6 +177,13 @@ class Interception(TorchFunctionMode):
         return self.calls.meet(func, args, kwargs or {})
 
 
+def kept_statistics(edge: GradientEdge | None) -> list[Tensor]:
+    """Means and inverse deviations that a group normalisation keeps for its backward pass; else nothing."""
+    if edge is None or edge.node.name() != "NativeGroupNormBackward0":
+        return []
+    return [edge.node._saved_result1, edge.node._saved_result2]  # type: ignore[attr-defined]
+
+
 def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors among a call's arguments, and in lists and tuples among them."""
     found = []
@@ -192,6 +201,16 @@ def is_in_place(func: Callable[..., Any]) -> bool:
     if name.startswith("__"):
         return name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__init__")
     return name.endswith("_")
+
+
+def _without_padding(
+    embedded: Tensor, indices: Tensor, weight: Tensor, padding_idx: int | None = None, *_: Any, **__: Any
+) -> Tensor:
+    """Constant where it is padding: torch's reverse mode has it so, but not its forward mode."""
+    if padding_idx is None:
+        return embedded
+    is_padding = (indices == padding_idx % weight.shape[0]).unsqueeze(-1)
+    return torch.where(is_padding, embedded.detach(), embedded)
 
 
 def refuse_coupling(

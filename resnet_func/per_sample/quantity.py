@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.autodiff import can_read
 from resnet_func.numerics import accumulation_dtype
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
-from resnet_func.per_sample.checks import can_read
 from resnet_func.per_sample.contract import Way
 from resnet_func.per_sample.factors import Direct, Factors, masked, split_views
 
@@ -127,7 +127,7 @@ class _FirstPass(NamedTuple):
 
 
 def clipped_sum(
-    max_norm: float | Mapping[str, float], clipping: Clipping, *, masked_targets: bool = False
+    max_norm: float | Tensor | Mapping[str, float], clipping: Clipping, *, masked_targets: bool = False
 ) -> Quantity:
     """`(sum of clipped gradients, norms [N])`.
 
@@ -152,7 +152,7 @@ def _first_pass(path: str, factors: Factors, way: Way) -> _FirstPass:
 
 
 def _clip_and_sum(
-    max_norm: float | Mapping[str, float],
+    max_norm: float | Tensor | Mapping[str, float],
     clipping: Clipping,
     masked_targets: bool,
     answers: dict[str, _FirstPass],
@@ -190,7 +190,7 @@ def _factors_by_leaf(
     answers: dict[str, _FirstPass],
     norms: Tensor,
     captured: Captured,
-    max_norm: float | Mapping[str, float],
+    max_norm: float | Tensor | Mapping[str, float],
     clipping: Clipping,
 ) -> dict[str, Tensor]:
     """Every leaf's clip factors `[N]`."""
@@ -228,7 +228,7 @@ def by_prefix(paths: list[str], prefixes: Mapping[str, Any]) -> dict[str, list[s
     return groups
 
 
-def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
+def clip_factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
     """`min(1, max_norm / norm)`: exactly 1 up to `max_norm`, and `factor * norm` never rounds above it."""
     # the quotient may round up, and so may its product with the norm: a step below is safe, unless subnormal
     info = torch.finfo(norms.dtype)
@@ -237,7 +237,7 @@ def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
     return torch.where(norms <= max_norm, 1.0, quotient).to(norms.dtype)
 
 
-def automatic_factors(norms: Tensor, max_norm: float) -> Tensor:
+def automatic_factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
     """`max_norm / (norm + 0.01)`: every gradient normalised (Bu et al. 2023)."""
     return max_norm / (norms + AUTOMATIC_STABILITY)
 

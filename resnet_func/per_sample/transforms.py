@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from resnet_func.per_sample import quantity
-from resnet_func.per_sample.engine import detect_nonfinite, directional_derivatives, evaluate, parts
+from resnet_func.per_sample.clipping import ClippedSum, NonFinite
+from resnet_func.per_sample.engine import directional_derivatives, evaluate, parts
 from resnet_func.per_sample.noise_scale import Moments, moments_quantity
 from resnet_func.per_sample.options import Options, Settings, check_options
 from resnet_func.per_sample.projections import Projection, sketch_quantity
 from resnet_func.per_sample.quantity import Clipping, Quantity
-from resnet_func.types import Logits, LossFn, Model, Params, State
+from resnet_func.types import LossFn, Model, Params, State
 
 
 def grads(
@@ -102,9 +102,9 @@ def clipped_sum(
     *,
     max_norm: float | Mapping[str, float],
     clipping: Clipping = "flat",
-    nonfinite: Literal["raise", "zero"] = "raise",
+    nonfinite: NonFinite = "raise",
     **options: Unpack[Options],
-) -> Callable[..., tuple[Params, Tensor]]:
+) -> ClippedSum:
     """The sum of per-sample gradients, each clipped to norm `max_norm` (Abadi et al. 2016).
 
     Replacing one sample changes the sum by at most `2 max_norm`, adding one by `max_norm`, up to rounding:
@@ -128,7 +128,8 @@ def clipped_sum(
         `fn(params, state, x, y, mask=None) -> (sum, norms)`: nested dicts of the trainable leaves, and the
         norms `[N]` before clipping. `max_norm=0` gives zeros; a zero gradient stays zero; no samples give
         zeros and `[0]`. Where `mask [N]`, of bools, is False, a sample is padding: it adds exactly nothing,
-        whatever it holds, and its norm is 0.
+        whatever it holds, and its norm is 0. `fn(..., max_norm=)` takes another bound for the call, a 0-d
+        tensor, which is not checked. `fn.bound` is the most that one sample can add, from `max_norm`.
 
     Raises:
         ValueError: `max_norm` is negative or NaN, an unknown name, a sample is not finite, or as in `grads`.
@@ -140,19 +141,8 @@ def clipped_sum(
     >>> total["w"].T, norms
     (tensor([[1.5000, 3.0000]]), tensor([5., 1.]))
     """
-    for bound in max_norm.values() if isinstance(max_norm, Mapping) else (max_norm,):
-        if not bound >= 0 or (math.isinf(bound) and clipping == "automatic"):
-            raise ValueError(f"max_norm must be 0 or more (and finite for 'automatic'); got {bound}")
-    if isinstance(max_norm, Mapping) and clipping != "flat":
-        raise ValueError(f"max_norm by prefix clips each part flat; got clipping={clipping!r}. Leave one out")
-    for name, value, allowed in (
-        ("clipping", clipping, ("flat", "per_layer", "automatic")),
-        ("nonfinite", nonfinite, ("raise", "zero")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
     settings = check_options(model, loss_fn, **options)
-    return partial(_clipped_sum, settings, partial(quantity.clipped_sum, max_norm, clipping), nonfinite)
+    return ClippedSum(settings, max_norm, clipping, nonfinite)
 
 
 def sketch(
@@ -264,31 +254,6 @@ def _transform(
     wanted = make()
     (joined,) = evaluate(settings, [wanted], params, state, x, y)
     return wanted.final(joined)
-
-
-def _clipped_sum(
-    settings: Settings,
-    make: Callable[[], Quantity],
-    nonfinite: Literal["raise", "zero"],
-    params: Params,
-    state: State,
-    x: Any,
-    y: Any,
-    mask: Tensor | None = None,
-) -> tuple[Params, Tensor]:
-    if mask is not None:  # it goes where the targets go: into microbatches and views
-        if mask.dtype != torch.bool or mask.ndim != 1:
-            raise ValueError(f"mask must be bools [N]; got {mask.dtype} {list(mask.shape)}")
-        settings = settings._replace(loss_fn=partial(_loss_without_mask, settings.loss_fn))
-        make, y = partial(make, masked_targets=True), (y, mask)  # type: ignore[call-arg]
-    total, norms = _transform(settings, make, params, state, x, y)
-    if nonfinite == "raise":
-        detect_nonfinite(norms)
-    return total, norms
-
-
-def _loss_without_mask(loss_fn: LossFn, logits: Logits, targets: tuple[Any, Tensor]) -> Tensor:
-    return loss_fn(logits, targets[0])
 
 
 def _dot(settings: Settings, params: Params, state: State, x: Any, y: Any, direction: Params) -> Tensor:

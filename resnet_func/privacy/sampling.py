@@ -1,5 +1,7 @@
 """Poisson batches: every sample is in every batch by a coin of its own, whoever draws it and where.
 
+And, as second choice, batches of a fixed size: as many samples, none twice, every set of them as likely.
+
 The coins are words of Philox4x32-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405), keyed by
 the seed and counted by step and sample, in integers alone: the same on any device and any number of ranks,
 and any step can be drawn by itself. Philox passes the usual statistical tests; it is not cryptographic, and
@@ -73,6 +75,42 @@ def poisson_batches(
     )
 
 
+def fixed_size_batches(
+    num_samples: int,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    first_step: int = 0,
+    device: torch.device | str | None = None,
+) -> Iterator[tuple[Int[Tensor, "batch_size"], Bool[Tensor, "batch_size"]]]:
+    """Batches of a fixed size without replacement, each drawn anew: for `sampling="fixed-size"`.
+
+    Poisson batches have the smaller epsilon; these have one size. The samples of a batch are those whose
+    words of 62 bits, drawn as the coins of `poisson_batches`, are smallest. That two are equal, and order
+    decides, has probability below `num_samples ** 2 / 2 ** 63`.
+
+    Args:
+        batch_size: 1 to `num_samples`.
+        num_samples, steps, seed, first_step, device: As in `poisson_batches`.
+
+    Yields:
+        `(indices, mask)` as `poisson_batches` does, the mask all True.
+
+    >>> from resnet_func import privacy
+    >>> batches = privacy.fixed_size_batches(6, batch_size=3, steps=2, seed=0)
+    >>> [len(set(indices.tolist())) for indices, _ in batches]
+    [3, 3]
+    """
+    if not 1 <= batch_size <= num_samples:
+        raise ValueError(f"batch_size must be 1 to {num_samples}, the number of samples; got {batch_size}")
+    _check(num_samples, Fraction(batch_size, num_samples), steps, first_step)
+    return (
+        _smallest(_coins(num_samples, seed, step, device=device), batch_size)
+        for step in range(first_step, steps)
+    )
+
+
 def part(
     indices: Int[Tensor, "capacity"], mask: Bool[Tensor, "capacity"], rank: int, world: int
 ) -> tuple[Int[Tensor, "share"], Bool[Tensor, "share"]]:
@@ -113,12 +151,18 @@ def included(
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "num_samples"]:
     """Whether each sample is in the batch of a step."""
+    return _coins(num_samples, seed, step, device=device) < int(Fraction(sampling_rate) * 2**COIN_BITS)
+
+
+def _coins(
+    num_samples: int, seed: int, step: int, *, device: torch.device | str | None = None
+) -> Int[Tensor, "num_samples"]:
+    """A whole number below 2^62 for each sample."""
     words = _sampling_words(seed)
     samples = torch.arange(num_samples, dtype=torch.int64, device=device)
     counter = (samples, *(torch.full_like(samples, word) for word in (step, *words[2:])))
     first, second, _, _ = philox(counter, words[:2])
-    coin = (first << 30) | (second >> 2)
-    return coin < int(Fraction(sampling_rate) * 2**COIN_BITS)
+    return (first << 30) | (second >> 2)
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -144,6 +188,11 @@ def _sampling_words(seed: int) -> tuple[int, ...]:
     """Four words of 32 bits: another key than that of the noise, even if somebody gives both one seed."""
     digest = hashlib.sha256(f"resnet_func.privacy sampling {operator.index(seed)}".encode()).digest()
     return tuple(int.from_bytes(digest[i : i + 4], "big") for i in range(0, 16, 4))
+
+
+def _smallest(coins: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    indices = coins.argsort(stable=True)[:batch_size].sort().values
+    return indices, torch.ones_like(indices, dtype=torch.bool)
 
 
 def _fixed_length(chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

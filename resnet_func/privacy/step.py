@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import operator
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from functools import reduce
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.numerics import accumulation_dtype, to_float64
+from resnet_func.numerics import to_float64, widen
 from resnet_func.optim import Optimizer, ema
 from resnet_func.per_sample import clipped_sum
 from resnet_func.per_sample.options import Method
 from resnet_func.per_sample.quantity import Clipping
+from resnet_func.per_sample.transforms import ClippedSum
 from resnet_func.privacy.accounting import Neighbours, check_calibrated_for, check_neighbours
+from resnet_func.privacy.adaptive import AdaptiveNorm, AdaptiveState
+from resnet_func.privacy.noise import COUNT, add_noise, check_noise
 from resnet_func.types import LossFn, Metrics, Model, Params, TrainState
 
-MaxNorm: TypeAlias = float | Mapping[str, float]
+MaxNorm: TypeAlias = float | Mapping[str, float] | AdaptiveNorm
 PrivateStep: TypeAlias = Callable[[TrainState, Any, Any, Tensor, Params], tuple[TrainState, Metrics]]
 
 QUANTILES = {"norm_lower_quartile": 0.25, "norm_median": 0.5, "norm_upper_quartile": 0.75}
+# Of metrics that are computed from the samples without noise
+NOT_PRIVATE = "not_private/"
 
 
 def sensitivity(
-    max_norm: MaxNorm, clipping: Clipping = "flat", neighbours: Neighbours = "add-or-remove-one"
+    max_norm: float | Mapping[str, float],
+    clipping: Clipping = "flat",
+    neighbours: Neighbours = "add-or-remove-one",
 ) -> float:
     """How far, in L2 norm over all leaves, neighbouring data sets can move the clipped sum.
 
     Every clipping bounds a sample's whole contribution by `max_norm`: "per_layer" gives each of L layers
     `max_norm / sqrt(L)`, and "automatic" normalises to below `max_norm`. Bounds by prefix add up as squares.
-    Replacing a sample takes one contribution away and adds another: twice that.
+    Replacing a sample takes one contribution away and adds another: twice that. A transform says it of
+    itself: `per_sample.clipped_sum(...).bound`.
 
     >>> from resnet_func import privacy
     >>> privacy.sensitivity({"": 3.0, "fc": 4.0}), privacy.sensitivity(1.0, neighbours="replace-one")
@@ -47,48 +53,53 @@ def sensitivity(
     return 2 * bound if neighbours == "replace-one" else bound
 
 
-def gaussian_noise(params: Params, *, seed: int, step: int) -> Params:
-    """Independent standard normal numbers like `params`: the noise of one step, the same whenever it is
-    drawn.
+class Clipped(NamedTuple):
+    """What a part of a batch gives before there is noise: NOT private.
 
-    Leaf by leaf from NumPy's Philox4x64-10, keyed by 128 bits of the seed's SHA-256 and counted by step and
-    leaf: no two steps or leaves share a number, a step repeated after a crash is the same release and not a
-    second one, and no other random stream is read or advanced. They are drawn on the CPU, in at least
-    float32, then moved. (`torch.Generator` on a CPU keeps 32 bits of its seed: noise that could be found by
-    trying.)
-
-    Whoever has the seed can subtract the noise: take `secrets.randbits(128)`, and keep it secret. The
-    generator is not cryptographic, and floating-point normals are not exactly Gaussian (Mironov 2012,
-    https://doi.org/10.1145/2382196.2382264): the guarantee is that of the idealised mechanism.
-
-    Args:
-        params: Nested dicts of floating-point tensors; only their shapes, dtypes and devices are looked at.
-        seed: Any integer.
-        step: The number of the step, 0 to 2^64 - 1, each used once.
-
-    >>> import torch
-    >>> from resnet_func import privacy
-    >>> noise = privacy.gaussian_noise({"w": torch.zeros(2, 3)}, seed=0, step=0)
-    >>> noise["w"].shape, noise["w"].dtype
-    (torch.Size([2, 3]), torch.float32)
+    Attributes:
+        total: The clipped sum.
+        norms: Of the samples' gradients `[N]`; 0 where the mask is False.
+        mask: `[N]`, as it came.
+        unclipped: 0-d, half the samples that are not clipped less half of those that are.
     """
-    if not 0 <= step < 2**64:
-        raise ValueError(f"step must be 0 to 2^64 - 1; got {step}")
-    digest = hashlib.sha256(f"resnet_func.privacy noise {operator.index(seed)}".encode()).digest()
-    key = int.from_bytes(digest[:16], "big")
 
-    def draw(number: int, leaf: Tensor) -> Tensor:
-        dtype = accumulation_dtype(leaf.dtype)
-        # the lowest of the counter's four words count the numbers of a leaf
-        counter = np.array([0, 0, step, number], dtype=np.uint64)
-        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        values = generator.standard_normal(
-            tuple(leaf.shape), dtype=np.float64 if dtype == torch.float64 else np.float32
+    total: Params
+    norms: Tensor
+    mask: Tensor
+    unclipped: Tensor
+
+
+class PrivateParts(NamedTuple):
+    """A private step in two halves, for batches that come in parts or on many machines.
+
+    Attributes:
+        clip: `(train_state, x, y, mask) -> Clipped`, which may be called on any parts of a batch; `join` adds
+            them up.
+        finish: `(train_state, clipped, noise) -> train_state`, once a batch.
+        measure: `(train_state, clipped) -> metrics`, with the state before the step.
+    """
+
+    clip: Callable[[TrainState, Any, Any, Tensor], Clipped]
+    finish: Callable[[TrainState, Clipped, Params], TrainState]
+    measure: Callable[[TrainState, Clipped], Metrics]
+
+
+def join(parts: list[Clipped]) -> Clipped:
+    """The parts of a batch as one.
+
+    >>> half = torch.full((1,), 0.5)
+    >>> part = Clipped({"w": torch.ones(2)}, half, half > 0, half[0])
+    >>> join([part, part]).total
+    {'w': tensor([2., 2.])}
+    """
+
+    def add(a: Clipped, b: Clipped) -> Clipped:
+        total = tree.map(lambda x, y: widen(x) + y, a.total, b.total)
+        return Clipped(
+            total, torch.cat([a.norms, b.norms]), torch.cat([a.mask, b.mask]), a.unclipped + b.unclipped
         )
-        return torch.as_tensor(values).to(leaf.device)
 
-    leaves = tree.flatten(params)
-    return tree.unflatten({path: draw(number, leaves[path]) for number, path in enumerate(sorted(leaves))})
+    return reduce(add, parts)
 
 
 def make_private_step(
@@ -116,7 +127,8 @@ def make_private_step(
         model: A network whose samples do not meet: no BatchNorm.
         loss_fn: Per-sample loss.
         optimizer: Of `resnet_func.optim`.
-        max_norm, clipping: As in `per_sample.clipped_sum`; max_norm must be finite where there is noise.
+        max_norm, clipping: As in `per_sample.clipped_sum`; max_norm must be finite where there is noise. Or
+            an `AdaptiveNorm` (with "flat"), whose state starts in `init_private_state`.
         noise_multiplier: Standard deviation of the noise over `sensitivity(max_norm, clipping)`, a sample's
             largest contribution: that of `privacy.noise_multiplier`, for the same neighbours. 0 adds nothing,
             and is not private.
@@ -135,12 +147,12 @@ def make_private_step(
         is `gaussian_noise(params, seed=, step=)`, a fresh one each step. A sample with NaN or Inf in its
         gradient counts nothing, either.
 
-        Parameters, optimizer state and moving average are private. The metrics are NOT: they are computed
-        from the samples without noise, for your eyes while you develop on public data. "share_clipped": of
-        the samples whose gradient is longer than the bound; "norm_lower_quartile", "norm_median",
-        "norm_upper_quartile" of the gradients' norms; "signal_to_noise": norm of the clipped sum
-        over the expected norm of the noise; "share_nonfinite": of the samples left out. Of an empty batch
-        they are 0.
+        Parameters, optimizer state, moving average and an adaptive bound are private, and so is the metric
+        "max_norm". Metrics that start with "not_private/" are NOT: they are computed from the samples without
+        noise, for your eyes while you develop on public data. "share_clipped": of the samples whose gradient
+        is longer than the bound; "norm_lower_quartile", "norm_median", "norm_upper_quartile" of the
+        gradients' norms; "signal_to_noise": norm of the clipped sum over the expected norm of the noise;
+        "share_nonfinite": of the samples left out. Of an empty batch they are 0.
 
     Raises:
         ValueError: an option is out of range, the noise multiplier was calibrated for other neighbours, the
@@ -152,67 +164,123 @@ def make_private_step(
     >>> rule = dict(max_norm=1.0, noise_multiplier=1.1, expected_batch_size=64)
     >>> step = rf.privacy.make_private_step(model, rf.losses.cross_entropy, optimizer, **rule)
     """
-    bound = sensitivity(max_norm, clipping)
-    _check(noise_multiplier, expected_batch_size, bound, neighbours, ema_decay)
-    # not 0 * inf
-    std = float(noise_multiplier) * bound if noise_multiplier else 0.0
-    summed = clipped_sum(
-        model,
-        loss_fn,
+    summed = _clipped_sum(
+        model, loss_fn, max_norm, clipping, microbatch=microbatch, views=views, method=method, check=check
+    )
+    parts = make_private_parts(
+        summed,
+        optimizer,
         max_norm=max_norm,
-        clipping=clipping,
-        nonfinite="zero",
-        method=method,
-        microbatch=microbatch,
-        views=views,
-        check=check,
+        noise_multiplier=noise_multiplier,
+        expected_batch_size=expected_batch_size,
+        neighbours=neighbours,
+        ema_decay=ema_decay,
     )
 
     def step(
         train_state: TrainState, x: Any, y: Any, mask: Tensor, noise: Params
     ) -> tuple[TrainState, Metrics]:
-        params, state = train_state.params, train_state.state
-        check_noise(noise, params)
-        total, norms = summed(params, state, x, y, mask)
-        noisy = add_noise(total, noise, std)
-        mean = tree.map(lambda leaf, like: (leaf / expected_batch_size).to(like.dtype), noisy, params)
-        params, opt_state = optimizer.step(mean, train_state.opt_state, params)
-        ema_params = train_state.ema_params
-        if ema_decay is not None and ema_params:
-            steps = to_float64(opt_state.step)
-            ema_params = ema(ema_params, params, torch.clamp((1 + steps) / (10 + steps), max=ema_decay))
-        metrics = _metrics(total, norms, mask, bound, std)
-        return TrainState(params, state, opt_state, ema_params, train_state.ema_state), metrics
+        clipped = parts.clip(train_state, x, y, mask)
+        return parts.finish(train_state, clipped, noise), parts.measure(train_state, clipped)
 
     return step
 
 
-def add_noise(total: Params, noise: Params, std: float) -> Params:
-    """`total + std * noise`, in at least float32."""
-    if not std:
-        return total
-    return tree.map(lambda leaf, z: leaf.to(z.dtype) + std * z, total, noise)
+def _clipped_sum(
+    model: Model, loss_fn: LossFn, max_norm: MaxNorm, clipping: Clipping, **options: Any
+) -> ClippedSum:
+    if isinstance(max_norm, AdaptiveNorm):
+        if clipping != "flat":
+            raise ValueError(f"an adaptive bound clips flat; got clipping={clipping!r}. Leave one out")
+        max_norm = max_norm.start
+    rule: dict[str, Any] = {"max_norm": max_norm, "clipping": clipping, "nonfinite": "zero"}
+    return clipped_sum(model, loss_fn, **rule, **options)
 
 
-def check_noise(noise: Params, params: Params) -> None:
-    """Refuse noise of another tree or other shapes: it would broadcast, and one number would hide nothing.
+def make_private_parts(
+    summed: ClippedSum,
+    optimizer: Optimizer,
+    *,
+    max_norm: MaxNorm,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    neighbours: Neighbours = "add-or-remove-one",
+    ema_decay: float | None = None,
+) -> PrivateParts:
+    """`make_private_step` in two halves: clip parts of a batch one by one, `join` them, and finish once.
+
+    A part of a fixed length compiles once, however many of them a batch has; machines clip their own parts,
+    and noise is added to what they have together.
+
+    Args:
+        summed: A transform of `per_sample.clipped_sum`, which states the bound that the noise is scaled by.
+        max_norm: An `AdaptiveNorm`, or what the transform was made with.
+        optimizer, noise_multiplier, expected_batch_size, neighbours, ema_decay: As in `make_private_step`.
 
     Raises:
-        ValueError: a leaf is missing, or has another shape or less precision.
+        ValueError: as in `make_private_step`, or `max_norm` is not the transform's.
+
+    >>> import resnet_func as rf
+    >>> model, rule = rf.resnet20(norm="group"), {"noise_multiplier": 1.1, "expected_batch_size": 64}
+    >>> summed = rf.per_sample.clipped_sum(model, rf.losses.cross_entropy, max_norm=1.0, nonfinite="zero")
+    >>> parts = rf.privacy.make_private_parts(summed, rf.optim.sgd(0.5), max_norm=1.0, **rule)
     """
-    given, wanted = tree.flatten(noise), tree.flatten(params)
-    for path in {**wanted, **given}:
-        leaf, like = given.get(path), wanted.get(path)
-        got = None if leaf is None else (leaf.shape, leaf.dtype)
-        need = None if like is None else (like.shape, accumulation_dtype(like.dtype))
-        if got != need:
+    adaptive = max_norm if isinstance(max_norm, AdaptiveNorm) else None
+    _check_bound(summed, max_norm)
+    _check(noise_multiplier, expected_batch_size, summed.bound, neighbours, ema_decay)
+    ratio = adaptive.sum_multiplier(noise_multiplier) if adaptive else float(noise_multiplier)
+
+    def bound_of(train_state: TrainState) -> float | Tensor:
+        if adaptive is None:
+            return summed.bound
+        if not isinstance(train_state.opt_state, AdaptiveState):
             raise ValueError(
-                f"noise must be like the parameters, in at least float32: {path!r} must be {need}; got {got}."
-                " Try privacy.gaussian_noise(params, seed=, step=)"
+                "an adaptive bound has a state of its own; got an optimizer's alone. Begin with "
+                "privacy.init_private_state(params, state, optimizer, max_norm=)"
             )
+        return train_state.opt_state.max_norm
+
+    def std_of(train_state: TrainState) -> float | Tensor:
+        return ratio * bound_of(train_state) if noise_multiplier else 0.0  # not 0 * inf
+
+    def clip(train_state: TrainState, x: Any, y: Any, mask: Tensor) -> Clipped:
+        bound = bound_of(train_state)
+        chosen = bound if isinstance(bound, Tensor) else None
+        total, norms = summed(train_state.params, train_state.state, x, y, mask, max_norm=chosen)
+        counted = mask & norms.isfinite()
+        half = torch.where(norms <= bound, 0.5, -0.5)
+        return Clipped(total, norms, mask, torch.where(counted, half, 0.0).sum())
+
+    def finish(train_state: TrainState, clipped: Clipped, noise: Params) -> TrainState:
+        params, state, opt_state, ema_params, ema_state = train_state
+        check_noise(noise, params, adaptive=adaptive is not None)
+        leaves = {name: leaf for name, leaf in noise.items() if name != COUNT}
+        noisy = add_noise(clipped.total, leaves, std_of(train_state))
+        mean = tree.map(lambda leaf, like: (leaf / expected_batch_size).to(like.dtype), noisy, params)
+        inner = opt_state.optimizer if adaptive else opt_state
+        params, inner = optimizer.step(mean, inner, params)
+        if adaptive:
+            count = clipped.unclipped + adaptive.count_std(noise_multiplier) * noise[COUNT]
+            bound = adaptive.move(opt_state.max_norm, count, expected_batch_size)
+            opt_state = AdaptiveState(inner.step, bound, inner)
+        else:
+            opt_state = inner
+        if ema_decay is not None and ema_params:
+            steps = to_float64(opt_state.step)
+            ema_params = ema(ema_params, params, torch.clamp((1 + steps) / (10 + steps), max=ema_decay))
+        return TrainState(params, state, opt_state, ema_params, ema_state)
+
+    def measure(train_state: TrainState, clipped: Clipped) -> Metrics:
+        bound = bound_of(train_state)
+        found = _metrics(clipped, bound, std_of(train_state))
+        marked = {f"{NOT_PRIVATE}{name}": value for name, value in found.items()}
+        return {**marked, **({"max_norm": bound} if isinstance(bound, Tensor) else {})}
+
+    return PrivateParts(clip, finish, measure)
 
 
-def _metrics(total: Params, norms: Tensor, mask: Tensor, bound: float, std: float) -> Metrics:
+def _metrics(clipped: Clipped, bound: float | Tensor, std: float | Tensor) -> Metrics:
+    total, norms, mask, _ = clipped
     with torch.no_grad():
         finite = mask & norms.isfinite()
         count = mask.sum().clamp(min=1)
@@ -227,6 +295,15 @@ def _metrics(total: Params, norms: Tensor, mask: Tensor, bound: float, std: floa
             place = (level * (usable - 1)).round().clamp(min=0).to(torch.int64)
             found[name] = torch.where(usable > 0, ordered.take(place), 0)
         return found
+
+
+def _check_bound(summed: ClippedSum, max_norm: MaxNorm) -> None:
+    stated = max_norm.start if isinstance(max_norm, AdaptiveNorm) else max_norm
+    if stated != summed.max_norm:
+        raise ValueError(
+            f"noise would be scaled by max_norm={stated}, but the transform clips at {summed.max_norm}. "
+            "Give both the same"
+        )
 
 
 def _check(

@@ -14,7 +14,7 @@ from resnet_func import privacy
 from resnet_func.privacy import accounting
 
 dpa = pytest.importorskip("dp_accounting")
-from dp_accounting import pld  # noqa: E402
+from dp_accounting import pld, rdp  # noqa: E402
 
 NEIGHBOURS = ("add-or-remove-one", "replace-one")
 # Noise from 0.8: below, the distributions are long, and each setting takes seconds.
@@ -23,6 +23,7 @@ SETTINGS = [
     (2.0, 1e-5, 0.05, 100, "replace-one"),
     (6.0, 1e-6, 1.0, 10, "replace-one"),
 ]
+FIXED = {"neighbours": "replace-one", "sampling": "fixed-size"}
 CHEAP = {"sampling_rate": 0.05, "steps": 100}
 
 
@@ -60,6 +61,46 @@ def test_one_release_is_the_gaussian_mechanism(neighbours: privacy.accounting.Ne
     assert exact <= delta
     shift = (eps - 2e-4) * sigma / distance
     assert normal(half - shift) - math.exp(eps - 2e-4) * normal(-half - shift) > delta
+
+
+@pytest.mark.parametrize(("sigma", "samples", "size", "steps"), [(4.0, 1000, 50, 200), (8.0, 60, 20, 50)])
+def test_fixed_size_is_the_renyi_accountants_with_twice_the_sensitivity(
+    sigma: float, samples: int, size: int, steps: int
+) -> None:
+    accountant = rdp.RdpAccountant(neighboring_relation=dpa.NeighboringRelation.REPLACE_ONE)
+    sampled = dpa.SampledWithoutReplacementDpEvent(samples, size, dpa.GaussianDpEvent(sigma / 2))
+    wanted = accountant.compose(dpa.SelfComposedDpEvent(sampled, steps)).get_epsilon(1e-5)
+    found = privacy.epsilon(sigma, 1e-5, sampling_rate=size / samples, steps=steps, **FIXED)
+    assert found == wanted
+
+
+def test_all_samples_at_a_fixed_size_are_the_gaussian_mechanism() -> None:
+    """Of twice the sensitivity: an upper bound on the exact epsilon, which the other accountant has."""
+    bound = privacy.epsilon(6.0, 1e-5, sampling_rate=1.0, steps=5, **FIXED)
+    exact = privacy.epsilon(6.0, 1e-5, sampling_rate=1.0, steps=5, neighbours="replace-one")
+    assert exact <= bound <= 1.3 * exact
+
+
+def test_calibrated_noise_for_a_fixed_size_keeps_the_wish_and_serves_nothing_else() -> None:
+    sigma = privacy.noise_multiplier(2.0, 1e-5, **CHEAP, **FIXED)
+    assert privacy.epsilon(sigma, 1e-5, **CHEAP, **FIXED) <= 2.0
+    assert privacy.epsilon(float(sigma) - 1e-3, 1e-5, **CHEAP, **FIXED) > 2.0
+    with pytest.raises(ValueError, match="calibrated for sampling='fixed-size', and is used for 'poisson'"):
+        privacy.epsilon(sigma, 1e-5, **CHEAP, neighbours="replace-one")
+    assert pickle.loads(pickle.dumps(sigma)).sampling == "fixed-size"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": "shuffle"}, "Shuffled batches have no epsilon"),
+        ({"sampling": "fixed-size"}, "accounted for neighbours='replace-one' only"),
+    ],
+    ids=str,
+)
+def test_what_has_no_accountant_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        privacy.epsilon(1.0, 1e-5, **CHEAP, **changes)
 
 
 def test_epsilon_is_monotone_in_each_argument() -> None:

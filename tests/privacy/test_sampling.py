@@ -193,3 +193,38 @@ def test_out_of_range_is_refused_at_once(changes: dict, message: str) -> None:
 def test_a_rank_outside_the_world_is_refused() -> None:
     with pytest.raises(ValueError, match="rank must be 0 to world - 1; got rank=2 of world=2"):
         privacy.part(torch.tensor([1]), torch.tensor([True]), 2, 2)
+
+
+# --------------------------------------------------------------------------- batches of a fixed size
+
+
+def test_every_sample_is_in_a_fixed_batch_as_often_as_chance_has_it() -> None:
+    """A million draws: each sample by itself, and a pair no oftener together than without replacement."""
+    num_samples, size, steps = 1000, 100, 1000
+    counts, pairs = torch.zeros(num_samples), 0
+    for indices, mask in privacy.fixed_size_batches(num_samples, batch_size=size, steps=steps, seed=0):
+        assert mask.all()
+        assert len(indices.unique()) == len(indices) == size
+        counts[indices] += 1
+        pairs += int(
+            torch.isin(torch.arange(0, 1000, 2), indices).double()
+            @ torch.isin(torch.arange(1, 1000, 2), indices).double()
+        )
+    tails = (1 - ALPHA / num_samples / 2, ALPHA / num_samples / 2)
+    low, high = (binom.isf(tail, steps, size / num_samples) for tail in tails)
+    assert low <= int(counts.min())
+    assert int(counts.max()) <= high
+    together = size * (size - 1) / num_samples / (num_samples - 1)
+    # of 500 pairs in 1000 steps; within a batch pairs exclude each other a little, so this is wide enough
+    assert binomtest(pairs, 500 * steps, together).pvalue > ALPHA
+
+
+def test_fixed_batches_are_the_same_when_resumed_and_others_for_other_seeds() -> None:
+    rule = {"batch_size": 5, "steps": 6, "seed": 3}
+    whole = list(privacy.fixed_size_batches(20, **rule))
+    rest = list(privacy.fixed_size_batches(20, **rule, first_step=4))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[4:], rest, strict=True))
+    other = list(privacy.fixed_size_batches(20, **{**rule, "seed": 4}))
+    assert any(not torch.equal(a[0], b[0]) for a, b in zip(whole, other, strict=True))
+    with pytest.raises(ValueError, match="batch_size must be 1 to 20"):
+        privacy.fixed_size_batches(20, batch_size=21, steps=1, seed=0)
