@@ -114,7 +114,7 @@ class Scores:
     scores: tuple[str, ...] = ()
     """Of loss margin el2n grand self_influence self_influence_diagonal forgetting; by default what is cheap."""
     rank_by: str = ""
-    """The score that ranks the images, and chooses the suspects; by default margin, or the first of --scores."""
+    """What ranks the images, and chooses the suspects; by default margin, or the first of --scores."""
     data_dir: Path | None = None
     """Where the data set is now, if it has moved."""
     batch_size: int = 128
