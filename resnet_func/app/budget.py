@@ -1,4 +1,4 @@
-"""A run that ends in so many minutes: what a step takes here, and the epochs, sizes and compiler that follow."""
+"""A run that ends in so many minutes: steps are measured, and epochs, sizes and the compiler follow."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ SPARE = 0.97  # of the time is planned; the rest is for checkpoints, pictures an
 MEASURE_SECONDS, LEAST_STEPS = 2.0, 6
 COMPILE_FROM_SECONDS = 600.0  # below, even trying the compiler costs what it could save
 CACHED_COMPILE = 0.3  # of a compilation, where the compiler finds in its cache what was tried
+MOST_EPOCHS = 10_000
 STRETCHES = [step / 20 for step in range(31)]  # of the recipe's shares of small images, 0 to 1.5
 
 Clock = Callable[[], float]
@@ -51,8 +52,10 @@ class Costs(NamedTuple):
         >>> costs.of_run(Recipe(epochs=4))
         52.0
         """
-        scales = [recipe.scale_at(epoch) for epoch in range(recipe.epochs)]
-        epochs = sum(self.batches * self.step[scale] + self.evaluation[scale] for scale in scales)
+        epochs = sum(
+            count * (self.batches * self.step[scale] + self.evaluation[scale])
+            for scale, count in recipe.epochs_by_scale().items()
+        )
         return self.compilation + epochs
 
 
@@ -75,28 +78,27 @@ def fit_epochs(recipe: Recipe, costs: Costs, seconds: float) -> Recipe:
     6
     """
     found = []
-    for epochs in _up_to(lambda epochs: _smallest(recipe, costs, epochs) <= seconds):
-        for stretch in STRETCHES if recipe.early_scales else [1.0]:
-            changed = _stretched(recipe, epochs, stretch)
-            total = costs.of_run(changed)
-            if total <= seconds:
-                found.append((total >= SPARE * seconds, -abs(stretch - 1), total, changed))
+    for stretch in STRETCHES if recipe.early_scales else [1.0]:
+        changed = _stretched(recipe, _most_epochs(recipe, costs, seconds, stretch), stretch)
+        total = costs.of_run(changed)
+        if total <= seconds:
+            found.append((total >= SPARE * seconds, -abs(stretch - 1), total, changed))
     if not found:
         return _stretched(recipe, 1, 1.0)
     full = [one for one in found if one[0]]
     return max(full, key=lambda one: one[1:3])[3] if full else max(found, key=lambda one: one[2])[3]
 
 
-def _up_to(fits: Callable[[int], bool]) -> Iterator[int]:
-    epochs = 1
-    while epochs <= 10_000 and fits(epochs):
-        yield epochs
-        epochs += 1
-
-
-def _smallest(recipe: Recipe, costs: Costs, epochs: int) -> float:
-    """Seconds at the least: so many epochs with the longest share of small images."""
-    return costs.of_run(_stretched(recipe, epochs, STRETCHES[-1] if recipe.early_scales else 1.0))
+def _most_epochs(recipe: Recipe, costs: Costs, seconds: float, stretch: float) -> int:
+    """The largest number of epochs that fits, by bisection; at least one."""
+    fits, fails = 1, MOST_EPOCHS + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        if costs.of_run(_stretched(recipe, middle, stretch)) <= seconds:
+            fits = middle
+        else:
+            fails = middle
+    return fits
 
 
 def _stretched(recipe: Recipe, epochs: int, stretch: float) -> Recipe:
@@ -140,19 +142,19 @@ def choose(
     recipe = replace(recipe, early_scales=useful)  # what is not faster is not worth smaller images
     scales = sorted({scale for scale, _ in useful} | {1.0})
     costs = Costs(step, evaluation, 0.0, splits.train.num_samples // recipe.batch_size)
-    plans = {False: (costs, fit_epochs(recipe, costs, seconds - (clock() - start)))}
+    by_compiling = {False: costs}
     if machine.compile and (compile == "on" or seconds >= COMPILE_FROM_SECONDS):
-        compiled = _try_compiler(trial, task, splits, machine, costs, scales, clock)
-        plans[True] = (compiled, fit_epochs(recipe, compiled, seconds - (clock() - start)))
-    takes = compile == "on" and machine.compile
-    takes = takes or (True in plans and _work(plans[True][1]) > _work(plans[False][1]))
-    costs, chosen = plans[takes]
+        by_compiling[True] = _try_compiler(trial, task, splits, machine, costs, scales, clock)
+    left = seconds - (clock() - start)
+    plans = {takes: fit_epochs(recipe, costs, left) for takes, costs in by_compiling.items()}
+    takes = True in plans and (compile == "on" or _work(plans[True]) > _work(plans[False]))
+    costs, chosen = by_compiling[takes], plans[takes]
     return Choice(chosen, takes, _sentence(chosen, costs, takes, clock() - start))
 
 
 def _work(recipe: Recipe) -> float:
     """Epochs, small ones for less."""
-    return sum(recipe.scale_at(epoch) ** 2 for epoch in range(recipe.epochs))
+    return sum(count * scale**2 for scale, count in recipe.epochs_by_scale().items())
 
 
 def _measure_all(
@@ -186,7 +188,7 @@ def _measure_all(
 
 def _with_schedule(experiment: Experiment) -> Experiment:
     """The learning rate of a measured step does not matter: any number of epochs has a schedule."""
-    return replace(experiment, recipe=replace(experiment.recipe, epochs=10_000, learning_rate=0.0))
+    return replace(experiment, recipe=replace(experiment.recipe, epochs=MOST_EPOCHS, learning_rate=0.0))
 
 
 def _few_batches(source: data.Source, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -242,11 +244,10 @@ def _try_compiler(
 
 
 def _sentence(recipe: Recipe, costs: Costs, compiled: bool, measuring: float) -> str:
-    scales = [recipe.scale_at(epoch) for epoch in range(recipe.epochs)]
     sizes = ", ".join(
-        f"{scales.count(scale)} at {'full size' if scale == 1 else f'scale {scale:g}'} "
+        f"{count} at {'full size' if scale == 1 else f'scale {scale:g}'} "
         f"({costs.step[scale] * 1e3:.3g} ms a step)"
-        for scale in sorted(set(scales))
+        for scale, count in sorted(recipe.epochs_by_scale().items())
     )
     return (
         f"budget: {recipe.minutes:g} minutes are {recipe.epochs} epochs: {sizes}; "

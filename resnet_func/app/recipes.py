@@ -113,6 +113,20 @@ class Recipe:
         """
         return min(500, math.ceil(self.batch_size / self.microbatches))
 
+    def epochs_by_scale(self) -> dict[float, int]:
+        """How many epochs are of each scale.
+
+        >>> Recipe(epochs=4, early_scales=((0.5, 0.5),)).epochs_by_scale()
+        {0.5: 2, 1.0: 2}
+        """
+        counts, end, last = {scale: 0 for scale, _ in self.early_scales}, 0.0, 0
+        for scale, share in self.early_scales:
+            end += share
+            stop = max(last, min(round(end * self.epochs), self.epochs - 1))
+            counts[scale], last = counts[scale] + stop - last, stop
+        counts[1.0] = counts.get(1.0, 0) + self.epochs - last
+        return {scale: count for scale, count in counts.items() if count}
+
     def scale_at(self, epoch: int) -> float:
         """By how much the images of an epoch (from 0) are scaled.
 

@@ -223,7 +223,8 @@ def convolution(
     if suited and exact and not isinstance(padding, str) and not is_autocast_enabled(input.device.type):
         form = (*weight.shape[2:], *_pair(padding), *_pair(dilation))
         if form == (3, 3, 1, 1, 1, 1) and _pair(stride) == (1, 1):
-            tile = cheapest_tile(len(input), input.shape[1], len(weight), input.shape[2], input.shape[3], speeds)
+            n, c_in, height, width = input.shape
+            tile = cheapest_tile(n, c_in, len(weight), height, width, speeds)
             y = conv2d(input, weight, tile) if tile else None
         elif products and form == (1, 1, 0, 0, 1, 1):
             y = _product(input, weight, _pair(stride), speeds)

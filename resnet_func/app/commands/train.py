@@ -15,8 +15,8 @@ from resnet_func.app.experiment import Experiment
 from resnet_func.app.options import Train
 from resnet_func.app.output import console, plots, report
 
-# Of a run by the machine's speeds, whose convolutions are about half of a step: below, compiling costs what it
-# saves or more.
+# Of a run by the machine's speeds, with convolutions as half of a step: below, compiling costs what it saves
+# or more.
 COMPILE_ABOVE_SECONDS = 1500.0
 
 
@@ -61,7 +61,7 @@ def main(options: Train) -> None:
 def _compiles(
     experiment: Experiment, splits: data.Splits, machine: runtime.Runtime, resumed: Path | None
 ) -> bool:
-    """Whether a run compiles where the choice is ours: as it began, or if it wins the compilation's time back."""
+    """Whether a run compiles where the choice is ours: as it began, or if that wins its time back."""
     began = run_folder.read_machine(resumed).get("compile") if resumed else None
     if began is not None:
         return bool(began)
