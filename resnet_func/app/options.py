@@ -112,9 +112,9 @@ class Scores:
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")] = ()
     """Run folders, such as of several seeds, whose scores are averaged; by default the latest below runs/."""
     scores: tuple[str, ...] = ()
-    """Of loss margin el2n grand self_influence self_influence_diagonal forgetting; by default what is cheap."""
+    """Of loss margin el2n grand self_influence self_influence_diagonal forgetting; by default the cheap."""
     rank_by: str = ""
-    """The score that ranks the images, and chooses the suspects; by default margin, or the first of --scores."""
+    """The score that ranks the images and chooses the suspects; by default margin, or the first of --scores."""
     data_dir: Path | None = None
     """Where the data set is now, if it has moved."""
     batch_size: int = 128
