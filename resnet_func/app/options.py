@@ -110,7 +110,7 @@ class Scores:
     """Score every training image: scores.csv, suspects.png with the likeliest wrong labels, and advice."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")] = ()
-    """Run folders, such as of several seeds, whose scores are averaged; by default the latest below runs/."""
+    """Run folders, such as of several seeds, whose scores are averaged; by default the latest run."""
     scores: tuple[str, ...] = ()
     """Of loss, margin, el2n, grand, self_influence (also with _diagonal, _ekfac), forgetting; by default what
     takes one pass."""
