@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from resnet_func.app.experiment import DatasetName
+from resnet_func.app.experiment import DatasetName, TrainingSet
 from resnet_func.app.recipes import Recipe, RecipeName
 
 
@@ -50,6 +50,12 @@ class Train:
     """A .pth or .safetensors file to start from; a last layer that does not fit the classes is drawn anew."""
     download: bool = True
     """Whether a missing data set may be downloaded."""
+    snapshots: int = 0
+    """Keep the network after so many epochs, evenly spaced, for scores and attribute to average over."""
+    record: bool = False
+    """Test on the training images, too, after each epoch: scores then counts how often each is forgotten."""
+    training_set: Annotated[TrainingSet, tyro.conf.OmitArgPrefixes] = field(default_factory=TrainingSet)
+    """What is done to the training images before training."""
     hyper: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = field(default_factory=Recipe)
     """The recipe's values, each of which can be changed."""
     machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
@@ -97,3 +103,47 @@ class Summary:
     """The normalisation layers, of the zoo's networks."""
     num_classes: int = 0
     """Size of the output; 0 is the network's own."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Score every training image: scores.csv, suspects.png with the likeliest wrong labels, and advice."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")] = ()
+    """Run folders, such as of several seeds, whose scores are averaged; by default the latest run."""
+    scores: tuple[str, ...] = ()
+    """Of loss, margin, el2n, grand, self_influence (also with _diagonal, _ekfac), forgetting; by default what
+    takes one pass."""
+    rank_by: str = ""
+    """The score that ranks the images and picks the suspects; by default margin, or the first of --scores."""
+    data_dir: Path | None = None
+    """Where the data set is now, if it has moved."""
+    batch_size: int = 128
+    """Images at a time."""
+    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Show the training images that helped a prediction most, and those that harmed it most."""
+
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")] = ()
+    """Image files."""
+    test_index: tuple[int, ...] = ()
+    """Places of test images, from 0, instead of files or beside them."""
+    run_dir: Path | None = None
+    """The run folder, which keeps what is computed of the training set; by default the latest below runs/."""
+    method: Literal["cosine", "tracin", "trak", "influence"] = "cosine"
+    """cosine is of gradients at the last epoch; tracin and trak use every one that train --snapshots kept;
+    influence is by EKFAC, and for new images goes over the training set again."""
+    label: str = ""
+    """The class to explain; by default the predicted one."""
+    shown: int = 8
+    """Training images shown, of each kind."""
+    dim: int = 2048
+    """Numbers that the gradient of an image is sketched to: more are more exact, and take more space."""
+    data_dir: Path | None = None
+    """Where the data set is now, if it has moved."""
+    batch_size: int = 128
+    """Images at a time."""
+    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)

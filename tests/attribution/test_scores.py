@@ -7,18 +7,27 @@ import torch
 
 import resnet_func as rf
 from resnet_func import losses
-from resnet_func.attribution import SUSPICIOUS, found_share, ranks, score_dataset, suspicion_order
+from resnet_func import per_sample as ps
+from resnet_func.attribution import (
+    forgetting,
+    found_share,
+    ranks,
+    sampled_ekfac,
+    score_dataset,
+    suspicion_order,
+)
+from resnet_func.attribution.scores import FROM_NETWORKS
 from resnet_func.testing import generator
-from tests.attribution.oracle import CE, batches, close, gradient_rows, joined, tiny
+from tests.attribution.oracle import CE, batches, close, gradient_rows, joined, rows_of, tiny
 
 
 def test_every_score_is_its_definition_averaged_over_checkpoints() -> None:
     model, *first = tiny(0)
     checkpoints = [tuple(first), tiny(5)[1:]]
     data = batches(5, 1)
-    scores = score_dataset(model, CE, list(SUSPICIOUS), damping=0.3)(checkpoints, data)
+    scores = score_dataset(model, CE, list(FROM_NETWORKS), damping=0.3)(checkpoints, data)
     x, y = joined(data)
-    expected: dict[str, list[torch.Tensor]] = {name: [] for name in SUSPICIOUS}
+    expected: dict[str, list[torch.Tensor]] = {name: [] for name in FROM_NETWORKS}
     for params, state in checkpoints:
         logits = model.apply(params, state, x, train=False)[0]
         rows = gradient_rows(model, params, state, x, y)
@@ -28,6 +37,10 @@ def test_every_score_is_its_definition_averaged_over_checkpoints() -> None:
         expected["el2n"].append((logits.softmax(1) - given).norm(dim=1))
         expected["grand"].append(rows.norm(dim=1))
         expected["self_influence"].append(rows.square().sum(1))
+        ekfac = sampled_ekfac(model, CE)(params, state, data)
+        gradients = ps.grads(model, CE)(params, state, x, y)
+        moved = rows_of(ekfac.inverse_product(gradients, damping=0.3))
+        expected["self_influence_ekfac"].append((rows_of(gradients) * moved).sum(1))
         weights = 1 / (rows.square().mean(0) + 0.3)
         expected["self_influence_diagonal"].append(rows.square() @ weights)
     assert list(scores.values) == list(expected)
@@ -74,3 +87,9 @@ def test_planted_labels_are_found_on_digits() -> None:
     for name, values in scores.values.items():
         # chance finds 0.2
         assert found_share(suspicion_order(values, name), planted, 0.2) > 0.8, name
+
+
+def test_forgetting_counts_falls_and_what_was_never_right() -> None:
+    history = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1], [1, 0, 0, 1], [0, 0, 1, 1]], dtype=torch.bool)
+    assert forgetting(history).tolist() == [2, 4, 1, 0]
+    assert forgetting(history[:1]).tolist() == [0, 1, 1, 0]

@@ -25,7 +25,12 @@ def main(options: Train) -> None:
     start, output, recipe = time.perf_counter(), plain_console(), options.hyper
     data_dir = None if options.data_dir is None else str(options.data_dir.resolve())
     init = None if options.init is None else str(options.init.resolve())
-    experiment = Experiment(options.dataset, data_dir, options.seed, recipe, init)
+    changes = options.training_set
+    if changes.scores:
+        changes = replace(changes, scores=str(Path(changes.scores).resolve()))
+    experiment = Experiment(
+        options.dataset, data_dir, options.seed, recipe, init, changes, options.snapshots, options.record
+    )
     machine = configure(options.machine, options.resume)
     splits = batches.load_data(experiment, download=options.download)
     sentence = None
