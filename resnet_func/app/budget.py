@@ -133,6 +133,8 @@ def choose(
     """
     start = clock()
     recipe = replace(experiment.recipe, epochs=1)
+    if splits.train.num_samples < recipe.batch_size:  # the run says what is wrong with that
+        return Choice(recipe, False, "budget: there is no batch to measure")
     task = make_task(recipe, splits)
     trial = replace(experiment, recipe=replace(recipe, early_scales=()))
     scales = sorted({scale for scale, _ in recipe.early_scales} | {1.0})

@@ -170,6 +170,12 @@ def test_it_compiles_where_more_epochs_fit_so(
     assert 0.93 * left <= measuring + total <= 1.01 * left
 
 
+def test_less_than_a_batch_is_left_to_the_run_to_refuse(splits: data.Splits) -> None:
+    experiment = Experiment("digits", None, 0, replace(PLAIN, batch_size=5000))
+    machine = runtime.configure(device="cpu", threads=1, compile="off")
+    assert budget.choose(experiment, splits, machine, seconds=60.0).recipe.epochs == 1
+
+
 def test_a_measurement_is_of_the_real_step(splits: data.Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "MEASURE_SECONDS", 0.0)
     monkeypatch.setattr(budget, "LEAST_STEPS", 1)
