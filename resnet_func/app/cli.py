@@ -1,4 +1,4 @@
-"""The command line: `resnet-func train | evaluate | predict | summary | scores`.
+"""The command line: `resnet-func train | evaluate | predict | summary | scores | curvature`.
 
 Options are parsed and refused without importing torch, which takes seconds; a command's file does.
 """
@@ -20,7 +20,7 @@ import tyro
 
 from resnet_func.app import recipes, run_folder
 from resnet_func.app.errors import AppError, Interrupted, UsageError, warn
-from resnet_func.app.options import Evaluate, Predict, Scores, Summary, Train
+from resnet_func.app.options import Curvature, Evaluate, Predict, Scores, Summary, Train
 
 INTERRUPTED = 130
 SUMMARY = "Train ResNets and other networks on images, test them, and ask them."
@@ -30,6 +30,7 @@ COMMANDS = {
     "predict": Predict,
     "summary": Summary,
     "scores": Scores,
+    "curvature": Curvature,
 }
 """Options by name; what a command does is `main` in `commands/NAME.py`."""
 
@@ -89,6 +90,8 @@ def _parse(argv: list[str]) -> Any:
         case Scores():
             for folder in options.runs or (run_folder.latest(),):
                 run_folder.read_config(folder)
+        case Curvature():
+            run_folder.read_config(options.run or run_folder.latest())
         case Evaluate() | Predict():
             run_folder.read_config(options.run_dir or run_folder.latest())  # refused before torch is imported
     return options
