@@ -70,4 +70,4 @@ def _label_extremes(axes: Axes, spectrum: Spectrum, span: float) -> None:
             )
             last = value
     share = spectrum.negative_share()
-    axes.text(0, height / 1.6, f" {share:.1%} below zero", color=GREY, fontsize=10, va="top")
+    axes.text(0, height / 1.6, f" {share:.1%} below zero", color=NEGATIVE, fontsize=10, va="top")
