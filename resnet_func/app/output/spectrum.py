@@ -70,4 +70,5 @@ def _label_extremes(axes: Axes, spectrum: Spectrum, span: float) -> None:
             )
             last = value
     share = spectrum.negative_share()
-    axes.text(0, height / 1.6, f" {share:.1%} below zero", color=NEGATIVE, fontsize=10, va="top")
+    colour = NEGATIVE if share > 0 else GREY
+    axes.text(0, height / 1.6, f" {share:.1%} below zero", color=colour, fontsize=10, va="top")

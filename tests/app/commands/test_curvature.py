@@ -19,7 +19,7 @@ TINY = ("--steps", "3", "--probes", "2", "--images", "4", "--threads", "1")
 def trained(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     images = make_image_folder(tmp_path_factory.mktemp("data"))
-    options = "--epochs 1 --batch-size 8 --crop 1 --threads 1".split()
+    options = ("--epochs", "1", "--batch-size", "8", "--crop", "1", "--threads", "1")
     command = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", str(run), *options]
     threads = torch.get_num_threads()
     assert main(command) == 0
