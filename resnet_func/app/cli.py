@@ -1,4 +1,4 @@
-"""The command line: `resnet-func train | evaluate | predict | summary | scores | attribute`.
+"""The command line: `resnet-func train | evaluate | predict | summary | scores | attribute | curvature`.
 
 Options are parsed and refused without importing torch, which takes seconds; a command's file does.
 """
@@ -20,7 +20,7 @@ import tyro
 
 from resnet_func.app import recipes, run_folder
 from resnet_func.app.errors import AppError, Interrupted, UsageError, warn
-from resnet_func.app.options import Attribute, Evaluate, Predict, Scores, Summary, Train
+from resnet_func.app.options import Attribute, Curvature, Evaluate, Predict, Scores, Summary, Train
 
 INTERRUPTED = 130
 SUMMARY = "Train ResNets and other networks on images, test them, and ask them."
@@ -31,6 +31,7 @@ COMMANDS = {
     "summary": Summary,
     "scores": Scores,
     "attribute": Attribute,
+    "curvature": Curvature,
 }
 """Options by name; what a command does is `main` in `commands/NAME.py`."""
 
@@ -96,6 +97,8 @@ def _parse(argv: list[str]) -> Any:
         case Scores():
             for folder in options.runs or (run_folder.latest(),):
                 run_folder.read_config(folder)
+        case Curvature():
+            run_folder.read_config(options.run or run_folder.latest())
         case Evaluate() | Predict() | Attribute():
             run_folder.read_config(options.run_dir or run_folder.latest())  # refused before torch is imported
     return options
