@@ -86,6 +86,8 @@ def _parse(argv: list[str]) -> Any:
     match options:
         case Train(resume=Path()):
             _check_resume(options, defaults["train"])
+        case Train():
+            options = _epochs_or_minutes(options, defaults["train"].hyper)
         case Predict(images=()):
             raise UsageError("predict needs an image file or more: resnet-func predict IMAGE...")
         case Attribute(images=(), test_index=()):
@@ -123,6 +125,17 @@ def _train_defaults(argv: list[str]) -> Train:
     return Train(
         dataset=saved.dataset, data_dir=data_dir, seed=saved.seed, init=init, hyper=saved.recipe, **kept
     )
+
+
+def _epochs_or_minutes(options: Train, default: recipes.Recipe) -> Train:
+    """A budget that is given takes the place of the recipe's epochs, and epochs that of its budget."""
+    recipe = options.hyper
+    epochs, minutes = recipe.epochs != default.epochs, recipe.minutes != default.minutes
+    if epochs and minutes and recipe.epochs and recipe.minutes:
+        raise UsageError("--epochs and --minutes say the same twice; leave one out")
+    if minutes and recipe.minutes:
+        return replace(options, hyper=replace(recipe, epochs=0))
+    return replace(options, hyper=replace(recipe, minutes=0.0)) if recipe.epochs else options
 
 
 def _check_resume(options: Train, saved: Train) -> None:
