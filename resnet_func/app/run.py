@@ -76,7 +76,8 @@ def train(
     if resume:
         train_state, progress, records = _restore(folder, train_state, reporter)
     else:
-        run_folder.write_config(folder, experiment, task)
+        chosen = {"speeds": runtime.speeds.as_numbers(), "compile": runtime.compile}
+        run_folder.write_config(folder, experiment, task, chosen)
 
     prepare = Preparer(task, runtime)
     with _deferred_interrupt() as interrupted:
