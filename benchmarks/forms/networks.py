@@ -42,8 +42,8 @@ def make_model(name: str, size: int, **changes: Any) -> rf.Model:
         return zoo.by_name("resnet20", depths=(1, 1, 1), **changes)
     if name not in zoo.ZOO:
         raise ValueError(
-            f"no network is called {name!r}; there are {', '.join(known())}, and torchvision:NAME, timm:NAME, "
-            "FILE.py:CALLABLE and pkg.mod:CALLABLE"
+            f"no network is called {name!r}; there are {', '.join(known())}, and torchvision:NAME, "
+            "timm:NAME, FILE.py:CALLABLE and pkg.mod:CALLABLE"
         )
     if name in zoo.IMAGENET and size <= 64:
         changes = {"stem": "cifar", "num_classes": 10, **changes}

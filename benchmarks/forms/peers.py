@@ -1,8 +1,8 @@
 """Clipped sums as other libraries compute them, of the same network with the same parameters.
 
-Needs the extra `bench`. Opacus gets the model as a plain module with `GroupNorm`, or somebody's own network as
-it is, where it takes it; JAX gets a network of the zoo, its parameters as arrays. BackPACK is not here: it passes over GroupNorm's parameters without a word, so that its norms lack
-them.
+Needs the extra `bench`. Opacus gets the model as a plain module with `GroupNorm`, or somebody's own network
+as it is, where it takes it; JAX gets a network of the zoo, its parameters as arrays. BackPACK is not here: it
+passes over GroupNorm's parameters without a word, so that its norms lack them.
 """
 
 from __future__ import annotations
@@ -95,8 +95,11 @@ def _copied(leaf: Tensor) -> Tensor:
 
 
 def _own_module(case: Case) -> nn.Module:
-    """Somebody's module in evaluation mode, with nothing in place: hooks refuse outputs that change."""
-    module = rf.to_module(case.model, case.params, case.state).eval()
+    """Somebody's module with nothing in place, since hooks refuse outputs that change.
+
+    In training mode, without which Opacus sees no layer; what has statistics of the batch it refuses.
+    """
+    module = rf.to_module(case.model, case.params, case.state).train()
     for part in module.modules():
         if isinstance(getattr(part, "inplace", None), bool):
             part.inplace = False  # type: ignore[assignment]

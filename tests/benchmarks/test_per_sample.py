@@ -137,6 +137,21 @@ def test_peers_that_do_not_take_a_network_are_left_out_with_their_reason(
     assert "the zoo's networks only" in skipped[per_sample.JAX_PLAIN]
 
 
+def test_peers_that_are_wrong_about_a_network_are_left_out_with_their_error(own: str) -> None:
+    options = per_sample.Options(model=own, batch=2, size=8)
+    case = per_sample.make_case(options, "cpu")  # type: ignore[arg-type]
+    right = per_sample.make_step("clipped_sum", options, case)
+
+    def twice() -> Any:
+        total, norms = right()
+        return total, 2 * norms
+
+    steps, skipped = {"clipped_sum": right, "Opacus, ghost": right, "Opacus, hooks": twice}, {}
+    assert set(per_sample.check_steps(steps, skipped, options, case)) == {"clipped_sum", "Opacus, ghost"}
+    assert set(steps) == {"clipped_sum", "Opacus, ghost"}
+    assert skipped["Opacus, hooks"].startswith("Opacus, hooks is wrong: relative error of its norms 1,")
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
