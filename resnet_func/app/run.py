@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from resnet_func.app import checkpoint, data, run_folder
-from resnet_func.app.batches import Preparer, check_classes, describe_changes, make_task, train_batches
+from resnet_func.app.batches import ALONE, Preparer, check_classes, describe_changes, make_task, train_batches
 from resnet_func.app.errors import AppError, Interrupted
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.inference import Trained, evaluate_trained, parameters_to_test
+from resnet_func.app.launch import ONE_PROCESS, Group, is_lost
 from resnet_func.app.parts import make_parts
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
+from resnet_func.distributed import fingerprint
 from resnet_func.train import Evaluation, Progress, train_epoch
 from resnet_func.types import TrainState
 
@@ -51,54 +55,103 @@ def train(
     reporter: Reporter,
     *,
     resume: bool = False,
+    group: Group = ONE_PROCESS,
 ) -> Result:
     """Train the experiment in its folder, from the start or from its last checkpoint.
 
     Outside the main thread, where Python has no signal handlers, signals are left to their usual ways.
 
+    Args:
+        experiment, splits: What to train, and on what; the same on every rank.
+        folder: The run folder, which every rank reads and rank 0 writes.
+        runtime: The machine.
+        reporter: Who is told.
+        resume: Go on from the last checkpoint.
+        group: The ranks that train together; all return the same.
+
     Raises:
-        Interrupted: SIGINT or SIGTERM came; the run is saved after the step it was in.
+        Interrupted: SIGINT or SIGTERM came, to any rank; the run is saved after the step it was in.
         TrainingError: the loss is not finite, or the training set is smaller than a batch.
+        RankError: the ranks do not agree.
         CheckpointError, DataError, RunError: as their modules say.
     """
-    recipe = experiment.recipe
-    epoch_samples = splits.train.num_samples // recipe.batch_size * recipe.batch_size
-    if not epoch_samples:
-        raise TrainingError(
-            f"batch_size {recipe.batch_size} is more than the {splits.train.num_samples} training images; "
-            f"try --batch-size {min(32, splits.train.num_samples)}"
-        )
+    recipe, writes = experiment.recipe, group.rank == 0
+    epoch_samples = _samples_per_epoch(recipe, splits, group)
     task = make_task(recipe, splits)
     if resume:
         task = _recorded_task(folder, task, splits, reporter)
-    model, step, train_state = make_parts(experiment, task, runtime)
+    group.check_same(_digest(experiment, task), "has other data or options than rank 0: give all the same")
+    model, step, train_state = make_parts(experiment, task, runtime, group.ranks)
     progress, records, evaluation = Progress(), [], None
     if resume:
-        train_state, progress, records = _restore(folder, train_state, reporter)
-    else:
+        train_state, progress, records = _restore(folder, train_state, reporter, writes=writes)
+    elif writes:
         run_folder.write_config(folder, experiment, task)
+    _check_alike(train_state, group)
 
-    prepare = Preparer(task, runtime)
-    with _deferred_interrupt() as interrupted:
+    prepare, ranks = Preparer(task, runtime), group.ranks or ALONE
+    with _deferred_interrupt(once=group.ranks is None) as received:
         for epoch in range(progress.epoch, recipe.epochs):
-            batches = train_batches(experiment, splits.train, prepare, epoch, progress.batch)
-            steps = train_epoch(step, train_state, batches, progress, time.perf_counter)
-            for train_state, progress in steps:
-                reporter.batch(progress, epoch_samples)
-                _check_finite(progress, recipe)
-                if interrupted():
+            batches = train_batches(experiment, splits.train, prepare, epoch, progress.batch, ranks)
+            clock, size = time.perf_counter, recipe.batch_size
+            steps = train_epoch(step, train_state, batches, progress, clock, batch_size=size)
+            try:
+                for train_state, progress in steps:
+                    reporter.batch(progress, epoch_samples)
+                    _check_finite(progress, recipe)
+                    if group.agree(received()):
+                        raise Interrupted
+            except RuntimeError as error:
+                if writes and group.world > 1 and is_lost(error):
+                    _save(folder, train_state, progress, records)  # the last step that was whole
+                raise
+            except Interrupted:
+                if writes:
                     _save(folder, train_state, progress, records)
-                    raise Interrupted
+                raise
             trained = Trained(model, *parameters_to_test(train_state), task, experiment)
-            evaluation = evaluate_trained(trained, splits.test, runtime, epoch=epoch)
+            evaluation = evaluate_trained(trained, splits.test, runtime, epoch=epoch, ranks=ranks)
             records = [*records, _record(epoch, progress, evaluation)]
             progress = Progress(epoch + 1)
-            _save(folder, train_state, progress, records)
+            _check_alike(train_state, group)
+            if writes:
+                _save(folder, train_state, progress, records)
             reporter.epoch(records[-1])
-            if interrupted() and epoch + 1 < recipe.epochs:
+            if group.agree(received()) and epoch + 1 < recipe.epochs:
                 raise Interrupted
     trained = Trained(model, *parameters_to_test(train_state), task, experiment)
-    return Result(trained, evaluation or evaluate_trained(trained, splits.test, runtime), records)
+    evaluation = evaluation or evaluate_trained(trained, splits.test, runtime, ranks=ranks)
+    return Result(trained, evaluation, records)
+
+
+def _samples_per_epoch(recipe: Recipe, splits: data.Splits, group: Group) -> int:
+    """Whole batches' samples, once there is one and every rank has a part of it."""
+    size, images = recipe.batch_size, splits.train.num_samples
+    if size > images:
+        raise TrainingError(
+            f"batch_size {size} is more than the {images} training images; try --batch-size {min(32, images)}"
+        )
+    if size < group.world:
+        raise TrainingError(
+            f"batch_size {size} leaves some of {group.world} ranks without a sample; "
+            f"raise --batch-size to {group.world} or more, or start fewer ranks"
+        )
+    return images // size * size
+
+
+def _digest(experiment: Experiment, task: Task) -> int:
+    """A number of all that decides a run's numbers; where a rank's data lie does not."""
+    alike = replace(experiment, data_dir=None, init=None)
+    return int.from_bytes(hashlib.sha256(repr((alike, task)).encode()).digest()[:7], "big")
+
+
+def _check_alike(train_state: TrainState, group: Group) -> None:
+    if group.world > 1:
+        group.check_same(
+            fingerprint(train_state),
+            "holds other parameters than rank 0: its software, its hardware or its memory differs. "
+            "Go on without it from the last checkpoint, by --resume",
+        )
 
 
 def _recorded_task(folder: Path, found: Task, splits: data.Splits, reporter: Reporter) -> Task:
@@ -146,7 +199,7 @@ def _save(folder: Path, train_state: TrainState, progress: Progress, records: li
 
 
 def _restore(
-    folder: Path, like: TrainState, reporter: Reporter
+    folder: Path, like: TrainState, reporter: Reporter, *, writes: bool
 ) -> tuple[TrainState, Progress, list[dict[str, float]]]:
     train_state, meta, warning = checkpoint.load(run_folder.checkpoints(folder), "last", like)
     if warning:
@@ -157,21 +210,25 @@ def _restore(
         raise run_folder.RunError(
             f"the checkpoint in {folder} is not of this version: {error}. Start a new run"
         ) from error
-    if run_folder.write_metrics(folder, records) and records and not warning:
+    if writes and run_folder.write_metrics(folder, records) and records and not warning:
         reporter.note("metrics.jsonl was not what the checkpoint holds, and is written again from it")
     return train_state, progress, records
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag, so that the step it falls in is finished and saved."""
+def _deferred_interrupt(*, once: bool) -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag, so that the step it falls in is finished and saved.
+
+    With `once` the next one interrupts at once. Of several ranks none may leave the others alone: torchrun
+    sends each of them a signal that the terminal may have sent already.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
-        if received:
+        if received and once:
             raise KeyboardInterrupt
         received.append(number)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from resnet_func.app import data, inference, runtime
+from resnet_func.app import data, inference, launch, runtime
 from resnet_func.app.errors import warn
 from resnet_func.app.options import Machine
 
@@ -14,7 +14,7 @@ from resnet_func.app.options import Machine
 def configure(machine: Machine) -> runtime.Runtime:
     """Choose and apply what the options leave open."""
     return runtime.configure(
-        device=machine.device,
+        device=launch.local_device(machine.device),
         threads=machine.threads or None,
         precision=machine.precision,
         memory_format=machine.memory_format,
