@@ -1,4 +1,4 @@
-"""The command line: `resnet-func train | evaluate | predict | summary`.
+"""The command line: `resnet-func train | evaluate | predict | summary | scores`.
 
 Options are parsed and refused without importing torch, which takes seconds; a command's file does.
 """
@@ -20,11 +20,17 @@ import tyro
 
 from resnet_func.app import launch, recipes, run_folder
 from resnet_func.app.errors import AppError, Interrupted, Unspoken, UsageError, warn
-from resnet_func.app.options import Evaluate, Predict, Summary, Train
+from resnet_func.app.options import Evaluate, Predict, Scores, Summary, Train
 
 INTERRUPTED = 130
 SUMMARY = "Train ResNets and other networks on images, test them, and ask them."
-COMMANDS = {"train": Train, "evaluate": Evaluate, "predict": Predict, "summary": Summary}
+COMMANDS = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "summary": Summary,
+    "scores": Scores,
+}
 """Options by name; what a command does is `main` in `commands/NAME.py`."""
 
 
@@ -90,6 +96,9 @@ def _parse(argv: list[str]) -> Any:
             _check_resume(options, defaults["train"])
         case Predict(images=()):
             raise UsageError("predict needs an image file or more: resnet-func predict IMAGE...")
+        case Scores():
+            for folder in options.runs or (run_folder.latest(),):
+                run_folder.read_config(folder)
         case Evaluate() | Predict():
             run_folder.read_config(options.run_dir or run_folder.latest())  # refused before torch is imported
     return options
@@ -112,7 +121,10 @@ def _train_defaults(argv: list[str]) -> Train:
         return Train(hyper=recipes.recipe(choice.recipe, choice.dataset))
     saved, _ = run_folder.read_config(choice.resume)
     data_dir, init = (None if path is None else Path(path) for path in (saved.data_dir, saved.init))
-    return Train(dataset=saved.dataset, data_dir=data_dir, seed=saved.seed, init=init, hyper=saved.recipe)
+    kept = {"snapshots": saved.snapshots, "record": saved.record, "training_set": saved.training_set}
+    return Train(
+        dataset=saved.dataset, data_dir=data_dir, seed=saved.seed, init=init, hyper=saved.recipe, **kept
+    )
 
 
 def _check_resume(options: Train, saved: Train) -> None:

@@ -15,14 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from resnet_func.app.errors import AppError, Interrupted, Unspoken
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
     from resnet_func.distributed import Ranks
 
@@ -248,13 +248,15 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, int(signal.SIGTERM), 0, 0, 0)
 
 
-def quiet_unless_first() -> Any:
+@contextmanager
+def quiet_unless_first() -> Iterator[None]:
     """For what every rank would print alike, such as the parser's help: rank 0 alone prints."""
-    from contextlib import ExitStack, redirect_stderr, redirect_stdout
-
-    stack = ExitStack()
-    if not is_first():
-        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        stack.enter_context(redirect_stdout(nowhere))
-        stack.enter_context(redirect_stderr(nowhere))
-    return stack
+    if is_first():
+        yield
+        return
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
+        yield

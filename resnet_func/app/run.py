@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from resnet_func.app import checkpoint, data, run_folder
+from resnet_func.app import checkpoint, data, run_folder, training_record
 from resnet_func.app.batches import ALONE, Preparer, check_classes, describe_changes, make_task, train_batches
 from resnet_func.app.errors import AppError, Interrupted
 from resnet_func.app.experiment import Experiment, Task
@@ -22,7 +22,7 @@ from resnet_func.app.launch import ONE_PROCESS, Group, is_lost
 from resnet_func.app.parts import make_parts
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
-from resnet_func.distributed import fingerprint
+from resnet_func.distributed import Ranks, fingerprint
 from resnet_func.train import Evaluation, Progress, train_epoch
 from resnet_func.types import TrainState
 
@@ -96,7 +96,8 @@ def train(
             clock, size = time.perf_counter, recipe.batch_size
             steps = train_epoch(step, train_state, batches, progress, clock, batch_size=size)
             try:
-                for train_state, progress in steps:
+                for done in steps:
+                    train_state, progress = done
                     reporter.batch(progress, epoch_samples)
                     _check_finite(progress, recipe)
                     if group.agree(received()):
@@ -114,6 +115,7 @@ def train(
             records = [*records, _record(epoch, progress, evaluation)]
             progress = Progress(epoch + 1)
             _check_alike(train_state, group)
+            _keep(folder, trained, splits.train, runtime, epoch, ranks)
             if writes:
                 _save(folder, train_state, progress, records)
             reporter.epoch(records[-1])
@@ -184,6 +186,23 @@ def _record(epoch: int, progress: Progress, evaluation: Evaluation) -> dict[str,
         "seconds": round(progress.seconds, 3),
         "images_per_second": round(progress.samples / progress.seconds, 1),
     }
+
+
+def _keep(
+    folder: Path, trained: Trained, source: data.Source, runtime: Runtime, epoch: int, ranks: Ranks
+) -> None:
+    """What the experiment wants kept of an epoch: the network, and which training images are right."""
+    experiment, writes = trained.experiment, ranks.rank == 0
+    epochs, wanted = experiment.recipe.epochs, experiment.snapshots
+    if writes and epoch + 1 in {round((i + 1) * epochs / wanted) for i in range(wanted)}:
+        kept = (trained.params, trained.state)
+        name, meta = f"epoch-{epoch + 1}", {"epoch": epoch + 1}
+        checkpoint.save(run_folder.checkpoints(folder), name, kept, meta=meta)
+    if experiment.record:
+        evaluation = evaluate_trained(trained, source, runtime, epoch=epoch, ranks=ranks)
+        correct = evaluation.logits.argmax(1) == evaluation.targets
+        if writes:
+            training_record.write(folder, epoch, correct)
 
 
 def _save(folder: Path, train_state: TrainState, progress: Progress, records: list[dict[str, float]]) -> None:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from resnet_func import tree
 from resnet_func.numerics import accumulation_dtype
@@ -56,7 +58,7 @@ class Joined(NamedTuple):
     """A process's place, and the store in which the group's processes leave each other words; alone, None."""
 
     ranks: Ranks
-    store: dist.Store | None
+    store: Store | None
 
 
 def join(device: torch.device | str = "cpu", *, timeout: float = 300.0) -> Joined:
@@ -84,12 +86,12 @@ def join(device: torch.device | str = "cpu", *, timeout: float = 300.0) -> Joine
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"several processes compute on cpu or cuda; got {kind!r}. Try device='cpu'")
     limit = timedelta(seconds=timeout)
-    found, rank, world = next(dist.rendezvous("env://", timeout=limit))
+    found, rank, world = next(rendezvous("env://", timeout=limit))
     # torchrun may keep one store for all starts of a group: each has names of its own
-    store = dist.PrefixStore(f"resnet_func/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+    store = PrefixStore(f"resnet_func/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=limit
+        backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit
     )
     assert dist.group.WORLD is not None  # it was made just now
     return Joined(Ranks(rank, world, dist.group.WORLD.group_name), store)

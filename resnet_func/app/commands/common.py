@@ -40,9 +40,9 @@ def describe_data(name: str, splits: data.Splits) -> str:
     )
 
 
-def plain_console() -> Console:
+def plain_console(*, quiet: bool = False) -> Console:
     """A console that prints what a user named as it is: "[old]" is no markup, ":cat:" no picture."""
-    return Console(markup=False, emoji=False, highlight=False)
+    return Console(markup=False, emoji=False, highlight=False, quiet=quiet)
 
 
 def say(output: Console, text: str) -> None:
