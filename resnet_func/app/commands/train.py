@@ -46,6 +46,8 @@ def _train(options: Train, machine: runtime.Runtime, group: launch.Group) -> Non
             with console.ConsoleReporter(output, recipe.epochs) as reporter:
                 result = run.train(experiment, splits, folder, machine, reporter, resume=resume, group=group)
         except Interrupted:
+            if not group.rank:
+                run_folder.forget_launch(folder)  # on purpose: no start after it goes on by itself
             command = "torchrun ... -m resnet_func" if group.ranks else "resnet-func"
             raise Interrupted(f"the run is saved; go on with: {command} train --resume {folder}") from None
     if group.rank:
