@@ -112,11 +112,11 @@ class Scores:
     """Score every training image: scores.csv, suspects.png with the likeliest wrong labels, and advice."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")] = ()
-    """Run folders, such as of several seeds, whose scores are averaged; by default the latest below runs/."""
+    """Run folders, such as of several seeds, whose scores are averaged; by default the latest run."""
     scores: tuple[str, ...] = ()
-    """Of loss margin el2n grand self_influence self_influence_diagonal forgetting; by default what is cheap."""
+    """Of loss margin el2n grand self_influence self_influence_diagonal forgetting; by default cheap ones."""
     rank_by: str = ""
-    """The score that ranks the images, and chooses the suspects; by default margin, or the first of --scores."""
+    """The score that ranks the images and chooses suspects; by default margin, or the first of --scores."""
     data_dir: Path | None = None
     """Where the data set is now, if it has moved."""
     batch_size: int = 128
