@@ -1,4 +1,4 @@
-"""The command line: `resnet-func train | evaluate | predict | summary | scores | attribute`.
+"""The command line: `resnet-func train | evaluate | predict | summary | scores | attribute | curvature`.
 
 Options are parsed and refused without importing torch, which takes seconds; a command's file does.
 """
@@ -20,7 +20,7 @@ import tyro
 
 from resnet_func.app import launch, recipes, run_folder
 from resnet_func.app.errors import AppError, Interrupted, Unspoken, UsageError, warn
-from resnet_func.app.options import Attribute, Evaluate, Predict, Scores, Summary, Train
+from resnet_func.app.options import Attribute, Curvature, Evaluate, Predict, Scores, Summary, Train
 
 INTERRUPTED = 130
 SUMMARY = "Train ResNets and other networks on images, test them, and ask them."
@@ -31,6 +31,7 @@ COMMANDS = {
     "summary": Summary,
     "scores": Scores,
     "attribute": Attribute,
+    "curvature": Curvature,
 }
 """Options by name; what a command does is `main` in `commands/NAME.py`."""
 
@@ -95,6 +96,8 @@ def _parse(argv: list[str]) -> Any:
     match options:
         case Train(resume=Path()):
             _check_resume(options, defaults["train"])
+        case Train():
+            options = _epochs_or_minutes(options, defaults["train"].hyper)
         case Predict(images=()):
             raise UsageError("predict needs an image file or more: resnet-func predict IMAGE...")
         case Attribute(images=(), test_index=()):
@@ -104,6 +107,8 @@ def _parse(argv: list[str]) -> Any:
         case Scores():
             for folder in options.runs or (run_folder.latest(),):
                 run_folder.read_config(folder)
+        case Curvature():
+            run_folder.read_config(options.run or run_folder.latest())
         case Evaluate() | Predict() | Attribute():
             run_folder.read_config(options.run_dir or run_folder.latest())  # refused before torch is imported
     return options
@@ -130,6 +135,17 @@ def _train_defaults(argv: list[str]) -> Train:
     return Train(
         dataset=saved.dataset, data_dir=data_dir, seed=saved.seed, init=init, hyper=saved.recipe, **kept
     )
+
+
+def _epochs_or_minutes(options: Train, default: recipes.Recipe) -> Train:
+    """A budget that is given takes the place of the recipe's epochs, and epochs that of its budget."""
+    recipe = options.hyper
+    epochs, minutes = recipe.epochs != default.epochs, recipe.minutes != default.minutes
+    if epochs and minutes and recipe.epochs and recipe.minutes:
+        raise UsageError("--epochs and --minutes say the same twice; leave one out")
+    if minutes and recipe.minutes:
+        return replace(options, hyper=replace(recipe, epochs=0))
+    return replace(options, hyper=replace(recipe, minutes=0.0)) if recipe.epochs else options
 
 
 def _check_resume(options: Train, saved: Train) -> None:

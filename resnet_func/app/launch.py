@@ -77,7 +77,7 @@ def local_device(device: str) -> str:
     import torch
 
     if not is_launched() or device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return device
+        return "cpu" if device == "auto" and not torch.cuda.is_available() else device
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
@@ -85,7 +85,7 @@ class Group:
     """The ranks of a launch, and the store by which they tell each other words; alone, one rank of one."""
 
     def __init__(self, ranks: Ranks | None, store: Store | None, timeout: float) -> None:
-        self.ranks, self.store, self.timeout = ranks, store, timeout
+        self.ranks, self.store, self.timeout, self.words = ranks, store, timeout, 0
 
     @property
     def rank(self) -> int:
@@ -96,12 +96,13 @@ class Group:
         return self.ranks.world if self.ranks else 1
 
     def from_first(self, word: Callable[[], str]) -> str:
-        """What `word` returns on rank 0, where alone it is called."""
+        """What `word` returns on rank 0, where alone it is called; in the same order on all."""
         if self.store is None:
             return word()
+        self.words += 1
         if self.rank == 0:
-            self.store.set("from-first", word())
-        return self.store.get("from-first").decode()
+            self.store.set(f"from-first/{self.words}", word())
+        return self.store.get(f"from-first/{self.words}").decode()
 
     def first_on_node(self, load: Callable[[], T]) -> T:
         """`load` on one rank of each node before the others: they find the downloads and caches it left."""
@@ -189,7 +190,7 @@ def group(device: str = "cpu", *, timeout: float = 300.0) -> Iterator[Group]:
     from resnet_func import distributed
 
     end_with_launcher()
-    ranks, store = distributed.join(device, timeout=timeout)
+    ranks, store = distributed.join(local_device(device), timeout=timeout)
     joined = Group(ranks, store, timeout)
     try:
         yield joined

@@ -149,3 +149,28 @@ class Attribute:
     batch_size: int = 128
     """Images at a time."""
     machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Measure how sharp the loss is around a trained network: trace, extreme eigenvalues, spectrum.png."""
+
+    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
+    """The run folder; by default the latest below runs/."""
+    matrix: Literal["hessian", "ggn"] = "hessian"
+    """hessian: second derivatives of the training loss; ggn: its Gauss-Newton part, never negative."""
+    images: int = 1000
+    """Training images to look at, drawn at random."""
+    steps: int = 40
+    """Steps of Lanczos's method, each a pass over the images; more resolve more eigenvalues."""
+    probes: int = 10
+    """Random probes of the trace, each a pass over the images."""
+    seed: int = 0
+    """Of the images, the start and the probes."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+    batch_size: int = 128
+    """Images at a time."""
+    data_dir: Path | None = None
+    """Where the data set is now, if it has moved."""
+    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)

@@ -86,7 +86,8 @@ def train(
     if resume:
         train_state, progress, records = _restore(folder, train_state, reporter, writes=writes)
     elif writes:
-        run_folder.write_config(folder, experiment, task)
+        chosen = {"speeds": runtime.speeds.as_numbers(), "compile": runtime.compile}
+        run_folder.write_config(folder, experiment, task, chosen)
     _check_alike(train_state, group)
 
     prepare, ranks = Preparer(task, runtime), group.ranks or ALONE
