@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 from resnet_func.models import variants
 
 if TYPE_CHECKING:
-    from resnet_func import attribution, curvature, losses, optim, per_sample, privacy, train, tree
+    from resnet_func import (
+        attribution,
+        calibration,
+        curvature,
+        distributed,
+        losses,
+        optim,
+        per_sample,
+        privacy,
+        train,
+        tree,
+    )
     from resnet_func.models import winograd, zoo
     from resnet_func.models.config import ResNetConfig
     from resnet_func.models.load import load_network
@@ -46,7 +57,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attribution": "attribution",
+    "calibration": "calibration",
     "curvature": "curvature",
+    "distributed": "distributed",
     "losses": "losses",
     "optim": "optim",
     "per_sample": "per_sample",

@@ -66,6 +66,14 @@ def _requires_grad(value: Tensor) -> bool:
     return value.requires_grad or (inner is not value and _requires_grad(inner))
 
 
+def can_read(tensor: Tensor) -> bool:
+    """Whether a tensor has values that may be looked at: not in compiled code, under a transform, on meta."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return plain and debug_unwrap(tensor, recurse=False) is tensor
+
+
 def detach_leaves(of: Tree) -> Tree:
     """The tree with what requires grad by itself, such as an `nn.Parameter`, detached.
 

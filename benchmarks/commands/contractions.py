@@ -1,7 +1,8 @@
-"""The two ways of every layer's norm, ghost and materialised, against what the plan chose between them."""
+"""Every way of every layer's contraction, against what the plan chose among them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,65 +12,102 @@ from torch.utils.benchmark import Timer
 from benchmarks.forms.networks import Case
 from benchmarks.harness import report
 from benchmarks.harness.options import Step
+from resnet_func import calibration
+from resnet_func.calibration import Speeds
 from resnet_func.losses import cross_entropy
 from resnet_func.per_sample import contract, plan
 from resnet_func.per_sample.capture import Batch, capture, make_task
-from resnet_func.per_sample.factors import ConvFactors
+from resnet_func.per_sample.factors import ConvFactors, Direct, num_samples
 
 HOPELESS = 20  # times the other way's estimated cost: not tried, and more memory than there is
-WAYS = ("ghost", "materialize")
+WAYS = {"norms": ("ghost", "materialize"), "clipped_sum": ("ghost", "materialize", "keep")}
 
 
-def run(options: Step, case: Case, where: dict[str, Any]) -> None:
-    """Measure, print the table, and write the result file."""
-    rows = measure(case, min_run_time=1e-3 if options.quick else 0.3)
+def run(options: Step, case: Case, where: dict[str, Any], speeds: Speeds) -> None:
+    """Measure, print the tables, and write the result file."""
+    found, tables = {}, []
+    for quantity in WAYS:
+        rows = measure(case, quantity, speeds, min_run_time=1e-3 if options.quick else 0.2)
+        title = f"{quantity} of {case.name}, batch {options.batch}, {options.size} px, milliseconds"
+        tables.append(as_table(f"{title}{options.toy_note}", quantity, rows))
+        found[quantity] = rows
     name = f"{case.name}-n{options.batch}-{options.size}px"
-    title = f"norms of {case.name}, batch {options.batch}, {options.size} px, milliseconds{options.toy_note}"
-    report.publish(options, where, f"layers-{name}", {"layers": rows}, tables=[as_table(title, rows)])
+    result = {"layers": found, "speeds": speeds.as_numbers()}
+    report.publish(options, where, f"layers-{name}", result, tables=tables, notes=[speeds.describe()])
 
 
-def measure(case: Case, min_run_time: float) -> list[dict[str, Any]]:
-    """Milliseconds of both ways of every distinct convolution's norm, and what the plan chose."""
+def measure(case: Case, quantity: str, speeds: Speeds, min_run_time: float) -> list[dict[str, Any]]:
+    """Milliseconds of all ways of every distinct convolution, and what was chosen by which speeds."""
     model, params, state, x, y = case.model, case.params, case.state, case.x, case.y
-    entries = {e.path: e for e in plan(model, x.shape, "norms", params=params, state=state).entries}
+    by_speeds = {
+        "chosen": plan(model, x.shape, quantity, params=params, state=state, speeds=speeds),
+        "typical": plan(model, x.shape, quantity, params=params, state=state, speeds=calibration.TYPICAL),
+    }
+    entries = {entry.path: entry for entry in by_speeds["chosen"].entries}
     task = make_task(model, cross_entropy, lambda path: path in entries, params, state)
     found = capture(task, Batch(x, y, len(x), 1)).factors
-    done, rows = set(), []
+    done: dict[Any, dict[str, Any]] = {}
     for path, factors in found.items():
         entry = entries[path]
-        if not isinstance(factors, ConvFactors) or (factors.spec, entry.positions) in done:
+        if not isinstance(factors, ConvFactors):
             continue
-        done.add((factors.spec, entry.positions))
-        row: dict[str, Any] = {"layer": path, "T": entry.positions, "D": entry.weights, "plan": entry.way}
-        for way in WAYS:
+        kind = (factors.spec, entry.positions)
+        if kind in done:
+            done[kind]["times"] += 1
+            continue
+        done[kind] = {"layer": path, "T": entry.positions, "D": entry.weights, "times": 1}
+        done[kind] |= {name: of.ways[path] for name, of in by_speeds.items()}
+        for way in WAYS[quantity]:
             hopeless = way not in entry.costs or entry.costs[way] > HOPELESS * min(entry.costs.values())
-            row[way] = None if hopeless else milliseconds(factors, way, min_run_time)
-        rows.append(row)
-    return rows
+            call = make_call(quantity, factors, way)
+            done[kind][way] = None if hopeless else milliseconds(call, min_run_time)
+    return list(done.values())
 
 
-def milliseconds(factors: contract.ConvFactors, way: str, min_run_time: float) -> float:
-    timer = Timer(
-        "norms(factors, way)",
-        globals={"norms": contract.squared_norms, "factors": factors, "way": way},
-        num_threads=torch.get_num_threads(),
-    )
+def make_call(quantity: str, factors: ConvFactors, way: Any) -> Callable[[], Any]:
+    """One layer's part of a quantity."""
+    if quantity == "norms":
+        return lambda: contract.squared_norms(factors, way)
+    weights = factors.cotangents.new_ones(num_samples(factors))
+
+    def clipped() -> Any:
+        kept = Direct(contract.grads(factors)) if way == "keep" else factors
+        return contract.squared_norms(kept, way), contract.weighted_sum(kept, weights)
+
+    return clipped
+
+
+def milliseconds(call: Callable[[], Any], min_run_time: float) -> float:
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_run_time).median * 1e3
 
 
-def regret(row: dict[str, Any]) -> float:
-    """Time of the plan's choice over that of the best."""
-    best = min(row[way] for way in WAYS if row[way] is not None)
-    return row[row["plan"]] / best
+def regret(rows: Iterable[dict[str, Any]], quantity: str, by: str) -> float:
+    """Time of what was chosen over that of the best, of all layers together."""
+    chosen, best = 0.0, 0.0
+    for row in rows:
+        tried = [row[way] for way in WAYS[quantity] if row[way] is not None]
+        chosen += row["times"] * (row[row[by]] if row[row[by]] is not None else max(tried))
+        best += row["times"] * min(tried)
+    return chosen / best
 
 
-def as_table(title: str, rows: list[dict[str, Any]]) -> Table:
+def as_table(title: str, quantity: str, rows: list[dict[str, Any]]) -> Table:
     table = Table("layer", title=title, title_justify="left")
-    for header in ("T", "D", *WAYS, "plan", "plan / best"):
+    for header in ("times", "T", "D", *WAYS[quantity], "chosen", "chosen / best", "typical / best"):
         table.add_column(header, justify="right")
     for row in rows:
-        times = ["-" if row[way] is None else f"{row[way]:.2f}" for way in WAYS]
+        times = ["-" if row[way] is None else f"{row[way]:.2f}" for way in WAYS[quantity]]
         table.add_row(
-            row["layer"], f"{row['T']:,}", f"{row['D']:,}", *times, row["plan"], f"{regret(row):.2f}"
+            row["layer"],
+            str(row["times"]),
+            f"{row['T']:,}",
+            f"{row['D']:,}",
+            *times,
+            row["chosen"],
+            *(f"{regret([row], quantity, by):.2f}" for by in ("chosen", "typical")),
         )
+    table.add_section()
+    blank = [""] * (4 + len(WAYS[quantity]))
+    table.add_row("all", *blank, *(f"{regret(rows, quantity, by):.3f}" for by in ("chosen", "typical")))
     return table

@@ -26,9 +26,11 @@ from benchmarks.forms.networks import Case
 from benchmarks.forms.peers import PEERS, make_jax_plain, make_peer
 from benchmarks.harness import conditions, measure, memory, pictures, report
 from benchmarks.harness.options import Compared, check_without, toy
+from benchmarks.harness.peaks import DTYPES
 from benchmarks.harness.report import Row
 from benchmarks.harness.statistics import Seconds
-from resnet_func import tree
+from resnet_func import calibration, tree
+from resnet_func.calibration import Speeds
 from resnet_func.losses import cross_entropy
 
 BASELINE, AGAIN, JAX_PLAIN = "plain", "plain again", "plain, JAX"
@@ -58,7 +60,9 @@ class Options(Compared):
     peers: bool = False
     """Measure other libraries' clipped sums too; needs the extra `bench`."""
     layers: bool = False
-    """Time every convolution's ghost norm and materialised norm, and the plan's choice between them."""
+    """Time every way of every convolution's contraction, beside the plan's choice among them."""
+    speeds: Literal["measured", "typical"] = "measured"
+    """What plans choose by: this machine's speeds, or the constants that the library has by default."""
 
 
 def run(options: Options) -> None:
@@ -74,7 +78,7 @@ def run(options: Options) -> None:
     case = make_case(options, machine.device)
     where = conditions.capture(machine)
     if options.layers:
-        contractions.run(options, case, where)
+        contractions.run(options, case, where, speeds_of(options, machine.device))
         return
     steps = {name: make_step(name, options, case) for name in names}
     loop_check.check(steps, case, allowed=5e-3 if options.dtype == "fp32" else 0.1)
@@ -111,6 +115,13 @@ def set_up(options: Options) -> Any:
     return (conditions.set_up if tuned else conditions.set_up_alone)(options.device, options.threads)
 
 
+def speeds_of(options: Options, device: torch.device) -> Speeds:
+    """What plans choose by."""
+    if options.speeds == "typical":
+        return calibration.TYPICAL
+    return calibration.measured(device, DTYPES[options.dtype])
+
+
 def make_case(options: Options, device: torch.device) -> Case:
     return networks.make_case(options.model, options.batch, options.size, device, norm="group")
 
@@ -127,7 +138,7 @@ def make_step(name: str, options: Options, case: Case) -> Callable[[], Any]:
     if name == JAX_PLAIN:
         step = make_jax_plain(case.model.config, params, x, y)
         return lambda: (step(), None)
-    function = make_function(name, case)
+    function = make_function(name, case, speeds_of(options, case.x.device))
     if options.dtype == "bf16":
         function = narrowed(function)
     if options.compile and "loop" not in name:
@@ -135,19 +146,19 @@ def make_step(name: str, options: Options, case: Case) -> Callable[[], Any]:
     return lambda: function(params, x, y)
 
 
-def make_function(name: str, case: Case) -> Callable[..., Any]:
+def make_function(name: str, case: Case, speeds: Speeds = calibration.TYPICAL) -> Callable[..., Any]:
     """A variant as a function of parameters, images and targets."""
     model, state, ps = case.model, case.state, rf.per_sample
     if name in (BASELINE, AGAIN):
         return plain(case)
     if name == "norms":
-        norms = ps.norms(model, cross_entropy)
+        norms = ps.norms(model, cross_entropy, speeds=speeds)
         return lambda params, x, y: (None, norms(params, state, x, y))
     if name == "grads":
-        grads = ps.grads(model, cross_entropy)
+        grads = ps.grads(model, cross_entropy, speeds=speeds)
         return lambda params, x, y: (grads(params, state, x, y), None)
     method: Any = name.partition(", ")[2] or "auto"
-    clipped = ps.clipped_sum(model, cross_entropy, max_norm=MAX_NORM, method=method)
+    clipped = ps.clipped_sum(model, cross_entropy, max_norm=MAX_NORM, method=method, speeds=speeds)
     return lambda params, x, y: clipped(params, state, x, y)
 
 

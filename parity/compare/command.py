@@ -18,11 +18,11 @@ from torch import Tensor
 
 from parity.compare.divergence import first_divergence, layer_options
 from parity.compare.matching import NoMatchError, match_leaves, renamed
-from parity.compare.record import record
 from parity.sections.graphs import trace
 from parity.sections.isomorphism import assert_isomorphic
 from parity.steps import function_step, perturbed
 from resnet_func import tree
+from resnet_func.models.layer_calls import record_values
 from resnet_func.models.load import load_network
 from resnet_func.testing import randn
 from resnet_func.testing.assertions import describe_difference
@@ -225,7 +225,7 @@ def explain(pair: Pair, x: Tensor, differing: list[Row]) -> str:
 def _record(model: Model, params: Params, state: State, x: Tensor, train: bool) -> list[Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return record(model, params, state, x, train=train)
+        return record_values(model, params, state, x, train=train)
 
 
 def _backward_divergence(
@@ -235,7 +235,7 @@ def _backward_divergence(
     cotangent = _cotangent(pair.first, params, state, x)
     first, second = (_step(model, params, state, x, cotangent, train) for model in (pair.first, pair.second))
     wrong = {name: said for name, leaf in first.items() if (said := describe_difference(second[name], leaf))}
-    order = list(dict.fromkeys(name for call in calls[0] for name in call.leaves))
+    order = list(dict.fromkeys(name for call in calls[0] for name in call.paths))
     buffers = [name for name in order if f"buffer {name}" in wrong]
     if buffers:
         why = layer_options(calls[0], calls[1], buffers[0]) or "the outputs are equal"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from parity.compare.record import Call
+from resnet_func.models.layer_calls import Call, Values
 from resnet_func.testing.assertions import describe_difference
 
 
@@ -22,16 +22,16 @@ def first_divergence(first: Sequence[Call], second: Sequence[Call]) -> str:
     layers, others = _layers(first), _layers(second)
     for key, call in layers.items():
         if key not in others:
-            return f"{_title(key)}: {call.name} in A, no such call in B"
+            return f"{_title(key)}: {call.function} in A, no such call in B"
         other = others[key]
-        if any(map(describe_difference, call.inputs, other.inputs)) or len(call.inputs) != len(other.inputs):
-            return f"before {_title(key)}: {_between(call.sources, other.sources)}"
-        if _outputs_differ(call, other):
+        if _differ(tensors(call).inputs, tensors(other).inputs):
+            return f"before {_title(key)}: {_between(tensors(call).sources, tensors(other).sources)}"
+        if _differ(tensors(call).outputs, tensors(other).outputs):
             return f"{_title(key)}: {how(call, other)}"
     for key, call in others.items():
         if key not in layers:
-            return f"{_title(key)}: {call.name} in B, no such call in A"
-    if first and second and _outputs_differ(first[-1], second[-1]):
+            return f"{_title(key)}: {call.function} in B, no such call in A"
+    if first and second and _differ(tensors(first[-1]).outputs, tensors(second[-1]).outputs):
         return f"after the last layer: {_between([first[-1]], [second[-1]])}"
     return ""
 
@@ -42,7 +42,7 @@ def layer_options(first: Sequence[Call], second: Sequence[Call], leaf: str) -> s
     said = [
         line
         for key, call in layers.items()
-        if leaf in call.leaves and key in others
+        if leaf in call.paths and key in others
         for line in _differing_options(call, others[key])
     ]
     return ", ".join(said)
@@ -50,18 +50,22 @@ def layer_options(first: Sequence[Call], second: Sequence[Call], leaf: str) -> s
 
 def how(call: Call, other: Call) -> str:
     """In what two calls on the same inputs differ."""
-    if call.name != other.name:
-        lines = [f"{call.name} in A, {other.name} in B"]
+    if call.function != other.function:
+        lines = [f"{call.function} in A, {other.function} in B"]
     else:
-        lines = [call.name, *_differing_options(call, other)]
+        lines = [call.function, *_differing_options(call, other)]
     weights = [
         said
-        for pair in zip(call.weights, other.weights, strict=False)
+        for pair in zip(tensors(call).weights, tensors(other).weights, strict=False)
         if (said := describe_difference(*pair))
     ]
     if weights:
         lines.append(f"computed with other weights: {weights[0]}")
-    lines += [f"output {said}" for said in map(describe_difference, call.outputs, other.outputs) if said][:1]
+    lines += [
+        f"output {said}"
+        for said in map(describe_difference, tensors(call).outputs, tensors(other).outputs)
+        if said
+    ][:1]
     return "; ".join(lines)
 
 
@@ -70,9 +74,9 @@ def _layers(calls: Sequence[Call]) -> dict[tuple[str, int], Call]:
     found: dict[tuple[str, int], Call] = {}
     count: Counter[str] = Counter()
     for call in calls:
-        if call.leaves:
-            found[call.leaves[0], count[call.leaves[0]]] = call
-            count[call.leaves[0]] += 1
+        if call.paths:
+            found[call.paths[0], count[call.paths[0]]] = call
+            count[call.paths[0]] += 1
     return found
 
 
@@ -82,26 +86,24 @@ def _title(key: tuple[str, int]) -> str:
     return f"{layer} (call {before + 1})" if before else layer
 
 
-def _outputs_differ(call: Call, other: Call) -> bool:
-    return len(call.outputs) != len(other.outputs) or any(
-        map(describe_difference, call.outputs, other.outputs)
-    )
+def _differ(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    return len(ours) != len(theirs) or any(map(describe_difference, ours, theirs))
 
 
 def _between(sources: list[Call | None], others: list[Call | None]) -> str:
     """What was called since the layers before, on either side: the first call that differs."""
     ours, theirs = _upstream(sources), _upstream(others)
-    after = [call.leaves[0].rpartition(".")[0] for call in ours if call.leaves][-1:]
+    after = [call.paths[0].rpartition(".")[0] for call in ours if call.paths][-1:]
     place = f"after {after[0]}, " if after else ""
-    calls, other_calls = ([call for call in side if not call.leaves] for side in (ours, theirs))
+    calls, other_calls = ([call for call in side if not call.paths] for side in (ours, theirs))
     alike = 0  # calls that give the same, whatever their names
     for call, other in zip(calls, other_calls, strict=False):
-        if _outputs_differ(call, other):
-            if call.name == other.name:
+        if _differ(tensors(call).outputs, tensors(other).outputs):
+            if call.function == other.function:
                 return f"{place}{how(call, other)}"
             break
         alike += 1
-    names = [", ".join(call.name for call in side[alike:]) for side in (calls, other_calls)]
+    names = [", ".join(call.function for call in side[alike:]) for side in (calls, other_calls)]
     if names[0] == names[1]:
         return f"{place}the same calls ({names[0] or 'none'}) on other tensors"
     return f"{place}A calls {names[0] or 'nothing'}, B calls {names[1] or 'nothing'}"
@@ -109,19 +111,19 @@ def _between(sources: list[Call | None], others: list[Call | None]) -> str:
 
 def _upstream(sources: list[Call | None]) -> list[Call]:
     """Calls from these back to the layers before, those included, in the order they ran."""
-    found: dict[Call, None] = {}
+    found: dict[int, Call] = {}
 
     def visit(call: Call | None) -> None:
-        if call is None or call in found:
+        if call is None or call.index in found:
             return
-        if not call.leaves:
-            for source in call.sources:
+        if not call.paths:
+            for source in tensors(call).sources:
                 visit(source)
-        found[call] = None
+        found[call.index] = call
 
     for source in sources:
         visit(source)
-    return sorted(found, key=lambda call: call.index)
+    return [found[index] for index in sorted(found)]
 
 
 def _differing_options(call: Call, other: Call) -> list[str]:
@@ -141,3 +143,9 @@ def _same_option(a: Any, b: Any) -> bool:
         many, one = (a, b) if wide[1] is None else (b, a)
         return all(entry == one for entry in many)
     return a == b if wide[0] is None else list(a) == list(b)
+
+
+def tensors(call: Call) -> Values:
+    """The tensors of a call of `record_values`."""
+    assert call.values is not None
+    return call.values

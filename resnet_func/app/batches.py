@@ -13,21 +13,30 @@ from resnet_func.app.data import augment
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
+from resnet_func.app.training_set import Training, prepare
 from resnet_func.train import Batches
 from resnet_func.types import Images
 
 
 def load_data(experiment: Experiment, *, download: bool = True) -> data.Splits:
-    """The run's training and test images.
+    """The run's training and test images; of the training images, what the experiment makes of them.
 
     >>> load_data(Experiment("digits", None, 0, Recipe())).test.num_samples
     364
 
     Raises:
         DataError: the data is missing, damaged or ill-arranged.
+        AppError: the scores to choose by cannot be read, or are of other data.
     """
+    training, test = load_training(experiment, download=download)
+    return data.Splits(training.source, test)
+
+
+def load_training(experiment: Experiment, *, download: bool = True) -> tuple[Training, data.Source]:
+    """`load_data`, with what is known of the training images: their places, and which labels are planted."""
     directory = None if experiment.data_dir is None else Path(experiment.data_dir)
-    return data.load(experiment.dataset, directory, image_size=experiment.decode_size, download=download)
+    splits = data.load(experiment.dataset, directory, image_size=experiment.decode_size, download=download)
+    return prepare(experiment.training_set, splits.train, experiment.seed), splits.test
 
 
 def make_task(recipe: Recipe, splits: data.Splits) -> Task:

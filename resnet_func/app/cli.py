@@ -1,4 +1,4 @@
-"""The command line: `resnet-func train | evaluate | predict | summary`.
+"""The command line: `resnet-func train | evaluate | predict | summary | scores`.
 
 Options are parsed and refused without importing torch, which takes seconds; a command's file does.
 """
@@ -22,11 +22,17 @@ import tyro
 from resnet_func.app import recipes, run_folder
 from resnet_func.app.errors import AppError, Interrupted, UsageError, warn
 from resnet_func.app.experiment import Privacy
-from resnet_func.app.options import Evaluate, Predict, PrivateTraining, Summary, Train
+from resnet_func.app.options import Evaluate, Predict, PrivateTraining, Scores, Summary, Train
 
 INTERRUPTED = 130
 SUMMARY = "Train ResNets and other networks on images, test them, and ask them."
-COMMANDS = {"train": Train, "evaluate": Evaluate, "predict": Predict, "summary": Summary}
+COMMANDS = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "summary": Summary,
+    "scores": Scores,
+}
 """Options by name; what a command does is `main` in `commands/NAME.py`."""
 
 
@@ -70,7 +76,7 @@ def _parse(argv: list[str]) -> Any:
     defaults = {"train": _train_defaults(argv)} if argv[:1] == ["train"] else {}
     choices = []
     for name, command in COMMANDS.items():
-        default = {"default": defaults[name]} if name in defaults else {}
+        default: dict[str, Any] = {"default": defaults[name]} if name in defaults else {}
         choices.append(Annotated[command, tyro.conf.subcommand(name, **default)])
     any_command = functools.reduce(operator.or_, choices)
     try:
@@ -84,6 +90,9 @@ def _parse(argv: list[str]) -> Any:
             _check_resume(options, defaults["train"])
         case Predict(images=()):
             raise UsageError("predict needs an image file or more: resnet-func predict IMAGE...")
+        case Scores():
+            for folder in options.runs or (run_folder.latest(),):
+                run_folder.read_config(folder)
         case Evaluate() | Predict():
             run_folder.read_config(options.run_dir or run_folder.latest())  # refused before torch is imported
     return options
@@ -117,6 +126,9 @@ def _train_defaults(argv: list[str]) -> Train:
         init=init,
         hyper=saved.recipe,
         privacy=_saved_privacy(saved.privacy),
+        snapshots=saved.snapshots,
+        record=saved.record,
+        training_set=saved.training_set,
     )
 
 
@@ -158,6 +170,10 @@ def _check_private(options: Train) -> None:
             "--norm batch couples the images of a batch, so that no image's gradient can be bounded by "
             "itself. Use --norm group (--recipe private does)"
         )
+    if options.record:
+        raise UsageError("--record keeps what the network says of each training image, which is not private")
+    if options.training_set.keep < 1 and options.training_set.which != "random":
+        raise UsageError("--keep by scores chooses images by what is not private. Use --which random")
     if options.machine.precision == "bf16":
         raise UsageError("--private computes in fp32: rounding to bf16 lets a gradient exceed its bound")
 

@@ -42,15 +42,54 @@ class Privacy:
     insecure: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """What is done to the training images before training.
+
+    Attributes:
+        corrupt: Share of the training labels to replace by wrong ones, to see whether `scores` finds them.
+        corrupt_seed: Of which labels, and by what: not that of the run, so that runs can be averaged.
+        keep: Share of the training images to train on.
+        which: What is kept: those that are hard by a score, those that are easy, or any.
+        by: The score, a column of the file of scores.
+        scores: The scores.csv of a run on the same data, which `scores` wrote.
+    """
+
+    corrupt: float = 0.0
+    corrupt_seed: int = 0
+    keep: float = 1.0
+    which: Literal["hard", "easy", "random"] = "hard"
+    by: str = "el2n"
+    scores: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.corrupt <= 1:
+            raise ValueError(f"corrupt must be a share from 0 to 1; got {self.corrupt}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be a share above 0, up to 1; got {self.keep}")
+        if self.keep < 1 and self.which != "random" and not self.scores:
+            raise ValueError(
+                "keep needs a file of scores to choose by: pass --scores RUN/scores.csv, which "
+                "`resnet-func scores RUN` writes, or --which random"
+            )
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """What decides a run's numbers, apart from the machine; `init` is a file of parameters to start from."""
+    """What decides a run's numbers, apart from the machine, and what it leaves behind.
+
+    `init` is a file of parameters to start from; `snapshots` the number of epochs, evenly spaced, after which
+    the network is kept; `record` says whether a record is kept of which training images are right.
+    """
 
     dataset: DatasetName
     data_dir: str | None
     seed: int
     recipe: Recipe
     init: str | None = None
+    training_set: TrainingSet = TrainingSet()
+    snapshots: int = 0
+    record: bool = False
     privacy: Privacy | None = None
 
     @property

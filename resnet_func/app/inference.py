@@ -51,11 +51,11 @@ def parameters_to_test(train_state: TrainState) -> tuple[Params, State]:
 def load_trained(
     folder: Path, which: str, runtime: Runtime, *, flips: bool = False
 ) -> tuple[Trained, str | None]:
-    """The network of a run at its "last" or "best" checkpoint, and a warning.
+    """The network of a run at one of its checkpoints, and a warning.
 
     Args:
         folder: The run folder.
-        which: "last" or "best".
+        which: "last", "best", or one of `run_folder.snapshots`.
         runtime: The machine; as in training, it decides algorithm, precision and memory format.
         flips: Average the logits over each image and its mirror image.
 
@@ -70,7 +70,7 @@ def load_trained(
     recipe, checkpoints = experiment.recipe, run_folder.checkpoints(folder)
     model = make_network(recipe, task, runtime)
     like = model.init(torch.Generator("cpu"), device="meta")
-    if which == "best":
+    if which != "last":
         (params, state), _, warning = checkpoint.load(checkpoints, which, like, device=runtime.device)
     else:
         # the optimizer's state has the same structure whatever the number of steps

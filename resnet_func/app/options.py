@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from resnet_func.app.experiment import DatasetName, Neighbours, PrivateClipping
+from resnet_func.app.experiment import DatasetName, Neighbours, PrivateClipping, TrainingSet
 from resnet_func.app.recipes import Recipe, RecipeName
 
 
@@ -77,6 +77,12 @@ class Train:
     """A .pth or .safetensors file to start from; a last layer that does not fit the classes is drawn anew."""
     download: bool = True
     """Whether a missing data set may be downloaded."""
+    snapshots: int = 0
+    """Keep the network after so many epochs, evenly spaced, for scores and attribute to average over."""
+    record: bool = False
+    """Test on the training images, too, after each epoch: scores then counts how often each is forgotten."""
+    training_set: Annotated[TrainingSet, tyro.conf.OmitArgPrefixes] = field(default_factory=TrainingSet)
+    """What is done to the training images before training."""
     hyper: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = field(default_factory=Recipe)
     """The recipe's values, each of which can be changed."""
     machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
@@ -125,3 +131,20 @@ class Summary:
     """The normalisation layers, of the zoo's networks."""
     num_classes: int = 0
     """Size of the output; 0 is the network's own."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Score every training image: scores.csv, suspects.png with the likeliest wrong labels, and advice."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")] = ()
+    """Run folders, such as of several seeds, whose scores are averaged; by default the latest run."""
+    scores: tuple[str, ...] = ()
+    """Of loss margin el2n grand self_influence self_influence_diagonal forgetting; by default cheap ones."""
+    rank_by: str = ""
+    """The score that ranks the images and chooses suspects; by default margin, or the first of --scores."""
+    data_dir: Path | None = None
+    """Where the data set is now, if it has moved."""
+    batch_size: int = 128
+    """Images at a time."""
+    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)

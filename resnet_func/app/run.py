@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from resnet_func.app import checkpoint, data, run_folder, seeds
+from resnet_func.app import checkpoint, data, run_folder, seeds, training_record
 from resnet_func.app.batches import Preparer, check_classes, describe_changes, make_task, train_batches
 from resnet_func.app.budget import PrivateError, check_budget
 from resnet_func.app.errors import AppError, Interrupted
@@ -110,6 +110,7 @@ def train(
                 record = trainer.record((epoch + 1) * trainer.budget.epoch_steps, evaluation, progress)
             records = [*records, {"epoch": epoch + 1, **record}]
             progress = Progress(epoch + 1)
+            _keep(folder, experiment, trained, splits.train, runtime, epoch)
             _save(folder, train_state, progress, records)
             reporter.epoch(records[-1])
             if interrupted() and epoch + 1 < recipe.epochs:
@@ -174,6 +175,21 @@ def _record(progress: Progress, evaluation: Evaluation) -> dict[str, float]:
         "seconds": round(progress.seconds, 3),
         "images_per_second": round(progress.samples / progress.seconds, 1),
     }
+
+
+def _keep(
+    folder: Path, experiment: Experiment, trained: Trained, source: data.Source, runtime: Runtime, epoch: int
+) -> None:
+    """What the experiment wants kept of an epoch: the network, and which training images are right."""
+    epochs, wanted = experiment.recipe.epochs, experiment.snapshots
+    if epoch + 1 in {round((i + 1) * epochs / wanted) for i in range(wanted)}:
+        kept = (trained.params, trained.state)
+        name, meta = f"epoch-{epoch + 1}", {"epoch": epoch + 1}
+        checkpoint.save(run_folder.checkpoints(folder), name, kept, meta=meta)
+    if experiment.record:
+        evaluation = evaluate_trained(trained, source, runtime, epoch=epoch)
+        correct = evaluation.logits.argmax(1) == evaluation.targets
+        training_record.write(folder, epoch, correct)
 
 
 def _save(folder: Path, train_state: TrainState, progress: Progress, records: list[dict[str, float]]) -> None:

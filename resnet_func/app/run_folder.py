@@ -12,7 +12,7 @@ from typing import Any
 
 from resnet_func import files
 from resnet_func.app.errors import AppError
-from resnet_func.app.experiment import Experiment, Privacy, Task
+from resnet_func.app.experiment import Experiment, Privacy, Task, TrainingSet
 from resnet_func.app.recipes import Recipe
 
 Record = Mapping[str, float]
@@ -109,6 +109,17 @@ def _has_checkpoint(folder: Path, which: str) -> bool:
     return checkpoint.exists(checkpoints(folder), which)
 
 
+def snapshots(folder: Path) -> list[str]:
+    """The names of the checkpoints that a run kept of earlier epochs, the first first.
+
+    >>> snapshots(Path("no such run"))
+    []
+    """
+    paths = checkpoints(folder).glob("epoch-*.json")
+    names = {path.name.removesuffix(".json").removesuffix(".previous") for path in paths}
+    return sorted(names, key=lambda name: int(name.removeprefix("epoch-")))
+
+
 # --------------------------------------------------------------------------- files
 
 
@@ -145,6 +156,7 @@ def read_config(folder: Path) -> tuple[Experiment, Task]:
         privacy = fields.pop("privacy", None)
         privacy = None if privacy is None else Privacy(**privacy)
         task = Task(**{name: _tuples(value) for name, value in config["task"].items()})
+        fields["training_set"] = TrainingSet(**fields.get("training_set", {}))
         return Experiment(**fields, recipe=recipe, privacy=privacy), task
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"config.json is not of this version: {error}. Start a new run") from error

@@ -7,12 +7,19 @@
 All of it goes through `per_sample.over_dataset`: a pass over the data costs about one of training.
 """
 
-from resnet_func.attribution.evaluation import Lds, found_curve, found_share, lds
+from resnet_func.attribution.evaluation import Lds, Planted, found_curve, found_share, lds, plant_wrong_labels
 from resnet_func.attribution.features import Features, Sketch, make_features, sketch_tree
 from resnet_func.attribution.fisher import DiagonalFisher, diagonal_fisher
 from resnet_func.attribution.in_run import in_run_values
 from resnet_func.attribution.influence import Curvature, influence
-from resnet_func.attribution.scores import SUSPICIOUS, Scores, ranks, score_dataset, suspicion_order
+from resnet_func.attribution.scores import (
+    SUSPICIOUS,
+    Scores,
+    forgetting,
+    ranks,
+    score_dataset,
+    suspicion_order,
+)
 from resnet_func.attribution.store import Store, StoreError, fingerprint, open_store
 from resnet_func.attribution.tracin import cosine_scores, tracin, tracin_scores
 from resnet_func.attribution.trak import gram_factor, trak, trak_scores
@@ -23,6 +30,7 @@ __all__ = [
     "DiagonalFisher",
     "Features",
     "Lds",
+    "Planted",
     "Scores",
     "Sketch",
     "Store",
@@ -30,6 +38,7 @@ __all__ = [
     "cosine_scores",
     "diagonal_fisher",
     "fingerprint",
+    "forgetting",
     "found_curve",
     "found_share",
     "gram_factor",
@@ -38,6 +47,7 @@ __all__ = [
     "lds",
     "make_features",
     "open_store",
+    "plant_wrong_labels",
     "ranks",
     "score_dataset",
     "sketch_tree",

@@ -12,6 +12,46 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 
+class Planted(NamedTuple):
+    """Labels of which some were replaced, and which."""
+
+    labels: Int64[Tensor, "n"]
+    planted: Bool[Tensor, "n"]
+
+
+def plant_wrong_labels(
+    labels: Int64[Tensor, "n"], num_classes: int, share: float, generator: torch.Generator
+) -> Planted:
+    """Replace a share of the labels, each by another class drawn uniformly, to see whether they are found.
+
+    Args:
+        labels: Class indices `[N]`.
+        num_classes: 2 or more.
+        share: Of the labels, from 0 to 1; `round(share * N)` are replaced.
+        generator: Draws which and by what, on its device.
+
+    Raises:
+        ValueError: the share is out of range, or there is one class only.
+
+    >>> plant_wrong_labels(torch.zeros(4, dtype=torch.int64), 2, 0.5, torch.Generator()).labels.sum()
+    tensor(2)
+    """
+    if not 0 <= share <= 1 or (share and num_classes < 2):
+        raise ValueError(
+            f"expected a share from 0 to 1, of labels of 2 classes or more; got {share} and {num_classes}"
+        )
+    n = len(labels)
+    count = round(share * n)
+    options = {"generator": generator, "device": generator.device, "dtype": torch.int64}
+    chosen = torch.randperm(n, **options)[:count].to(labels.device)
+    planted = torch.zeros(n, dtype=torch.bool, device=labels.device)
+    planted[chosen] = True
+    shift = torch.randint(1, max(num_classes, 2), (count,), **options).to(labels.device)
+    wrong = labels.clone()
+    wrong[chosen] = (labels[chosen] + shift) % num_classes
+    return Planted(wrong, planted)
+
+
 def found_curve(order: Int64[Tensor, "n"], planted: Bool[Tensor, "n"]) -> Float[Tensor, "n"]:
     """The share of planted samples found after inspecting the first 1, 2, ..., N of an order.
 

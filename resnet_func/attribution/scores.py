@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from resnet_func.attribution import quantities
@@ -26,7 +26,9 @@ SUSPICIOUS: dict[str, int] = {
     "grand": 1,
     "self_influence": 1,
     "self_influence_diagonal": 1,
+    "forgetting": 1,
 }
+FROM_NETWORKS = tuple(name for name in SUSPICIOUS if name != "forgetting")
 DEFAULT = ("loss", "margin", "el2n", "grand", "self_influence")
 
 
@@ -83,10 +85,10 @@ def score_dataset(
     >>> list(scores.values), scores.predictions.shape
     (['loss', 'grand'], torch.Size([2]))
     """
-    unknown = [name for name in names if name not in SUSPICIOUS]
+    unknown = [name for name in names if name not in FROM_NETWORKS]
     if unknown or not names:
         raise ValueError(
-            f"expected scores among {', '.join(SUSPICIOUS)}; got {', '.join(map(str, unknown)) or 'none'}"
+            f"expected scores among {', '.join(FROM_NETWORKS)}; got {', '.join(map(str, unknown)) or 'none'}"
         )
     fisher = diagonal_fisher(model, loss_fn, progress=progress, **options)
 
@@ -133,6 +135,22 @@ def _value(name: str, found: Mapping[str, Tensor]) -> Tensor:
         case "self_influence":
             return found["norms"].square()
     return found[name]
+
+
+def forgetting(correct: Bool[Tensor, "epochs n"]) -> Float[Tensor, "n"]:
+    """How often each sample was forgotten in training: right after one epoch, wrong after the next.
+
+    A sample that was never right counts as forgotten in every epoch (Toneva et al. 2019,
+    https://arxiv.org/abs/1812.05159, who look at each sample when its batch comes).
+
+    Args:
+        correct: Whether each sample was right after each epoch, at least one.
+
+    >>> forgetting(torch.tensor([[True, True, False], [False, True, False], [True, True, False]]))
+    tensor([1., 0., 3.])
+    """
+    events = (correct[:-1] & ~correct[1:]).sum(0).to(torch.float32)
+    return torch.where(correct.any(0), events, float(len(correct)))
 
 
 def ranks(values: Float[Tensor, "n"], name: str) -> Int64[Tensor, "n"]:

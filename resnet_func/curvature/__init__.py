@@ -9,6 +9,20 @@ All of it is about the mean loss over the samples given, in evaluation mode, for
 
 from resnet_func.curvature.kfac import ekfac, kfac
 from resnet_func.curvature.kronecker import KroneckerEstimate
+from resnet_func.curvature.lanczos import Estimate, Spectrum
 from resnet_func.curvature.products import flat_function, ggn_vp, hvp
+from resnet_func.curvature.spectrum import linear_operator, spectrum, trace
 
-__all__ = ["KroneckerEstimate", "ekfac", "flat_function", "ggn_vp", "hvp", "kfac"]
+__all__ = [
+    "Estimate",
+    "KroneckerEstimate",
+    "Spectrum",
+    "ekfac",
+    "flat_function",
+    "ggn_vp",
+    "hvp",
+    "kfac",
+    "linear_operator",
+    "spectrum",
+    "trace",
+]

@@ -60,17 +60,9 @@ class Block(NamedTuple):
         return self.scale(leaf, self.eigenvalues)
 
     def inverse_product(
-        self, leaf: Float[Tensor, "*n *shape"], damping: float | None = None
+        self, leaf: Float[Tensor, "*n *shape"], damping: float | Tensor
     ) -> Float[Tensor, "*n *shape"]:
-        """`(curvature + damping * identity)^-1` times a leaf, or a batch of them.
-
-        Raises:
-            ValueError: the damping is negative, or not finite.
-        """
-        if damping is None:
-            return self.scale(leaf, 1 / (self.eigenvalues + DEFAULT_DAMPING * self.eigenvalues.mean()))
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"damping must be 0 or more, and finite; got {damping}")
+        """`(curvature + damping * identity)^-1` times a leaf, or a batch of them."""
         return self.scale(leaf, 1 / (self.eigenvalues + damping))
 
 
@@ -127,9 +119,10 @@ class KroneckerEstimate:
 
         Args:
             of: As in `product`.
-            damping: Added to every eigenvalue. None takes a tenth of each block's mean eigenvalue, as is the
-                custom for influence functions (Grosse et al. 2023, https://arxiv.org/abs/2308.03296). 0 gives
-                infinite or NaN entries where a block is singular, as it is with fewer samples than inputs.
+            damping: Added to every eigenvalue. None takes a tenth of each block's mean eigenvalue (of all,
+                where a block is zero), as is the custom for influence functions (Grosse et al. 2023,
+                https://arxiv.org/abs/2308.03296). 0 gives infinite or NaN entries where a block is singular,
+                as it is with fewer samples than inputs.
 
         Returns:
             As in `product`.
@@ -137,7 +130,17 @@ class KroneckerEstimate:
         Raises:
             ValueError: as in `product`; the damping is negative or not finite.
         """
-        return self._by_block(of, lambda block, leaf: block.inverse_product(leaf, damping))
+        if damping is not None and not 0 <= damping < float("inf"):
+            raise ValueError(f"damping must be 0 or more, and finite; got {damping}")
+        default = self.trace() / sum(block.eigenvalues.numel() for block in self.blocks.values())
+
+        def apply(block: Block, leaf: Tensor) -> Tensor:
+            if damping is not None:
+                return block.inverse_product(leaf, damping)
+            mean = block.eigenvalues.mean()
+            return block.inverse_product(leaf, DEFAULT_DAMPING * torch.where(mean == 0, default, mean))
+
+        return self._by_block(of, apply)
 
     def eigenvalues(self) -> Float[Tensor, "d"]:
         """All eigenvalues in ascending order, one for each trainable entry."""

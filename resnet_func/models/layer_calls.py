@@ -1,4 +1,4 @@
-"""The layers of any network, by running it: every call that takes a parameter, in order.
+"""The layers of any network, by running it: its functional calls, in order.
 
 A call is a layer's where it has both a parameter and something that depends on the input. What is computed
 from parameters alone (a standardised weight, a reparametrised one) still counts as those parameters.
@@ -6,10 +6,11 @@ from parameters alone (a standardised weight, a reparametrised one) still counts
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,15 +54,33 @@ KINDS = {
     "embedding": "embedding",
     "multi_head_attention_forward": "attention",
 }
+IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "radd": "add"}
+
+
+class Values(NamedTuple):
+    """Copies of the tensors of a call.
+
+    Attributes:
+        inputs: Those it takes that depend on the network's input.
+        weights: Those it takes that depend on parameters and buffers alone.
+        outputs: Those it gave.
+        sources: The calls that gave the inputs; None for the network's input.
+    """
+
+    inputs: list[Tensor]
+    weights: list[Tensor]
+    outputs: list[Tensor]
+    sources: list[Call | None]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a function with parameters in it.
+    """One call of a function that gave tensors computed from the input.
 
     Args:
+        index: How many came before.
         paths: Dotted paths of the parameters it uses, also of those an argument was computed from.
-        function: torch's name for it: "conv2d", "linear", "add", ...
+        function: torch's name for it, whether in place or not: "conv2d", "linear", "add", ...
         kind: "conv", "transposed conv", "linear", "batch norm", ..., "embedding"; "other" for the rest.
         leaves: Which argument is which parameter, where one is itself: {"weight": "conv1.weight"}.
         options: The arguments that are no tensors, by name where the function is known: {"stride": (2, 2)}.
@@ -69,8 +88,10 @@ class Call:
             is none.
         input_shape: Of the first tensor that depends on the input, with the batch.
         output_shape: Of the (first) tensor returned, with the batch.
+        values: The tensors themselves, where they were asked for.
     """
 
+    index: int = field(compare=False)
     paths: tuple[str, ...]
     function: str
     kind: str
@@ -79,6 +100,7 @@ class Call:
     weight_shape: tuple[int, ...] | None
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    values: Values | None = field(default=None, compare=False)
 
     @property
     def macs(self) -> int:
@@ -120,55 +142,117 @@ def record_calls(model: Model, params: Params, state: State, x: Tensor) -> list[
     """
     with torch.no_grad(), _Recorder(tree.flatten(params), x) as recorder:
         model.apply(params, state, x, train=False)
+    return [call for call in recorder.calls if call.paths]
+
+
+def record_values(model: Model, params: Params, state: State, x: Tensor, *, train: bool) -> list[Call]:
+    """Every call of a forward pass that depends on the input, with its tensors; the output's comes last.
+
+    Args:
+        model, params, state, x: As in `record_calls`; buffers count as parameters.
+        train: The network's mode.
+
+    >>> from resnet_func import resnet20
+    >>> model = resnet20()
+    >>> x = torch.zeros(2, 3, 32, 32)
+    >>> *_, last = record_values(model, *model.init(torch.Generator()), x, train=False)
+    >>> last.function, last.values.outputs[0].shape
+    ('linear', torch.Size([2, 10]))
+    """
+    leaves = {**tree.flatten(params), **tree.flatten(state)}
+    with torch.no_grad(), _Recorder(leaves, x, values=True) as recorder:
+        model.apply(params, state, x, train=train)
     return recorder.calls
 
 
 class _Recorder(TorchFunctionMode):
     """Follows what comes from the input and what from parameters alone, by the tensors' ids."""
 
-    def __init__(self, leaves: Mapping[str, Tensor], x: Tensor) -> None:
+    def __init__(self, leaves: Mapping[str, Tensor], x: Tensor, *, values: bool = False) -> None:
         super().__init__()
+        self.values = values
         self.leaf = {id(leaf): path for path, leaf in leaves.items()}
-        self.sources = {id(leaf): (path,) for path, leaf in leaves.items()}  # of what parameters alone make
-        self.data = {id(x)}
+        self.derived = {id(leaf): (path,) for path, leaf in leaves.items()}  # of what parameters alone make
+        self.source: dict[int, Call | None] = {id(x): None}  # of what depends on the input
         self.kept: list[Any] = [*leaves.values(), x]  # an id is a tensor's only as long as it lives
         self.calls: list[Call] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = list(_tensors((args, kwargs)))
-        data = [tensor for tensor in given if id(tensor) in self.data]
-        paths = tuple(dict.fromkeys(path for t in given for path in self.sources.get(id(t), ())))
-        shape = tuple(data[0].shape) if data else ()
+        inputs = [tensor for tensor in given if id(tensor) in self.source]
+        weights = [tensor for tensor in given if id(tensor) in self.derived and id(tensor) not in self.source]
+        paths = tuple(dict.fromkeys(path for tensor in weights for path in self.derived[id(tensor)]))
+        # before the call, which may work in place
+        shape, sources = _shape_of(inputs), [self.source[id(tensor)] for tensor in inputs]
+        before = (_copies(inputs), _copies(weights)) if self.values else None
         result = func(*args, **kwargs)
         returned = list(_tensors(result))
         self.kept += returned
-        if data:
-            self.data |= {id(tensor) for tensor in returned}
-            # an in-place call may have put data into what was a parameter's
-            for tensor in returned:
-                self.sources.pop(id(tensor), None)
+        if inputs and returned:
+            values = None if before is None else Values(*before, _copies(returned), sources)
+            call = self._call(func, args, kwargs, paths, shape, _shape_of(returned), values)
+            self.calls.append(call)
+            self.source |= {id(tensor): call for tensor in returned}
         elif paths:
-            self.sources |= {id(tensor): paths for tensor in returned if id(tensor) not in self.leaf}
-        if data and paths and returned:
-            self.calls.append(self._call(func, args, kwargs, paths, shape, tuple(returned[0].shape)))
+            self.derived |= {id(tensor): paths for tensor in returned if id(tensor) not in self.leaf}
         return result
 
     def _call(
-        self, func: Any, args: Any, kwargs: Any, paths: tuple[str, ...], input_shape: Any, output_shape: Any
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        paths: tuple[str, ...],
+        input_shape: tuple[int, ...],
+        output_shape: tuple[int, ...],
+        values: Values | None,
     ) -> Call:
-        # the convolution of winograd.wrap takes what F.conv2d takes
-        name = "conv2d" if func is winograd.convolution else getattr(func, "__name__", str(func)).strip("_")
-        names = ARGUMENTS.get(name, ())
-        bound = {**dict(zip((*names, *map(str, range(len(names), len(args)))), args, strict=False)), **kwargs}
+        name = _name(func)
+        bound = _bind(func, name, args, kwargs)
         leaves = {key: self.leaf[id(value)] for key, value in bound.items() if id(value) in self.leaf}
-        options = {key: value for key, value in bound.items() if value is not None and not _has_tensor(value)}
+        ignored = {"inplace", "out"}
+        options = {
+            key: value
+            for key, value in bound.items()
+            if value is not None and key not in ignored and not _has_tensor(value)
+        }
         kind = KINDS.get(name, "other")
         weight = bound.get("weight")
         weight_shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
         if kind == "attention":
             weight_shape = (4 * bound["embed_dim"], bound["embed_dim"])
-        return Call(paths, name, kind, leaves, options, weight_shape, input_shape, output_shape)
+        shapes = (weight_shape, input_shape, output_shape)
+        return Call(len(self.calls), paths, name, kind, leaves, options, *shapes, values)
+
+
+def _name(func: Callable[..., Any]) -> str:
+    if func is winograd.convolution:  # takes what F.conv2d takes
+        return "conv2d"
+    name = getattr(func, "__name__", str(func)).strip("_")
+    return IN_PLACE.get(name, name)
+
+
+def _bind(func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments by name, with defaults where the function tells; by position where it tells nothing."""
+    if name in ARGUMENTS:
+        names = ARGUMENTS[name]
+        return {**dict(zip((*names, *map(str, range(len(names), len(args)))), args, strict=False)), **kwargs}
+    try:
+        arguments = inspect.signature(func).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # built in
+        return {**{str(index): value for index, value in enumerate(args)}, **kwargs}
+    arguments.apply_defaults()
+    passed_on = arguments.arguments.pop("kwargs", {})  # of functions that only pass them on
+    return {**arguments.arguments, **passed_on}
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def _shape_of(tensors: list[Tensor]) -> tuple[int, ...]:
+    return tuple(tensors[0].shape) if tensors else ()
 
 
 def _has_tensor(value: Any) -> bool:

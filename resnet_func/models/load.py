@@ -53,7 +53,7 @@ def load_network(
     """
     generator = torch.Generator() if generator is None else generator
     if ":" not in spec:
-        _check_zoo_name(spec)
+        check_zoo_name(spec)
         model = zoo.by_name(spec, **keywords)
         return model, *model.init(generator)
     construct = Constructor(spec, keywords)
@@ -125,7 +125,8 @@ def find_callable(spec: str) -> Callable[..., Any]:
     return function
 
 
-def _check_zoo_name(name: str) -> None:
+def check_zoo_name(name: str) -> None:
+    """Refuse what is no name of the zoo, with those near it."""
     if name not in zoo.ZOO:
         raise ValueError(f"no network of the zoo is called {name!r}{_near(name, zoo.ZOO)}. Give {SPELLINGS}")
 

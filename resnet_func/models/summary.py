@@ -65,9 +65,9 @@ def summarize(model: Model, image_size: int) -> list[LayerRow]:
         )
     if image_size < 1:
         raise ValueError(f"image_size must be 1 pixel or more; got {image_size}. Try 32, or 224 for ImageNet")
-    images = torch.zeros(0, model.config.in_channels, image_size, image_size)
+    images = torch.zeros(0, model.config.in_channels, image_size, image_size, device="meta")
     model = build(model.config)
-    return _rows(model, *model.init(torch.Generator()), images)
+    return _rows(model, *model.init(torch.Generator(), device="meta"), images)
 
 
 def summarize_network(

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
+from resnet_func.calibration import TYPICAL, Speeds
 from resnet_func.numerics import is_autocast_enabled
 from resnet_func.types import Apply, Images, Logits, Model, Params, State
 
@@ -30,9 +31,9 @@ Tile: TypeAlias = Literal[2, 4]
 # With tile 2 the maps are dyadic, so sums of small integers stay exact. The points of tile 4 round half as
 # much as the usual 0, 1, -1, 2, -2 do: about twice what the definition does.
 POINTS: dict[Tile, tuple[float, ...]] = {2: (0, 1, -1), 4: (0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)}
-# An element of a transformed tensor takes the time of so many multiplications: fitted to forward and backward
-# on two cores with AVX2, 64 to 512 channels.
-TRAFFIC = 72
+# An element of a transformed tensor is read and written so many times: fitted to forward and backward on two
+# cores with AVX2, 64 to 512 channels.
+PASSES = 9
 
 
 class Maps(NamedTuple):
@@ -107,16 +108,18 @@ def _tiles(x: Tensor, tile: int) -> Tensor:
 # --------------------------------------------------------------------------- a network
 
 
-def wrap(model: Model) -> Model:
+def wrap(model: Model, speeds: Speeds = TYPICAL) -> Model:
     """The model with its convolutions by minimal filtering where that is cheaper; equal up to rounding.
 
-    For 3x3 `cheapest_tile` decides: from 128 channels on, as a rule. With `train=True`, 1x1 convolutions are
-    matrix products where `product_pays`. Other convolutions (3x3 with a stride, dilated, grouped, another
-    kernel) stay as they are, and so do all in half precision, where tiles of 4 would round too much. Made for
-    CPUs: cuDNN has such kernels of its own.
+    For 3x3 `cheapest_tile` decides: from 128 channels on, as a rule, where a FLOP of a matrix product takes
+    as long as one of a convolution, and nowhere where it takes twice as long (AVX-512). With `train=True`,
+    1x1 convolutions are matrix products where `product_pays`. Other convolutions (3x3 with a stride, dilated,
+    grouped, another kernel) stay as they are, and so do all in half precision, where tiles of 4 would round
+    too much. Made for CPUs: cuDNN has such kernels of its own.
 
     Args:
         model: Any model, one made by `from_module` too.
+        speeds: What decides; `calibration.measured()` has this machine's.
 
     >>> import resnet_func as rf
     >>> model = wrap(rf.resnet20())
@@ -124,57 +127,60 @@ def wrap(model: Model) -> Model:
     >>> model.apply(params, state, torch.zeros(1, 3, 8, 8), train=False)[0].shape
     torch.Size([1, 10])
     """
-    return model._replace(apply=partial(_apply_by_tiles, model.apply))
+    return model._replace(apply=partial(_apply_by_tiles, model.apply, speeds))
 
 
 def _apply_by_tiles(
-    apply: Apply, params: Params, state: State, x: Images, *, train: bool
+    apply: Apply, speeds: Speeds, params: Params, state: State, x: Images, *, train: bool
 ) -> tuple[Logits, State]:
-    with _Convolutions(products=train):
+    with _Convolutions(speeds, products=train):
         return apply(params, state, x, train=train)
 
 
-def cheapest_tile(n: int, c_in: int, c_out: int, height: int, width: int) -> Tile | None:
+def cheapest_tile(
+    n: int, c_in: int, c_out: int, height: int, width: int, speeds: Speeds = TYPICAL
+) -> Tile | None:
     """The tile that makes a 3x3 convolution of stride 1 cheapest on a CPU; None where the definition is.
 
     >>> cheapest_tile(32, 256, 256, 8, 8), cheapest_tile(32, 3, 16, 32, 32)
     (4, None)
     """
-    best, least = None, 9 * n * height * width * c_in * c_out
+    best, least = None, 2 * 9 * n * height * width * c_in * c_out * speeds.conv_flop
     for tile in POINTS:
         points, tiles = (tile + 2) ** 2, n * -(-height // tile) * -(-width // tile)
         elements = points * (tiles * (c_in + c_out) + c_in * c_out)
-        cost = points * tiles * c_in * c_out + (TRAFFIC + points) * elements
+        flops = 2 * (points * tiles * c_in * c_out + points * elements)
+        cost = flops * speeds.matmul_flop + PASSES * 4 * elements * speeds.byte
         if cost < least:
             best, least = tile, cost
     return best
 
 
-def product_pays(c_in: int, c_out: int, height: int, width: int) -> bool:
+def product_pays(c_in: int, c_out: int, height: int, width: int, speeds: Speeds = TYPICAL) -> bool:
     """Whether a matrix product is cheaper than a 1x1 convolution with its gradients on a CPU.
 
     oneDNN's weight gradient is the slower the fewer output pixels there are: with no more of them than
     channels, the product takes 0.74 to 0.90 of the time of all three, measured on two cores with AVX2.
-    Forward, and with more pixels, it is behind.
+    Forward, and with more pixels, it is behind; and so it is everywhere where its FLOP takes longer.
 
     >>> product_pays(256, 512, 4, 4), product_pays(16, 32, 32, 32)
     (True, False)
     """
-    return height * width <= min(c_in, c_out)
+    return height * width <= min(c_in, c_out) and speeds.matmul_flop <= 1.1 * speeds.conv_flop
 
 
 class _Convolutions(TorchFunctionMode):
     """Takes the convolutions that are worth it from torch."""
 
-    def __init__(self, *, products: bool) -> None:
+    def __init__(self, speeds: Speeds = TYPICAL, *, products: bool) -> None:
         super().__init__()
-        self.products = products
+        self.speeds, self.products = speeds, products
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.conv2d:
             return func(*args, **kwargs)
-        return convolution(*args, **kwargs, products=self.products)
+        return convolution(*args, **kwargs, products=self.products, speeds=self.speeds)
 
 
 def convolution(
@@ -187,6 +193,7 @@ def convolution(
     groups: int = 1,
     *,
     products: bool = False,
+    speeds: Speeds = TYPICAL,
 ) -> Tensor:
     """`F.conv2d` by minimal filtering where that is cheaper; with `products` a 1x1 convolution may be one.
 
@@ -197,26 +204,26 @@ def convolution(
     """
     if has_torch_function_variadic(input, weight):
         where = (input, weight, bias, stride, padding, dilation, groups)
-        return handle_torch_function(convolution, (input, weight), *where, products=products)
+        return handle_torch_function(convolution, (input, weight), *where, products=products, speeds=speeds)
     y = None
     suited = input.ndim == weight.ndim == 4 and input.shape[1] == weight.shape[1] and groups == 1
     exact = input.dtype in (torch.float32, torch.float64) and input.dtype == weight.dtype
     if suited and exact and not isinstance(padding, str) and not is_autocast_enabled(input.device.type):
         form = (*weight.shape[2:], *_pair(padding), *_pair(dilation))
         if form == (3, 3, 1, 1, 1, 1) and _pair(stride) == (1, 1):
-            tile = cheapest_tile(len(input), input.shape[1], len(weight), *input.shape[2:])
+            tile = cheapest_tile(len(input), input.shape[1], len(weight), *input.shape[2:], speeds)
             y = conv2d(input, weight, tile) if tile else None
         elif products and form == (1, 1, 0, 0, 1, 1):
-            y = _product(input, weight, *_pair(stride))
+            y = _product(input, weight, *_pair(stride), speeds)
     if y is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return y if bias is None else y + bias[:, None, None]
 
 
-def _product(x: Tensor, weight: Tensor, rows: int, columns: int) -> Tensor | None:
+def _product(x: Tensor, weight: Tensor, rows: int, columns: int, speeds: Speeds) -> Tensor | None:
     """A 1x1 convolution with these strides, where that pays as a matrix product."""
     seen = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
-    if not product_pays(x.shape[1], len(weight), *seen.shape[1:3]):
+    if not product_pays(x.shape[1], len(weight), *seen.shape[1:3], speeds):
         return None
     return (seen @ weight.flatten(1).T).permute(0, 3, 1, 2)
 

@@ -6,6 +6,7 @@ calls' outputs, not of the leaves: no weight gradient is computed. `layer_factor
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,15 @@ from resnet_func.autodiff import is_differentiated
 from resnet_func.losses import check_per_sample
 from resnet_func.per_sample import layer_factors
 from resnet_func.per_sample.factors import ConvFactors, Derived, Direct, Factors, Several
-from resnet_func.per_sample.intercept import Call, Calls, Interception, derivation, substitute, tensors_of
+from resnet_func.per_sample.intercept import (
+    Call,
+    Calls,
+    Interception,
+    derivation,
+    kept_statistics,
+    substitute,
+    tensors_of,
+)
 from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State, Trainable
 
 
@@ -84,7 +93,8 @@ def capture(task: Task, batch: Batch) -> Captured:
 class _Pass(NamedTuple):
     """A forward and a backward pass.
 
-    `tensors` are the tensors of every call, `cotangents` the gradients of their outputs.
+    `tensors` are the tensors of every call, `cotangents` the gradients of their outputs, `statistics` what
+    the backward pass of a call kept of its input beside it, where that is known.
     """
 
     calls: Calls
@@ -92,6 +102,7 @@ class _Pass(NamedTuple):
     logits: Tensor
     tensors: list[list[Tensor]]
     cotangents: list[Tensor]
+    statistics: list[list[Tensor]]
 
 
 def _forward(task: Task, batch: Batch, trained: dict[str, Tensor], calls: Calls) -> tuple[Tensor, Tensor]:
@@ -126,6 +137,7 @@ def _by_edges(task: Task, batch: Batch) -> _Pass:
         unmet = [leaf for path, leaf in trained.items() if path not in met]
         value = losses.sum()
         outputs = calls.outputs()
+        statistics = [kept_statistics(output.edge) for output in outputs]  # the backward pass frees them
         found = _gradients(value, [*[output.edge for output in outputs], *unmet])
         unseen = zip(_unmet(trained, met), found[len(outputs) :], strict=True)
         hidden = [path for path, grad in unseen if grad is not None]
@@ -139,10 +151,26 @@ def _by_edges(task: Task, batch: Batch) -> _Pass:
             for output, grad in zip(outputs, found, strict=False)
         ]
         tensors = [tensors_of(call.args, call.kwargs) for call in calls.calls]
-        return value, (losses, logits, tensors, cotangents)
+        lengths.extend([[len(some) for some in lists] for lists in (tensors, statistics)])
+        # one flat list: torch walks nested ones in Python
+        return value, [losses, logits, *cotangents, *_joined(tensors), *_joined(statistics)]
 
-    _, _, (losses, logits, tensors, cotangents) = torch.func.vjp(run, task.trained, has_aux=True)  # type: ignore[misc]
-    return _Pass(made[0], losses, logits, tensors, cotangents)
+    lengths: list[list[int]] = []
+    _, _, (losses, logits, *rest) = torch.func.vjp(run, task.trained, has_aux=True)  # type: ignore[misc]
+    tensors, statistics = lengths
+    count = len(rest) - sum(tensors) - sum(statistics)
+    cotangents, *lists = _cut(rest, [count, *tensors, *statistics])
+    return _Pass(made[0], losses, logits, lists[: len(tensors)], cotangents, lists[len(tensors) :])
+
+
+def _joined(lists: list[list[Tensor]]) -> list[Tensor]:
+    return [tensor for some in lists for tensor in some]
+
+
+def _cut(tensors: list[Tensor], lengths: list[int]) -> list[list[Tensor]]:
+    """The inverse of `_joined`."""
+    rest = iter(tensors)
+    return [list(islice(rest, length)) for length in lengths]
 
 
 def _gradients(value: Tensor, wanted: list[Any]) -> tuple[Tensor | None, ...]:
@@ -173,7 +201,7 @@ def _by_taps(task: Task, batch: Batch) -> _Pass:
 
     value, pullback, (losses, logits, tensors) = torch.func.vjp(run, taps, has_aux=True)  # type: ignore[misc]
     (cotangents,) = pullback(torch.ones_like(value))
-    return _Pass(made[0], losses, logits, tensors, cotangents)
+    return _Pass(made[0], losses, logits, tensors, cotangents, [[] for _ in cotangents])
 
 
 def _met(calls: Calls) -> set[str]:
@@ -192,9 +220,10 @@ def _collect(task: Task, batch: Batch, passed: _Pass) -> dict[str, Factors]:
     parts: dict[str, list[Factors]] = {path: [] for path in task.trained}
     start = 0
     for call, tensors in zip(passed.calls.calls, passed.tensors, strict=True):
-        cotangents = passed.cotangents[start : start + len(call.outputs)]
-        start += len(cotangents)
-        _add_call(task, batch, passed.calls, call, tensors, cotangents, parts)
+        outputs = slice(start, start + len(call.outputs))
+        start = outputs.stop
+        of_outputs = passed.cotangents[outputs], _joined(passed.statistics[outputs])
+        _add_call(task, batch, passed.calls, call, tensors, of_outputs, parts)
     return {path: _as_one(task.trained[path], found, batch.samples) for path, found in parts.items()}
 
 
@@ -204,16 +233,17 @@ def _add_call(
     calls: Calls,
     call: Call,
     tensors: list[Tensor],
-    cotangents: list[Tensor],
+    of_outputs: tuple[list[Tensor], list[Tensor]],
     parts: dict[str, list[Factors]],
 ) -> None:
+    """`of_outputs`: their cotangents, and the statistics that were kept."""
     inside = tensors_of(call.args, call.kwargs)
     values = dict(zip(inside, tensors, strict=True))
     args, kwargs = substitute((call.args, call.kwargs), values)
     batched = [values[tensor] for tensor in values if tensor not in calls.sources]
     parameters = [values[tensor] for tensor, _ in call.parameters]
     layer = layer_factors.Layer(
-        call.func, args, kwargs, parameters, batched, call.indices, cotangents, batch.samples, batch.views
+        call.func, args, kwargs, parameters, batched, call.indices, *of_outputs, batch.samples, batch.views
     )
     found = layer_factors.factors_of_layer(layer)
     for tensor, source in call.parameters:

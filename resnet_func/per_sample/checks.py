@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
-from torch.func import debug_unwrap
 
 from resnet_func import tree
+from resnet_func.autodiff import can_read
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Batch, Captured, Task, capture
 from resnet_func.per_sample.factors import split_views
@@ -56,14 +56,6 @@ def _compared_losses(apply: Any) -> WeakSet[Any]:
         return _COMPARED.setdefault(apply, WeakSet())
     except TypeError:  # a network that nothing can refer to weakly is compared every time
         return WeakSet()
-
-
-def can_read(tensor: Tensor) -> bool:
-    """Whether a tensor has values that may be looked at: not in compiled code, under a transform, on meta."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
-        return False
-    plain = type(tensor) in (Tensor, torch.nn.Parameter)
-    return plain and debug_unwrap(tensor, recurse=False) is tensor
 
 
 def _check_loss(task: Task, batch: Batch, captured: Captured) -> None:

@@ -153,6 +153,27 @@ def _call_grads(factors: CallFactors) -> Tensor:
     return split_views(by_view, factors.views).sum(0)
 
 
+def group_norm_grads(
+    inputs: Tensor, cotangents: Tensor, statistics: Sequence[Tensor], groups: int
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
+    """Gradients of a group normalisation's weight and bias, of every sample.
+
+    The batch as one sample of N times as many channels has them as its channels' gradients.
+
+    Args:
+        inputs, cotangents: `[N, C, ...]`, of one dtype.
+        statistics: Mean and inverse deviation of every group, `[N, groups]`.
+        groups: Groups of channels.
+    """
+    n, c, pixels = *inputs.shape[:2], prod(inputs.shape[2:])
+    g, a = (tensor.reshape(1, n * c, pixels) for tensor in (cotangents, inputs))
+    mean, rstd = (tensor.reshape(1, n * groups) for tensor in statistics)
+    _, weight, bias = torch.ops.aten.native_group_norm_backward(
+        g, a, mean, rstd, None, 1, n * c, pixels, n * groups, [False, True, True]
+    )
+    return weight.reshape(n, c), bias.reshape(n, c)
+
+
 def sample_by_sample(function: Callable[..., Tensor], *batches: Any) -> Tensor:
     """`torch.vmap(function)(*batches)`, silent where torch has no batching rule and loops by itself."""
     if torch.compiler.is_compiling():

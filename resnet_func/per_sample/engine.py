@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.autodiff import can_read
 from resnet_func.numerics import without_autocast
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Batch, Captured, capture, losses_of, make_task
-from resnet_func.per_sample.checks import can_read
 from resnet_func.per_sample.contract import Way
 from resnet_func.per_sample.factors import Direct, Factors, sample_slices
 from resnet_func.per_sample.options import Settings, refuse_batch_statistics
@@ -173,7 +173,7 @@ def plan_ways(
     if settings.plan is not None:
         check_plan(settings.plan, factors)
         return settings.plan.ways
-    return plan_factors(factors, quantity, other=other).ways
+    return plan_factors(factors, quantity, other=other, speeds=settings.speeds).ways
 
 
 def detect_nonfinite(norms: Tensor) -> None:

@@ -177,6 +177,13 @@ class Interception(TorchFunctionMode):
         return self.calls.meet(func, args, kwargs or {})
 
 
+def kept_statistics(edge: GradientEdge | None) -> list[Tensor]:
+    """Means and inverse deviations that a group normalisation keeps for its backward pass; else nothing."""
+    if edge is None or edge.node.name() != "NativeGroupNormBackward0":
+        return []
+    return [edge.node._saved_result1, edge.node._saved_result2]  # type: ignore[attr-defined]
+
+
 def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors among a call's arguments, and in lists and tuples among them."""
     found = []

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_func.autodiff import can_read, is_differentiated
 from resnet_func.models import winograd
+from resnet_func.per_sample.contract import group_norm_grads
 from resnet_func.per_sample.factors import (
     CallFactors,
     ConvFactors,
@@ -37,6 +39,7 @@ class Layer(NamedTuple):
         batched: Those that carry samples.
         indices: Which of what it returns are tensors.
         cotangents: Of those.
+        statistics: Of its input, where the forward pass kept them (`intercept.kept_statistics`).
         samples, views: Of the batch.
     """
 
@@ -47,6 +50,7 @@ class Layer(NamedTuple):
     batched: list[Tensor]
     indices: list[int]
     cotangents: list[Tensor]
+    statistics: list[Tensor]
     samples: int
     views: int
 
@@ -250,6 +254,33 @@ def _normalisation(*names: str, over: str) -> Rule:
     return rule
 
 
+_group_norm_by_layer = _normalisation("input", "num_groups", "weight", "bias", "eps", over="channels")
+
+
+def _group_norm(
+    layer: Layer,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Found | None:
+    """From the statistics that the forward pass kept, where no transform looks on: no copy is normalised."""
+    g = layer.cotangent
+    tensors = [input, g, *layer.statistics]
+    plain = not any(not can_read(tensor) or is_differentiated(tensor) for tensor in tensors)
+    alike = layer.statistics and all(tensor.dtype == g.dtype for tensor in layer.statistics)
+    if not (plain and alike and _leads(input, layer) and g.numel()):
+        return _group_norm_by_layer(layer, input, num_groups, weight, bias, eps)
+    grads = group_norm_grads(input.to(g.dtype), g, layer.statistics, num_groups)
+    affine = zip((weight, bias), grads, strict=True)
+    return {
+        leaf: _direct(by_view, leaf, layer.views)
+        for leaf, by_view in affine
+        if leaf is not None and _is_one_of(leaf, layer.parameters)
+    }
+
+
 def _direct(by_view: Tensor, leaf: Tensor, views: int) -> Direct:
     return Direct(split_views(by_view, views).sum(0).to(leaf.dtype))
 
@@ -347,7 +378,7 @@ RULES: dict[Callable[..., Any], Rule] = {
         *("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
         over="channels",
     ),
-    F.group_norm: _normalisation("input", "num_groups", "weight", "bias", "eps", over="channels"),
+    F.group_norm: _group_norm,
     F.layer_norm: _normalisation("input", "normalized_shape", "weight", "bias", "eps", over="last"),
     F.rms_norm: _normalisation("input", "normalized_shape", "weight", "eps", over="last"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, TypeAlias, TypedDict
 
+from resnet_func.calibration import TYPICAL, Speeds
 from resnet_func.per_sample.checks import Checks
 from resnet_func.per_sample.plan import Plan
 from resnet_func.types import LossFn, Model, Trainable
@@ -28,6 +29,8 @@ class Options(TypedDict, total=False):
         check: Whether results are compared with a loop over single samples, on two samples of the batch.
             None, the default, does so once for each network and loss, True every time, False never. Compiled
             code and `vmap` cannot compare.
+        speeds: What contractions are chosen by; None is `calibration.TYPICAL`, and the same everywhere.
+            `calibration.measured()` has this machine's. Results differ in rounding at most.
     """
 
     method: Method
@@ -36,6 +39,7 @@ class Options(TypedDict, total=False):
     train: bool | None
     views: bool | None
     check: bool | None
+    speeds: Speeds | None
 
 
 class Settings(NamedTuple):
@@ -50,6 +54,7 @@ class Settings(NamedTuple):
     running_statistics: bool
     views: bool | None
     checks: Checks
+    speeds: Speeds
 
 
 def check_options(
@@ -62,6 +67,7 @@ def check_options(
     train: bool | None = None,
     views: bool | None = None,
     check: bool | None = None,
+    speeds: Speeds | None = None,
 ) -> Settings:
     """Checks the options and fills in the defaults; `Options` says what they mean.
 
@@ -95,6 +101,7 @@ def check_options(
         train is False,
         views,
         Checks(check),
+        speeds or TYPICAL,
     )
 
 

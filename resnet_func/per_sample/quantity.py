@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.autodiff import can_read
 from resnet_func.numerics import accumulation_dtype
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
-from resnet_func.per_sample.checks import can_read
 from resnet_func.per_sample.contract import Way
 from resnet_func.per_sample.factors import Direct, Factors, masked, split_views
 

@@ -17,6 +17,7 @@ hyper-parameters, the step's metrics), and a noise seed that somebody learns.
 from resnet_func.privacy.accounting import NoiseMultiplier, epsilon, epsilon_curve, noise_multiplier
 from resnet_func.privacy.adaptive import AdaptiveNorm, init_private_state
 from resnet_func.privacy.noise import gaussian_noise
+from resnet_func.privacy.over_ranks import join_over_ranks
 from resnet_func.privacy.sampling import fixed_size_batches, part, poisson_batches
 from resnet_func.privacy.step import Clipped, join, make_private_parts, make_private_step, sensitivity
 
@@ -30,6 +31,7 @@ __all__ = [
     "gaussian_noise",
     "init_private_state",
     "join",
+    "join_over_ranks",
     "make_private_parts",
     "make_private_step",
     "noise_multiplier",

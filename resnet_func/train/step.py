@@ -11,6 +11,8 @@ from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.autodiff import detach_leaves, value_and_grad
+from resnet_func.distributed import Ranks, sum_over_ranks
+from resnet_func.distributed import sync_batch_norm as over_ranks
 from resnet_func.losses import accuracy, are_class_indices, check_per_sample
 from resnet_func.numerics import to_float64, widen
 from resnet_func.optim import Optimizer, ema
@@ -74,6 +76,8 @@ def make_train_step(
     ema_decay: float | None = None,
     metrics: Mapping[str, MetricFn] | None = None,
     trainable: Trainable | None = None,
+    ranks: Ranks | None = None,
+    sync_batch_norm: bool = False,
 ) -> Step:
     """A pure function of one training step: forward, backward, optimizer, moving average.
 
@@ -95,6 +99,12 @@ def make_train_step(
         trainable: Dotted path -> whether that leaf is trained; None trains all. The others come back as the
             same tensors, without a gradient or optimizer state; give `init_train_state` the same function.
             Running statistics move all the same.
+        ranks: Of `distributed.join`: the processes that each take a part of the batch, one sample at least.
+            Gradients, metrics and sample counts are summed in one all-reduce, inside the graph, and divided
+            then: on dyadic data every world gives the same bits. Every rank returns the same state.
+        sync_batch_norm: Whether BatchNorm takes its statistics over the parts of all ranks (as
+            `distributed.sync_batch_norm` says); else each part is a batch of its own to it, and running
+            statistics are averaged over the ranks.
 
     Returns:
         `step(train_state, x, y) -> (train_state, metrics)`; targets `y` are any pytree of tensors with the
@@ -102,9 +112,10 @@ def make_train_step(
         float32 or wider.
 
     Raises:
-        ValueError: `microbatches` is below 1, `ema_decay` outside [0, 1), a metric is called "loss"; in the
-            step, an empty batch, a loss or metric that is not per-sample, targets of another length, a
-            `trainable` that accepts no leaf, or another than the state was made with.
+        ValueError: `microbatches` is below 1, `ema_decay` outside [0, 1), a metric is called "loss",
+            `sync_batch_norm` without ranks; in the step, an empty batch, a loss or metric that is not
+            per-sample, targets of another length, a `trainable` that accepts no leaf, or another than the
+            state was made with.
 
     >>> import resnet_func as rf
     >>> model, optimizer = rf.resnet20(depths=(1, 1, 1)), rf.optim.sgd(lr=0.1)
@@ -115,6 +126,10 @@ def make_train_step(
     ['accuracy', 'loss']
     """
     _check_step_options(microbatches, ema_decay, metrics)
+    if sync_batch_norm:
+        if ranks is None:
+            raise ValueError("sync_batch_norm needs ranks=, of distributed.join()")
+        model = over_ranks(model, ranks)
 
     def objective(
         trained: Params, params: Params, state: State, x: Images, y: Targets, batch_size: int
@@ -132,12 +147,17 @@ def make_train_step(
         trained, total = _select(params, trainable), None
         if trainable is not None:
             _check_opt_state(opt_state, params, trained)
+        divisor = len(x) if ranks is None else 1  # over ranks sums are divided last: exact where sums are
         for x_part, y_part in _pieces(x, y, microbatches):
-            part_of = partial(objective, params=params, state=state, x=x_part, y=y_part, batch_size=len(x))
+            part_of = partial(objective, params=params, state=state, x=x_part, y=y_part, batch_size=divisor)
             _, grads, (state, measured) = value_and_grad(part_of, trained)
             part = (grads, measured)
             total = part if total is None else tree.map(_add_wide, total, part)
         assert total is not None  # _check_batch refuses an empty batch
+        if ranks is not None:
+            *total, state = _mean_over_ranks(
+                total[0], total[1], state, len(x), ranks, average_state=not sync_batch_norm
+            )
         grads, measured = tree.map(lambda g, p: g.to(p.dtype), total[0], trained), total[1]
         moved, opt_state = optimizer.step(grads, opt_state, trained)
         if ema_decay is not None and ema_params:
@@ -150,6 +170,29 @@ def make_train_step(
         return TrainState(params, state, opt_state, ema_params, ema_state), measured
 
     return step
+
+
+def _mean_over_ranks(
+    grads: Params, measured: Metrics, state: State, samples: int, ranks: Ranks, *, average_state: bool
+) -> tuple[Params, Metrics, State]:
+    """Sums of the parts to means over the batch, in one collective; running statistics to those of all."""
+    flat = {("grads", path): widen(leaf) for path, leaf in tree.flatten(grads).items()}
+    flat |= {("metrics", name): widen(leaf) for name, leaf in measured.items()}
+    flat["samples", ""] = torch.full((), samples, dtype=torch.float32, device=measured["loss"].device)
+    statistics = {
+        path: leaf for path, leaf in tree.flatten(state).items() if average_state and leaf.is_floating_point()
+    }
+    sums = sum_over_ranks([*flat.values(), *map(widen, statistics.values())], ranks)
+    summed = dict(zip(flat, sums, strict=False))
+    count = summed.pop(("samples", ""))
+    means = {key: leaf / count.to(leaf.dtype) for key, leaf in summed.items()}
+    averages = zip(statistics.items(), sums[len(flat) :], strict=True)
+    moved = {path: (leaf / ranks.world).to(like.dtype) for (path, like), leaf in averages}
+    return (
+        tree.unflatten({path: leaf for (kind, path), leaf in means.items() if kind == "grads"}),
+        {name: leaf for (kind, name), leaf in means.items() if kind == "metrics"},
+        _replace(state, moved) if moved else state,
+    )
 
 
 def _check_step_options(

@@ -369,13 +369,14 @@ import resource, torch
 from resnet_func.app.runtime import tune_allocator
 
 def new_pages(count):
-    # Of the memory of so many tensors, the share that the kernel handed out anew: 1 under stock glibc.
+    # Of the memory of so many tensors, the share that the kernel handed out anew.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(count):
         torch.ones(2**24)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     return faults * resource.getpagesize() / (count * 2**26)
 
+print(new_pages(16))  # all of it, or one in 512 where the kernel takes huge pages
 assert tune_allocator() == "tuned"
 new_pages(8)
 print(new_pages(16))
@@ -390,6 +391,7 @@ except RuntimeError:
 def test_tuned_memory_is_reused_without_page_faults_even_after_a_failed_allocation() -> None:
     environment = {key: value for key, value in os.environ.items() if key != runtime.ALLOCATOR_VARIABLE}
     shares = subprocess.check_output([sys.executable, "-c", PAGE_FAULTS], text=True, env=environment).split()
-    assert len(shares) == 2
+    assert len(shares) == 3
     # Now and then a small object lands in the freed block and the heap grows once more: one tensor of 16.
-    assert all(float(share) < 0.25 for share in shares)
+    stock, *tuned = map(float, shares)
+    assert all(share < stock / 4 for share in tuned)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from resnet_func.attribution import found_curve, found_share, lds
+from resnet_func.attribution import found_curve, found_share, lds, plant_wrong_labels
 from resnet_func.testing import generator
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -85,3 +85,21 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         lds(scores, subsets, outcomes[:, :2])
     with pytest.raises(ValueError, match="S >= 3"):
         lds(scores, subsets[:2], outcomes[:2])
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, share=st.sampled_from([0.0, 0.1, 0.5, 1.0]), classes=st.integers(2, 5))
+def test_planted_labels_are_as_many_as_asked_and_all_wrong(seed: int, share: float, classes: int) -> None:
+    labels = torch.randint(0, classes, (20,), generator=generator(seed))
+    found = plant_wrong_labels(labels, classes, share, generator(seed + 1))
+    assert int(found.planted.sum()) == round(20 * share)
+    assert torch.equal(found.labels != labels, found.planted)
+    assert ((found.labels >= 0) & (found.labels < classes)).all()
+
+
+def test_wrong_labels_need_two_classes_and_a_share() -> None:
+    labels = torch.zeros(3, dtype=torch.int64)
+    for classes, share in ((1, 0.5), (2, 1.5), (2, -0.1)):
+        with pytest.raises(ValueError, match="expected a share from 0 to 1, of labels of 2 classes"):
+            plant_wrong_labels(labels, classes, share, generator(0))
+    assert torch.equal(plant_wrong_labels(labels, 1, 0.0, generator(0)).labels, labels)

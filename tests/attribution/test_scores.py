@@ -7,7 +7,8 @@ import torch
 
 import resnet_func as rf
 from resnet_func import losses
-from resnet_func.attribution import SUSPICIOUS, found_share, ranks, score_dataset, suspicion_order
+from resnet_func.attribution import forgetting, found_share, ranks, score_dataset, suspicion_order
+from resnet_func.attribution.scores import FROM_NETWORKS
 from resnet_func.testing import generator
 from tests.attribution.oracle import CE, batches, close, gradient_rows, joined, tiny
 
@@ -16,9 +17,9 @@ def test_every_score_is_its_definition_averaged_over_checkpoints() -> None:
     model, *first = tiny(0)
     checkpoints = [tuple(first), tiny(5)[1:]]
     data = batches(5, 1)
-    scores = score_dataset(model, CE, list(SUSPICIOUS), damping=0.3)(checkpoints, data)
+    scores = score_dataset(model, CE, list(FROM_NETWORKS), damping=0.3)(checkpoints, data)
     x, y = joined(data)
-    expected: dict[str, list[torch.Tensor]] = {name: [] for name in SUSPICIOUS}
+    expected: dict[str, list[torch.Tensor]] = {name: [] for name in FROM_NETWORKS}
     for params, state in checkpoints:
         logits = model.apply(params, state, x, train=False)[0]
         rows = gradient_rows(model, params, state, x, y)
@@ -74,3 +75,9 @@ def test_planted_labels_are_found_on_digits() -> None:
     for name, values in scores.values.items():
         # chance finds 0.2
         assert found_share(suspicion_order(values, name), planted, 0.2) > 0.8, name
+
+
+def test_forgetting_counts_falls_and_what_was_never_right() -> None:
+    history = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1], [1, 0, 0, 1], [0, 0, 1, 1]], dtype=torch.bool)
+    assert forgetting(history).tolist() == [2, 4, 1, 0]
+    assert forgetting(history[:1]).tolist() == [0, 1, 1, 0]

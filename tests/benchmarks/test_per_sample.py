@@ -12,6 +12,7 @@ from benchmarks.__main__ import main
 from benchmarks.commands import contractions, per_sample
 from benchmarks.forms import loop_check
 from benchmarks.harness import measure, memory
+from resnet_func import calibration
 from resnet_func.app import runtime
 
 
@@ -29,10 +30,22 @@ def test_a_toy_run_writes_figures_and_picture(tmp_path: Path) -> None:
 def test_both_ways_of_each_layer(tmp_path: Path) -> None:
     assert main(["per-sample", "--quick", "--layers", "--results", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("layers-resnet8-*.json")
-    rows = json.loads(path.read_text())["layers"]
-    assert [row["layer"] for row in rows][:2] == ["conv1.weight", "layer1.0.conv1.weight"]
-    assert all(row["plan"] in contractions.WAYS for row in rows)
+    result = json.loads(path.read_text())
+    assert calibration.from_numbers(result["speeds"], "typical") == calibration.TYPICAL
+    for quantity, rows in result["layers"].items():
+        assert [row["layer"] for row in rows][:2] == ["conv1.weight", "layer1.0.conv1.weight"]
+        assert sum(row["times"] for row in rows) == 7
+        assert all(row["chosen"] == row["typical"] in contractions.WAYS[quantity] for row in rows)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_regret_is_chosen_over_best() -> None:
+    rows: list[dict[str, Any]] = [
+        {"times": 2, "chosen": "ghost", "typical": "keep", "ghost": 3.0, "materialize": None, "keep": 1.0},
+        {"times": 1, "chosen": "keep", "typical": "keep", "ghost": 9.0, "materialize": 4.0, "keep": 4.0},
+    ]
+    assert contractions.regret(rows, "clipped_sum", "chosen") == pytest.approx(10 / 6)
+    assert contractions.regret(rows, "clipped_sum", "typical") == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

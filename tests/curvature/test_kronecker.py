@@ -44,7 +44,7 @@ def test_a_block_is_its_dense_matrix(seed: int, groups: int, out: int, inputs: i
     assert_close(block.inverse_product(v, 0.1).flatten(1), torch.linalg.solve(damped, vectors).T, 1e-8)
     mean = torch.linalg.eigvalsh(matrix).mean()
     relative = matrix + 0.1 * mean * torch.eye(len(matrix), dtype=torch.float64)
-    found = block.inverse_product(v)
+    found = KroneckerEstimate({"w": block}).inverse_product({"w": v})["w"]
     assert_close(found.flatten(1), torch.linalg.solve(relative, vectors).T, 1e-8)
     assert torch.equal(block.product(v[0]), block.product(v)[0])
 
@@ -87,6 +87,10 @@ def test_dtypes_and_singular_blocks() -> None:
     assert found["bias"].dtype == torch.bfloat16
     assert found["bias"].tolist() == [1.0, 0.5]
     assert ours.inverse_product({"bias": torch.ones(2)}, damping=0.0)["bias"].isinf().tolist()[0]
+    # a block of zeros is damped by the others' mean
+    both = KroneckerEstimate({"bias": block, "dead": block._replace(eigenvalues=torch.zeros(1, 2, 1))})
+    found = both.inverse_product({"bias": torch.ones(2), "dead": torch.ones(2)})
+    assert_close(found["dead"], torch.tensor([40.0, 40.0]), 1e-6)
 
 
 def test_mistakes_are_told_in_one_line() -> None:

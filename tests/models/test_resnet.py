@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import resnet_func as rf
 from resnet_func import tree
 from resnet_func.losses import cross_entropy
-from resnet_func.testing import generator, randn
+from resnet_func.testing import assert_trees_near, generator, randn
 from resnet_func.types import Model, Params
 from tests.per_sample.cases import CLASSES
 from tests.per_sample.cases import small as small_config
@@ -46,61 +44,6 @@ def objective(model: Model, *, train: bool) -> Callable[[Params], Tensor]:
 def direction(params: Params, seed: int) -> Params:
     draw = generator(seed)
     return tree.map(lambda leaf: torch.randn(leaf.shape, generator=draw, dtype=leaf.dtype), params)
-
-
-def assert_trees_close(a: Params, b: Params, rtol: float = 1e-10) -> None:
-    difference = tree.map(torch.sub, a, b)
-    assert float(tree.norm(difference)) <= rtol * float(tree.norm(b)), "the trees differ"
-    assert float(tree.norm(b)) > 0, "nothing was compared"
-
-
-configs = st.fixed_dictionaries(
-    {
-        "block": st.sampled_from(["basic", "bottleneck", "preact"]),
-        "norm": st.sampled_from(["batch", "group", "none"]),
-        "shortcut": st.sampled_from(["projection", "pad"]),
-        "stem": st.sampled_from(["cifar", "imagenet"]),
-        "weight_standardization": st.booleans(),
-        "zero_init_residual": st.booleans(),
-    }
-)
-
-
-# --------------------------------------------------------------------------- purity
-
-
-@given(configs, st.booleans(), st.integers(0, 2**31))
-def test_apply_is_pure(changes: dict[str, Any], train: bool, seed: int) -> None:
-    model = small(**changes)
-    (params, state), (x, _) = start(model, seed), batch(seed=seed)
-    inputs = {"params": params, "state": state, "x": x}
-    before = tree.map(torch.clone, inputs)
-    logits, after = model.apply(params, state, x, train=train)
-    again, after_again = model.apply(params, state, x, train=train)
-    assert all(map(torch.equal, tree.leaves(inputs), tree.leaves(before)))
-    assert torch.equal(logits, again)
-    assert all(map(torch.equal, tree.leaves(after), tree.leaves(after_again)))
-    assert list(tree.flatten(after)) == list(tree.flatten(state))
-    if train:
-        taken = {leaf.data_ptr() for leaf in tree.leaves(inputs)}
-        assert not taken & {leaf.data_ptr() for leaf in tree.leaves((logits, after))}
-    else:
-        assert all(map(torch.equal, tree.leaves(after), tree.leaves(state)))
-
-
-def test_init_draws_from_its_generator_alone() -> None:
-    before = torch.get_rng_state()
-    a, b, c = (start(small(), seed)[0] for seed in (0, 0, 1))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(map(torch.equal, tree.leaves(a), tree.leaves(b)))
-    assert not torch.equal(a["conv1"]["weight"], c["conv1"]["weight"])
-
-
-def test_a_seed_is_the_same_network_in_every_dtype() -> None:
-    model = small()
-    single, _ = model.init(generator(0))
-    double, _ = model.init(generator(0), dtype=FP64)
-    assert all(map(torch.equal, tree.leaves(tree.map(torch.Tensor.double, single)), tree.leaves(double)))
 
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck", "preact"])
@@ -148,18 +91,16 @@ def test_grad_is_plain_autograd(train: bool) -> None:
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
-def test_forward_and_reverse_mode_agree(norm: str) -> None:
-    """`<u, Jv> = <J'u, v>`, and `Jv` is the limit of differences."""
+def test_forward_mode_is_the_limit_of_differences(norm: str) -> None:
+    """`Jv` is the limit of differences; that `<u, Jv> = <J'u, v>` is a law (testing/laws.py)."""
     model, (x, _) = small(norm=norm), batch()
     params, state = start(model)
 
     def f(params: Params) -> Tensor:
         return model.apply(params, state, x, train=True)[0]
 
-    v, u = direction(params, 2), randn(4, CLASSES, seed=3, dtype=FP64)
+    v = direction(params, 2)
     _, forward = jvp(f, (params,), (v,))
-    _, pull = vjp(f, params)
-    torch.testing.assert_close((u * forward).sum(), tree.dot(pull(u)[0], v), rtol=1e-10, atol=1e-12)
     step = 1e-6
     ahead, behind = (f(tree.map(lambda p, d, s=s: p + s * d, params, v)) for s in (step, -step))
     torch.testing.assert_close(forward, (ahead - behind) / (2 * step), rtol=1e-4, atol=1e-4)
@@ -174,9 +115,9 @@ def test_jacobians_agree_with_rows_of_gradients() -> None:
         return model.apply({**body, "fc": head}, state, x, train=False)[0]
 
     backward, forward = jacrev(f)(head), jacfwd(f)(head)
-    assert_trees_close(backward, forward)
+    assert_trees_near(backward, forward)
     row = grad(lambda p: f(p)[1, 2])(head)
-    assert_trees_close(tree.map(lambda j: j[1, 2], backward), row)
+    assert_trees_near(tree.map(lambda j: j[1, 2], backward), row)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
@@ -190,7 +131,7 @@ def test_hessian_vector_products(norm: str) -> None:
         return jvp(grad(f), (params,), (v,))[1]
 
     hv = product(v)
-    assert_trees_close(hv, grad(lambda p: tree.dot(grad(f)(p), v))(params))
+    assert_trees_near(hv, grad(lambda p: tree.dot(grad(f)(p), v))(params))
     torch.testing.assert_close(tree.dot(u, hv), tree.dot(v, product(u)), rtol=1e-9, atol=1e-11)
     leaves = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
     first = torch.autograd.grad(f(leaves), tree.leaves(leaves), create_graph=True)

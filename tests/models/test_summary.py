@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_func as rf
 from resnet_func import tree
-from resnet_func.models import resnet, zoo
+from resnet_func.models import blocks, resnet, zoo
+from resnet_func.models.config import ResNetConfig
 from resnet_func.models.layers import apply_layer
 from resnet_func.models.summary import (
     LayerRow,
@@ -42,7 +43,7 @@ variants = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.key
 
 
 def build(fields: dict) -> Model:
-    return resnet.build(zoo.ResNetConfig(**{**TINY, **fields}))
+    return resnet.build(ResNetConfig(**{**TINY, **fields}))
 
 
 def counted_macs(model: Model, image_size: int) -> int:
@@ -118,7 +119,7 @@ def test_shapes_are_those_of_real_outputs(fields, image_size, monkeypatch):
             shapes.append(tuple(y.shape[1:]))
         return y, state
 
-    monkeypatch.setattr(resnet, "apply_layer", watched)
+    monkeypatch.setattr(blocks, "apply_layer", watched)
     params, state = model.init(torch.Generator().manual_seed(0))
     assert model.config is not None
     x = torch.zeros(2, model.config.in_channels, image_size, image_size)

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import lr_scheduler, swa_utils
 
 from resnet_func import optim, tree
+from resnet_func.testing import assert_trees_equal
 
 FP32, FP64 = torch.float32, torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [FP32, FP64], ids=["fp32", "fp64"])
@@ -75,16 +76,6 @@ def noisy_gradients(params: Any, seed: int) -> Iterator[Any]:
         params = yield tree.map(lambda p, n: 0.3 * p + n, params, tree.unflatten(noise))
 
 
-def assert_equal(a: Any, b: Any, what: str = "") -> None:
-    """Every leaf to the bit (NaN equals NaN), the worst leaf named."""
-    assert tree.flatten(a).keys() == tree.flatten(b).keys()
-    for path, x in tree.flatten(a).items():
-        y = tree.flatten(b)[path]
-        assert x.dtype == y.dtype
-        off = (x - y).abs().max() if x.numel() else 0
-        assert torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)), f"{what} {path}: {off:.3g} off"
-
-
 def check_parity(case: str, schedule: optim.Schedule, dtype: torch.dtype, steps: int) -> None:
     params = make_tree(0, dtype, scale=0.1)
     modules = tree.map(lambda p: torch.nn.Parameter(p.clone()), params)
@@ -101,7 +92,7 @@ def check_parity(case: str, schedule: optim.Schedule, dtype: torch.dtype, steps:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optim.apply_updates(params, updates)
         if step % 50 in (0, 1) or step == steps - 1:
-            assert_equal(params, tree.map(lambda p: p.detach(), modules), f"step {step}")
+            assert_trees_equal(params, tree.map(lambda p: p.detach(), modules))
         grads = gradients.send(params)
     assert opt_state.step == steps
     check_state(opt_state, reference, modules)
@@ -111,7 +102,8 @@ def check_state(opt_state: Any, reference: torch.optim.Optimizer, modules: Any) 
     for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
         buffers = getattr(opt_state, name, None)
         if buffers:
-            assert_equal(buffers, tree.map(lambda m, name=name: reference.state[m][name], modules), name)
+            want = tree.map(lambda m, name=name: reference.state[m][name], modules)
+            assert_trees_equal(buffers, want)
 
 
 # --------------------------------------------------------------------------- parity with torch.optim
@@ -144,8 +136,8 @@ def test_float_lr_is_the_constant_schedule(case: str) -> None:
     by_float, by_schedule = ours(case, 0.1), ours(case, optim.constant(0.1))
     a, _ = by_float.update(grads, by_float.init(params), params)
     b, _ = by_schedule.update(grads, by_schedule.init(params), params)
-    assert_equal(a.delta, b.delta)
-    assert_equal(a.residue, b.residue)
+    assert_trees_equal(a.delta, b.delta)
+    assert_trees_equal(a.residue, b.residue)
 
 
 @pytest.mark.parametrize("case", ["sgd-nesterov-decay", "adamw"])
@@ -185,7 +177,7 @@ def test_decay_mask_is_a_param_group_without_decay(case: str, dtype: torch.dtype
         reference.step()
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optim.apply_updates(params, updates)
-    assert_equal(params, tree.unflatten({path: m.detach() for path, m in modules.items()}))
+    assert_trees_equal(params, tree.unflatten({path: m.detach() for path, m in modules.items()}))
     assert seen == {"fc.weight", "fc.bias", "conv.weight", "gain"}
 
 
@@ -463,7 +455,7 @@ def test_clip_is_bitwise_clip_grad_norm(dtype: torch.dtype, seed: int, max_norm:
         holder.grad = grad.clone()
     expected = torch.nn.utils.clip_grad_norm_(tree.leaves(holders), max_norm, foreach=False)
     assert torch.equal(norm, expected)
-    assert_equal(clipped, tree.map(lambda h: h.grad, holders))
+    assert_trees_equal(clipped, tree.map(lambda h: h.grad, holders))
 
 
 def test_clip_edge_cases() -> None:
@@ -471,11 +463,11 @@ def test_clip_edge_cases() -> None:
     clipped, norm = optim.clip_by_global_norm(grads, 1.0)
     assert norm == 5
     assert tree.norm(clipped) <= 1
-    assert_equal(optim.clip_by_global_norm(grads, 6.0)[0], grads)
-    assert_equal(optim.clip_by_global_norm(grads, math.inf)[0], grads)
-    assert_equal(optim.clip_by_global_norm(grads, 0.0)[0], tree.map(torch.zeros_like, grads))
+    assert_trees_equal(optim.clip_by_global_norm(grads, 6.0)[0], grads)
+    assert_trees_equal(optim.clip_by_global_norm(grads, math.inf)[0], grads)
+    assert_trees_equal(optim.clip_by_global_norm(grads, 0.0)[0], tree.map(torch.zeros_like, grads))
     zeros = tree.map(torch.zeros_like, grads)
-    assert_equal(optim.clip_by_global_norm(zeros, 1.0)[0], zeros)
+    assert_trees_equal(optim.clip_by_global_norm(zeros, 1.0)[0], zeros)
     empty, norm = optim.clip_by_global_norm({"a": None}, 1.0)
     assert empty == {"a": None}
     assert norm == 0
@@ -492,7 +484,7 @@ def test_clipped_optimizer_sees_clipped_gradients() -> None:
     small, _ = optim.clip_by_global_norm(grads, 0.5)
     a, _ = plain.update(small, plain.init(params), params)
     b, _ = wrapped.update(grads, wrapped.init(params), params)
-    assert_equal(a.delta, b.delta)
+    assert_trees_equal(a.delta, b.delta)
 
 
 @DTYPES
@@ -502,9 +494,9 @@ def test_ema_is_bitwise_swa_utils(dtype: torch.dtype, seed: int, decay: float) -
     average, params = make_tree(seed, dtype), make_tree(seed + 1, dtype)
     expected = tree.map(torch.clone, average)
     swa_utils.get_ema_multi_avg_fn(decay)(tuple(tree.leaves(expected)), tuple(tree.leaves(params)), 1)
-    assert_equal(optim.ema(average, params, decay), expected)
+    assert_trees_equal(optim.ema(average, params, decay), expected)
     by_tensor = optim.ema(average, params, torch.tensor(decay, dtype=FP64))
-    assert_equal(by_tensor, expected)
+    assert_trees_equal(by_tensor, expected)
 
 
 def test_ema_takes_the_newest_counter_and_changes_nothing() -> None:

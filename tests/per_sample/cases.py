@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import resnet_func as rf
-from resnet_func import tree
 from resnet_func.per_sample.ghost import ConvSpec
-from resnet_func.testing import generator
+from resnet_func.testing import generator, random_network
 from resnet_func.types import Model, Params, State
 
 CLASSES = 3
@@ -57,17 +56,7 @@ def network(
     config: rf.ResNetConfig, seed: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Model, Params, State]:
     """A model with every parameter and statistic random: no affine weight is 1, no bias 0."""
-    model = rf.build(config)
-    params, state = model.init(generator(seed), dtype=dtype)
-    noise = generator(seed + 1)
-    params = tree.map(lambda p: p + 0.3 * torch.randn(p.shape, generator=noise, dtype=dtype), params)
-
-    def statistic(path: str, leaf: Tensor) -> Tensor:
-        if path.endswith("num_batches_tracked"):
-            return leaf
-        return leaf + torch.rand(leaf.shape, generator=noise, dtype=dtype)
-
-    return model, params, tree.map_with_path(statistic, state)
+    return random_network(config, seed, dtype)
 
 
 def batch(
@@ -92,27 +81,3 @@ def small(**changes: Any) -> rf.ResNetConfig:
         "num_classes": CLASSES,
     }
     return rf.ResNetConfig(**{**fields, **changes})
-
-
-def assert_trees_close(actual: Params, expected: Params, *, rtol: float) -> None:
-    """Every leaf to `rtol` of its largest entry (or of a thousandth of the tree's); the worst is named."""
-    a, b = tree.flatten(actual), tree.flatten(expected)
-    assert list(a) == list(b)
-    top = max((leaf.abs().max().item() for leaf in b.values() if leaf.numel()), default=0.0)
-    errors = {}
-    for path, leaf in b.items():
-        assert a[path].shape == leaf.shape, path
-        assert a[path].dtype == leaf.dtype, path
-        if leaf.numel():
-            scale = max(leaf.abs().max().item(), 1e-3 * top)
-            errors[path] = (a[path] - leaf).abs().max().item() / scale if scale else 0.0
-    worst = max(errors, key=lambda path: errors[path])
-    assert errors[worst] <= rtol, f"worst leaf {worst}: relative error {errors[worst]:.2e} > {rtol:.0e}"
-
-
-def assert_trees_equal(actual: Params, expected: Params) -> None:
-    """Every leaf bit for bit."""
-    a, b = tree.flatten(actual), tree.flatten(expected)
-    assert list(a) == list(b)
-    wrong = [path for path in b if not torch.equal(a[path], b[path])]
-    assert not wrong, f"leaves differ: {', '.join(wrong)}"

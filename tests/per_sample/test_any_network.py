@@ -19,6 +19,7 @@ import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample import dataset
+from resnet_func.testing import assert_trees_near
 from resnet_func.types import Model, Params, State
 from tests.per_sample.cases import batch, generator, network, small
 
@@ -181,15 +182,6 @@ def tuple_of(moments: Callable[..., ps.Moments]) -> Callable[..., Any]:
     return lambda *arguments: (moments(*arguments).mean, moments(*arguments).second_moment)
 
 
-def assert_close(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
-    """Every leaf to `rtol` of its largest entry, or of a thousandth of the largest of all."""
-    ours, theirs = tree.leaves(actual), tree.leaves(expected)
-    top = max(leaf.abs().max().item() for leaf in theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape
-        assert (a - b).abs().max().item() <= rtol * max(b.abs().max().item(), 1e-3 * top)
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_quantity_is_that_of_a_loop(name: str) -> None:
     model, params, state, x = build(name)
@@ -198,7 +190,7 @@ def test_every_quantity_is_that_of_a_loop(name: str) -> None:
         warnings.filterwarnings("ignore", message="There is a performance drop")  # of batching rules
         for quantity, make in quantities("auto").items():
             expected = quantities("loop")[quantity](model)(params, state, x, y)
-            assert_close(make(model)(params, state, x, y), expected)
+            assert_trees_near(make(model)(params, state, x, y), expected)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
@@ -210,7 +202,7 @@ def test_torchvisions_module_and_our_config_give_the_same(norm: str) -> None:
     x, y = images(3, 32, 32), torch.arange(N) % CLASSES
     for name in ("norms", "clipped_sum"):
         make = quantities("auto")[name]
-        assert_close(make(model)(params, state, x, y), make(config)(params, state, x, y), 1e-12)
+        assert_trees_near(make(model)(params, state, x, y), make(config)(params, state, x, y), 1e-12)
 
 
 WRAPPERS: dict[str, Callable[[Model], Model]] = {
@@ -231,7 +223,7 @@ def test_a_wrapped_model_has_the_gradients_of_what_it_computes(name: str) -> Non
     model, params, state = network(small(widths=(128, 4), norm_groups=1), 0)
     model, (x, y) = WRAPPERS[name](model), batch(3, 1)
     for quantity, make in quantities("auto").items():
-        assert_close(
+        assert_trees_near(
             make(model)(params, state, x, y), quantities("vmap")[quantity](model)(params, state, x, y)
         )
 
@@ -384,9 +376,9 @@ def test_inputs_and_targets_are_trees() -> None:
     x = {"a": images(3), "b": images(4)}
     y = {"label": torch.arange(N) % CLASSES, "weight": torch.rand(N, generator=generator(2)).double()}
     expected = ps.grads(model, loss, method="loop")(params, {}, x, y)
-    assert_close(ps.grads(model, loss)(params, {}, x, y), expected)
-    assert_close(ps.grads(model, loss, microbatch=3)(params, {}, x, y), expected)
-    assert_close(ps.grads(model, loss, method="vmap")(params, {}, x, y), expected)
+    assert_trees_near(ps.grads(model, loss)(params, {}, x, y), expected)
+    assert_trees_near(ps.grads(model, loss, microbatch=3)(params, {}, x, y), expected)
+    assert_trees_near(ps.grads(model, loss, method="vmap")(params, {}, x, y), expected)
 
 
 def test_bounds_by_prefix_clip_each_part() -> None:
@@ -405,8 +397,8 @@ def test_bounds_by_prefix_clip_each_part() -> None:
         norm = torch.stack([g.flatten(1).square().sum(1) for g in part.values()]).sum(0).sqrt()
         factor = (bound / norm).clamp(max=1)
         expected |= {path: torch.einsum("n,n...->...", factor, g) for path, g in part.items()}
-    assert_close({path: expected[path] for path in grads}, tree.flatten(total))
-    assert_close(norms, ps.norms(model, losses.cross_entropy)(params, state, x, y))
+    assert_trees_near({path: expected[path] for path in grads}, tree.flatten(total))
+    assert_trees_near(norms, ps.norms(model, losses.cross_entropy)(params, state, x, y))
 
 
 @pytest.mark.parametrize(
@@ -428,9 +420,9 @@ def test_dot_is_the_inner_product_with_a_direction() -> None:
     grads = ps.grads(model, losses.cross_entropy, method="loop")(params, state, x, y)
     products = tree.map(lambda g, d: (g * d).flatten(1).sum(1), grads, direction)
     expected = torch.stack(tree.leaves(products)).sum(0)
-    assert_close(ps.dot(model, losses.cross_entropy)(params, state, x, y, direction), expected)
+    assert_trees_near(ps.dot(model, losses.cross_entropy)(params, state, x, y, direction), expected)
     only = ps.dot(model, losses.cross_entropy, trainable=lambda path: path.startswith("fc."))
-    assert_close(only(params, state, x, y, direction), products["fc"]["weight"] + products["fc"]["bias"])
+    assert_trees_near(only(params, state, x, y, direction), products["fc"]["weight"] + products["fc"]["bias"])
 
 
 OUR_WRAPPERS: dict[str, Callable[[Model], Model]] = {

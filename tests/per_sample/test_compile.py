@@ -9,7 +9,8 @@ import torch
 
 from resnet_func import losses
 from resnet_func import per_sample as ps
-from tests.per_sample.cases import assert_trees_close, batch, network, small
+from resnet_func.testing import assert_trees_near
+from tests.per_sample.cases import batch, network, small
 
 TRANSFORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "clipped_sum": (ps.clipped_sum, {"max_norm": 1.0}),
@@ -49,7 +50,7 @@ def test_compiled_equals_eager(name: str, changes: dict[str, Any]) -> None:
         results = {"sum": actual[0], "norms": actual[1]}
     else:
         results = {"result": actual}
-    assert_trees_close(results, pairs, rtol=1e-10)
+    assert_trees_near(results, pairs, rtol=1e-10)
 
 
 @pytest.mark.nightly
@@ -62,7 +63,7 @@ def test_compiled_code_leaves_a_nan_sample_out() -> None:
     torch._dynamo.reset()
     total, norms = torch.compile(clipped, fullgraph=True, backend="aot_eager")(params, state, x, y)
     expected, _ = clipped(params, state, x[clean], y[clean])
-    assert_trees_close(total, expected, rtol=1e-10)
+    assert_trees_near(total, expected, rtol=1e-10)
     assert norms.isnan().nonzero().flatten().tolist() == [2]
     with pytest.raises(ValueError, match=r"1 of 4 samples .* gradient: 2\."):
         ps.detect_nonfinite(norms)

@@ -15,8 +15,9 @@ import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample.projections import leaf_seed, signs, split_dim
+from resnet_func.testing import assert_trees_near
 from resnet_func.types import Params
-from tests.per_sample.cases import CLASSES, assert_trees_close, batch, configs, network, small
+from tests.per_sample.cases import CLASSES, batch, configs, network, small
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -29,11 +30,6 @@ def matrix(grads: Params) -> Tensor:
 def rows(model: rf.Model, params: Params, state: Any, x: Tensor, y: Tensor, loss: Any = None) -> Tensor:
     loss = loss or losses.cross_entropy
     return matrix(ps.grads(model, loss, method="vmap", train=False)(params, state, x, y))
-
-
-def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= rtol * expected.abs().max()
 
 
 # --------------------------------------------------------------------------- gram
@@ -49,8 +45,8 @@ def test_gram_is_the_product_of_the_gradients(config: rf.ResNetConfig, views: in
     for budget in (0, 2**40):
         plan = ps.plan(model, tuple(a[0].shape), "gram", budget)
         gram = ps.gram(model, losses.cross_entropy, method=plan, train=False)
-        close(gram(params, state, a, b), left @ right.T)
-        close(gram(params, state, a), left @ left.T)
+        assert_trees_near(gram(params, state, a, b), left @ right.T)
+        assert_trees_near(gram(params, state, a), left @ left.T)
 
 
 @pytest.mark.parametrize("microbatch", [None, 2])
@@ -73,8 +69,8 @@ def test_layer_grams_add_up_and_blocks_join() -> None:
     expected = rows(model, params, state, *a) @ rows(model, params, state, *b).T
     layers = ps.layer_grams(model, losses.cross_entropy)(params, state, a, b)
     assert next(iter(layers)) == "conv1"
-    close(torch.stack(list(layers.values())).sum(0), expected)
-    close(ps.gram(model, losses.cross_entropy, microbatch=3)(params, state, a, b), expected)
+    assert_trees_near(torch.stack(list(layers.values())).sum(0), expected)
+    assert_trees_near(ps.gram(model, losses.cross_entropy, microbatch=3)(params, state, a, b), expected)
     empty = (a[0][:0], a[1][:0])
     assert ps.gram(model, losses.cross_entropy)(params, state, a, empty).shape == (5, 0)
 
@@ -87,7 +83,7 @@ def test_ntk_sums_over_logits() -> None:
         logit = losses.logit(index)
         left, right = (rows(model, params, state, x, y, logit) for x, y in ((x_a, y_a), (x_b, y_b)))
         expected += left @ right.T
-    close(ps.ntk(model)(params, state, x_a, x_b), expected)
+    assert_trees_near(ps.ntk(model)(params, state, x_a, x_b), expected)
     assert ps.ntk(model)(params, state, x_a).shape == (3, 3)
     with pytest.raises(ValueError, match="num_classes="):
         ps.ntk(rf.Model(None, model.init, model.apply))
@@ -107,9 +103,9 @@ def test_sketches_project_the_gradients(config: rf.ResNetConfig, views: int | No
         actual = ps.sketch(model, losses.cross_entropy, **options)(params, state, x, y)
         assert actual.shape == (3, 12)
         reference = ps.sketch(model, losses.cross_entropy, method="loop", **options)
-        close(actual, reference(params, state, x, y))
+        assert_trees_near(actual, reference(params, state, x, y))
         parts = ps.sketch(model, losses.cross_entropy, microbatch=2, **options)
-        close(parts(params, state, x, y), actual)
+        assert_trees_near(parts(params, state, x, y), actual)
 
 
 @pytest.mark.parametrize("projection", ["factorized", "dense"])
@@ -196,18 +192,18 @@ def test_moments_by_hand() -> None:
     grads = ps.grads(model, losses.cross_entropy, method="vmap")(params, state, x, y)
     for microbatch in (None, 4):
         moments = ps.moments(model, losses.cross_entropy, microbatch=microbatch)(params, state, x, y)
-        assert_trees_close(moments.mean, tree.map(lambda g: g.mean(0), grads), rtol=1e-10)
-        assert_trees_close(moments.second_moment, tree.map(lambda g: g.square().mean(0), grads), rtol=1e-10)
+        assert_trees_near(moments.mean, tree.map(lambda g: g.mean(0), grads), rtol=1e-10)
+        assert_trees_near(moments.second_moment, tree.map(lambda g: g.square().mean(0), grads), rtol=1e-10)
         flat = matrix(grads)
         trace = flat.var(0, correction=1).sum()
         squared_norm = flat.mean(0).square().sum() - trace / 6
-        close(moments.noise_scale.trace, trace)
-        close(moments.noise_scale.squared_norm, squared_norm, 1e-9)
-        close(moments.noise_scale.value, trace / squared_norm, 1e-9)
+        assert_trees_near(moments.noise_scale.trace, trace)
+        assert_trees_near(moments.noise_scale.squared_norm, squared_norm, 1e-9)
+        assert_trees_near(moments.noise_scale.value, trace / squared_norm, 1e-9)
         layer = matrix({"fc": grads["fc"]})
-        close(moments.layer_noise_scale["fc"].trace, layer.var(0, correction=1).sum())
+        assert_trees_near(moments.layer_noise_scale["fc"].trace, layer.var(0, correction=1).sum())
         traces = [scale.trace for scale in moments.layer_noise_scale.values()]
-        close(torch.stack(traces).sum(), trace)
+        assert_trees_near(torch.stack(traces).sum(), trace)
 
 
 def test_the_noise_scale_estimates_are_unbiased() -> None:
@@ -219,8 +215,8 @@ def test_the_noise_scale_estimates_are_unbiased() -> None:
     # pairs with replacement: independent draws from the six samples
     pairs = [[i, j] for i in range(6) for j in range(6)]
     scales = [moments(params, state, x[pair], y[pair]).noise_scale for pair in pairs]
-    close(torch.stack([s.trace for s in scales]).mean(), flat.var(0, correction=0).sum())
-    close(torch.stack([s.squared_norm for s in scales]).mean(), flat.mean(0).square().sum(), 1e-8)
+    assert_trees_near(torch.stack([s.trace for s in scales]).mean(), flat.var(0, correction=0).sum())
+    assert_trees_near(torch.stack([s.squared_norm for s in scales]).mean(), flat.mean(0).square().sum(), 1e-8)
 
 
 def test_one_sample_has_no_noise_scale() -> None:
@@ -252,15 +248,15 @@ def test_over_dataset_is_every_quantity_of_the_whole_data_set(capsys: pytest.Cap
     assert list(result) == list(wanted)
     logits = model.apply(params, state, x, train=False)[0]
     errors = logits.softmax(1) - torch.eye(CLASSES, dtype=torch.float64)[y]
-    close(result["gradient norm"], ps.norms(model, loss)(params, state, x, y))
-    close(result["layers"]["fc"], ps.layer_norms(model, loss)(params, state, x, y)["fc"])
-    close(result["loss"], loss(logits, y))
-    close(result["el2n"], errors.square().sum(1).sqrt())
+    assert_trees_near(result["gradient norm"], ps.norms(model, loss)(params, state, x, y))
+    assert_trees_near(result["layers"]["fc"], ps.layer_norms(model, loss)(params, state, x, y)["fc"])
+    assert_trees_near(result["loss"], loss(logits, y))
+    assert_trees_near(result["el2n"], errors.square().sum(1).sqrt())
     assert torch.equal(result["correct"], (logits.argmax(1) == y).double())
-    close(result["sketch"], ps.sketch(model, loss, dim=8, seed=1)(params, state, x, y))
+    assert_trees_near(result["sketch"], ps.sketch(model, loss, dim=8, seed=1)(params, state, x, y))
     moments = ps.moments(model, loss)(params, state, x, y)
-    assert_trees_close(result["moments"].second_moment, moments.second_moment, rtol=1e-10)
-    close(result["moments"].noise_scale.value, moments.noise_scale.value, 1e-9)
+    assert_trees_near(result["moments"].second_moment, moments.second_moment, rtol=1e-10)
+    assert_trees_near(result["moments"].noise_scale.value, moments.noise_scale.value, 1e-9)
 
 
 def test_over_dataset_averages_over_views() -> None:

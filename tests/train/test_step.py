@@ -92,13 +92,14 @@ def test_ema_follows_its_formula():
     assert ema_state["bn1"]["num_batches_tracked"] == 4
 
 
-def test_whole_step_compiles_as_one_graph_and_does_not_recompile():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+def test_whole_step_compiles_as_one_graph_and_does_not_recompile(backend):
     model, (x, y) = tiny(), make_batch(dtype=torch.float32)
     schedule = optim.one_cycle(0.5, 10, warmup_fraction=0.3)
     optimizer = optim.clipped(optim.sgd(schedule, momentum=0.9, nesterov=True, weight_decay=1e-3), 1.0)
     step = make_train_step(model, cross_entropy, optimizer, ema_decay=0.9)
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(step, fullgraph=True, dynamic=False, backend=counter)
     eager_state = compiled_state = start(model, optimizer, ema=True, dtype=torch.float32)
     traces = set()

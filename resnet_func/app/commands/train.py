@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 from resnet_func.app import batches, budget, data, parts, run, run_folder, runtime
 from resnet_func.app.commands.common import configure, describe_data, plain_console, say
@@ -21,7 +22,12 @@ def main(options: Train) -> None:
     output, recipe = plain_console(), options.hyper
     data_dir = None if options.data_dir is None else str(options.data_dir.resolve())
     init = None if options.init is None else str(options.init.resolve())
-    experiment = Experiment(options.dataset, data_dir, options.seed, recipe, init)
+    changes = options.training_set
+    if changes.scores:
+        changes = replace(changes, scores=str(Path(changes.scores).resolve()))
+    experiment = Experiment(
+        options.dataset, data_dir, options.seed, recipe, init, changes, options.snapshots, options.record
+    )
     private = options.privacy.private
     # rounding to bf16 would let a gradient exceed its bound
     machine = configure(replace(options.machine, precision="fp32") if private else options.machine)

@@ -47,6 +47,10 @@ class Source(Protocol):
     def num_samples(self) -> int: ...
     @property
     def image_shape(self) -> tuple[int, int, int]: ...  # channels, height, width
+    @property
+    def labels(self) -> Int64[Tensor, "n"]: ...
+    @property
+    def files(self) -> tuple[str, ...]: ...  # of the images; empty where they have none
 
     def to(self, device: torch.device | str) -> Source:
         """The same split, its batches delivered on `device`."""
@@ -59,12 +63,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """One split held in memory: labels index `classes`; `name` tells the data set and the split."""
+    """One split held in memory: labels index `classes`; `name` tells the data set and the split.
+
+    `files` are the images' files, if they have any.
+    """
 
     images: UInt8[Tensor, "n c h w"]
     labels: Int64[Tensor, "n"]
     classes: tuple[str, ...]
     name: str
+    files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -198,7 +206,7 @@ def _folder(root: Path, image_size: int | None, max_bytes: int | None) -> Splits
         return Splits(*(open_stream(x, image_size, n) for x, n in zip(listings, names, strict=True)))
     labels = [torch.tensor(x.labels, dtype=torch.int64, device="cpu") for x in listings]
     parts = zip(load_images(listings, image_size), labels, listings, names, strict=True)
-    return Splits(*(Dataset(images, y, x.classes, n) for images, y, x, n in parts))
+    return Splits(*(Dataset(images, y, x.classes, n, x.files) for images, y, x, n in parts))
 
 
 def _resized(dataset: Dataset, image_size: int | None) -> Dataset:

@@ -5,9 +5,7 @@ Drawn on matplotlib's objects alone: no display, no pyplot, no global state, so 
 
 from __future__ import annotations
 
-import io
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,14 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resnet_func.app.output.fonts import drawable, fonts_of
-from resnet_func.files import write_whole
+from resnet_func.app.output.canvas import GREY, draw_image, make_figure, save, say, shorten
+from resnet_func.app.output.fonts import drawable
 
-DPI = 150
-TEST, GREY = "#0072B2", "#595959"
+TEST = "#0072B2"
 STYLES: dict[str, dict[str, Any]] = {  # Okabe and Ito's colours: distinct to every kind of colour vision
     "train": {"color": "#D55E00", "linestyle": "--", "linewidth": 1.3},
     "test": {"color": TEST, "linestyle": "-", "linewidth": 1.8},
@@ -55,7 +51,7 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
     train loss is not finite.
     """
     private = any("epsilon" in record for record in records)
-    figure = _figure(15 if private else 11, 4.2, title)
+    figure = make_figure(15 if private else 11, 4.2, title)
     loss, accuracy, *rest = figure.subplots(1, 3 if private else 2)
     loss.set_title("Loss", loc="left", fontsize=11)
     accuracy.set_title("Accuracy (%)", loc="left", fontsize=11)
@@ -66,7 +62,7 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
         values = np.concatenate(list(series.values()))
         values = values[np.isfinite(values)]
         if not len(values):
-            _say(axes, "no finite values" if len(records) else "no epochs yet")
+            say(axes, "no finite values" if len(records) else "no epochs yet")
             continue
         _draw_series(axes, epochs, series)
         _scale_loss(axes, values) if metric == "loss" else _scale_accuracy(axes, values)
@@ -76,14 +72,14 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
         _draw_budget(rest[0], epochs, _column(records, "epsilon"))
     else:
         _mark_divergence(loss, accuracy, epochs, _column(records, "train_loss"))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_budget(axes: Axes, epochs: Numbers, epsilon: Numbers) -> None:
     axes.set_title("Epsilon spent", loc="left", fontsize=11)
     finite = np.isfinite(epsilon)
     if not finite.any():
-        _say(axes, "no finite values")
+        say(axes, "no finite values")
         return
     _draw_series(axes, epochs, {"test": epsilon})
     _tidy_axes(axes, epochs)
@@ -195,7 +191,7 @@ def confusion(matrix: Int[Tensor, "c c"], classes: Sequence[str], path: Path, ti
     samples = int(totals.sum())
     accuracy = f"{np.trace(counts) / samples:.2%} of {samples:,} right" if samples else "no samples"
     small = len(classes) <= CLASSES_WITH_COUNTS
-    figure = _figure(8.2 if small else 11, 7, f"{title}: {accuracy}")
+    figure = make_figure(8.2 if small else 11, 7, f"{title}: {accuracy}")
     axes, *beside = figure.subplots(1, 2 - small, squeeze=False, width_ratios=(2.3, 1)[: 2 - small])[0]
     _draw_cells(figure, axes, percent)
     _label_classes(axes, classes)
@@ -203,7 +199,7 @@ def confusion(matrix: Int[Tensor, "c c"], classes: Sequence[str], path: Path, ti
         _write_counts(axes, counts, percent)
     else:
         _list_mistakes(beside[0], counts, percent, classes)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_cells(figure: Figure, axes: Axes, percent: Numbers) -> None:
@@ -223,7 +219,7 @@ def _draw_cells(figure: Figure, axes: Axes, percent: Numbers) -> None:
 def _label_classes(axes: Axes, classes: Sequence[str]) -> None:
     count = len(classes)
     if count <= CLASSES_WITH_NAMES:
-        names, size = [_shorten(name, 14) for name in classes], 10 if count <= CLASSES_WITH_COUNTS else 7
+        names, size = [shorten(name, 14) for name in classes], 10 if count <= CLASSES_WITH_COUNTS else 7
         upright = count <= 10 and max(map(len, names)) <= 4
         axes.set_xticks(range(count), names, rotation=0 if upright else 90, fontsize=size)
         axes.set_yticks(range(count), names, fontsize=size)
@@ -256,7 +252,7 @@ def _list_mistakes(axes: Axes, counts: Numbers, percent: Numbers, classes: Seque
     for cell in np.argsort(-wrong, axis=None, kind="stable")[:LISTED_MISTAKES]:
         row, column = divmod(int(cell), len(counts))
         if wrong[row, column]:
-            pair = f"{_shorten(classes[row], 18)} → {_shorten(classes[column], 18)}"
+            pair = f"{shorten(classes[row], 18)} → {shorten(classes[column], 18)}"
             lines.append(f"{pair}\n{counts[row, column]:.0f} times, {percent[row, column]:.1f}%")
     text = "\n".join(["most frequent mistakes\n", *lines] if lines else ["no mistakes"])
     axes.text(0, 0.5, text, va="center", fontsize=9, linespacing=1.4)
@@ -291,51 +287,14 @@ def mistakes(
     shown = np.argsort(-certainty, kind="stable")[: min(wrong.sum(), SHOWN_MISTAKES)].tolist()
     columns = max(3, math.ceil(math.sqrt(len(shown))))
     rows = max(1, math.ceil(len(shown) / columns))
-    figure = _figure(1.75 * columns, 0.6 + 2.15 * rows, title)
+    figure = make_figure(1.75 * columns, 0.6 + 2.15 * rows, title)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid:
         axes.set_axis_off()
     for axes, index in zip(grid, shown, strict=False):
-        _draw_image(axes, images[index])
-        true, predicted = (_shorten(classes[int(of[index])], 14) for of in (labels, predictions))
+        draw_image(axes, images[index])
+        true, predicted = (shorten(classes[int(of[index])], 14) for of in (labels, predictions))
         axes.set_title(f"{true} →\n{predicted} ({float(confidences[index]):.1%})", fontsize=9)
     if not shown:
-        _say(figure.add_subplot(), "no mistakes")
-    _save(figure, path)
-
-
-def _draw_image(axes: Axes, image: UInt8[Tensor, "c h w"]) -> None:
-    pixels = image.permute(1, 2, 0).cpu().numpy()
-    if pixels.shape[2] != 3:
-        pixels = pixels.mean(2)
-    small = max(pixels.shape[:2]) < 200  # pixels on paper per image
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest" if small else "antialiased")
-
-
-def _figure(width: float, height: float, title: str) -> Figure:
-    """A figure of this size in inches, its title in the left corner, in as many lines as it needs."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
-    text = textwrap.fill(drawable(title), max(20, int(9 * width)))
-    figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    return figure
-
-
-def _shorten(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
-def _say(axes: Axes, message: str) -> None:
-    axes.text(0.5, 0.5, message, transform=axes.transAxes, ha="center", va="center", fontsize=14, color=GREY)
-    axes.set_axis_off()
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write the PNG whole or not at all."""
-    texts: list[Any] = figure.findobj(Text)
-    fonts = fonts_of("".join(text.get_text() for text in texts))
-    for text in texts:
-        text.set_parse_math(False)  # a name with dollar signs in it is no formula
-        text.set_fontfamily(fonts)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    write_whole(path, buffer.getvalue())
+        say(figure.add_subplot(), "no mistakes")
+    save(figure, path)

@@ -187,7 +187,7 @@ def test_what_no_font_has_is_escaped(
 
 def test_a_private_run_has_a_panel_for_epsilon_and_none_for_the_training_images(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     records = [
         {"epoch": i + 1, "epsilon": 2.0 * (i + 1), "test_loss": 2.0 - i, "test_accuracy": 0.1 * i}
         for i in range(2)

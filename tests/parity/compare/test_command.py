@@ -115,7 +115,7 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     ),
     "no-gradient": (
         no_gradient,
-        "layer3.0.downsample.1.weight, in the backward pass alone: gradient ",
+        "layer3.0.downsample.1.bias, in the backward pass alone: gradient ",
     ),
 }
 

@@ -1,0 +1,64 @@
+"""Several processes compute what one does, to the bit where sums are exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resnet_func import distributed
+from resnet_func.distributed import Ranks
+from tests.distributed import exact
+from tests.distributed.processes import run_ranks
+
+
+def check(world: int, steps: int, folder: Path) -> None:
+    """Whether `world` ranks train what one does; the ranks check all else that `worker` says."""
+    run_ranks(world, "tests.distributed.worker", str(folder), str(steps))
+    alone = exact.all_trainings(Ranks(0, 1), steps)
+    wanted = {name: distributed.fingerprint(state) for name, state in alone.items()}
+    assert json.loads((folder / f"{world}.json").read_text()) == wanted
+
+
+def test_two_ranks_train_the_bits_of_one(tmp_path: Path) -> None:
+    check(2, 10, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("world", [2, 3, 4], ids="{}-ranks".format)
+def test_every_world_trains_the_same_bits(world: int, tmp_path: Path) -> None:
+    """Fifty steps with GroupNorm, with BatchNorm over ranks, and private."""
+    check(world, 50, tmp_path)
+
+
+@given(st.integers(0, 50), st.integers(1, 8))
+def test_parts_are_the_batch(size: int, world: int) -> None:
+    rows = list(range(size))
+    parts = [rows[Ranks(rank, world).part(size)] for rank in range(world)]
+    assert [row for part in parts for row in part] == rows
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(("rank", "world"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_outside_its_world_is_refused(rank: int, world: int) -> None:
+    with pytest.raises(ValueError, match="rank must be 0 to world - 1"):
+        Ranks(rank, world)
+
+
+def test_a_fingerprint_is_of_every_bit_and_of_values_not_of_memory() -> None:
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert distributed.fingerprint([x, x.bool()]) == distributed.fingerprint([last, x.bool()])
+    changed = x.clone()
+    changed.view(torch.int32)[1, 2, 3, 3] ^= 1
+    assert distributed.fingerprint([x]) != distributed.fingerprint([changed])
+
+
+@pytest.mark.parametrize("timeout", [0.0, float("nan")])
+def test_a_wait_without_limit_is_refused(timeout: float) -> None:
+    with pytest.raises(ValueError, match="timeout must be above 0"):
+        distributed.join(timeout=timeout)
