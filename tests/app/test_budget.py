@@ -36,10 +36,13 @@ def test_calibrated_noise_spends_what_was_wished_and_no_more() -> None:
         budget.check_budget(budget.budget(chosen, replace(RECIPE, epochs=6), 1000))
 
 
-def test_a_fixed_size_is_for_an_image_replaced() -> None:
-    chosen = budget.calibrate(replace(WISH, sampling="fixed-size"), replace(RECIPE, epochs=1), 1000)
-    assert chosen.neighbours == "replace-one"
-    assert chosen.noise_multiplier > budget.calibrate(WISH, replace(RECIPE, epochs=1), 1000).noise_multiplier
+def test_a_fixed_size_is_for_an_image_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(privacy, "noise_multiplier", lambda *args, **run: asked.append(run) or 2.0)
+    chosen = budget.calibrate(replace(WISH, sampling="fixed-size"), RECIPE, 1000)
+    assert (chosen.neighbours, chosen.noise_multiplier) == ("replace-one", 2.0)
+    wanted = {"steps": 9, "sampling_rate": 0.3, "neighbours": "replace-one", "sampling": "fixed-size"}
+    assert asked == [wanted]
 
 
 @pytest.mark.parametrize(

@@ -417,17 +417,17 @@ def test_help_and_refusals_do_not_wait_for_torch(call, code):
 
 # --------------------------------------------------------------------------- private training
 
-PRIVATE = ("--private", "--epsilon", "50", "--delta", "1e-3", "--model", "tests.app.tiny:network")
+PRIVATE = ("--private", "--epsilon", "2", "--delta", "1e-3", "--model", "tests.app.tiny:network")
 
 
 def test_a_private_run_says_what_it_promises_and_keeps_it(images, capsys):
     data_dir = ("--dataset", "folder", "--data-dir", str(images))
     assert main(["train", *data_dir, "--run-dir", "run", *TINY, *PRIVATE]) == 0
     said = capsys.readouterr().out
-    assert "(50, 0.001)-differentially private" in said
+    assert "(2, 0.001)-differentially private" in said
     assert "spent: epsilon" in said
     assert {"epsilon"} <= set(read_metrics(Path("run"))[0])
-    assert read_metrics(Path("run"))[-1]["epsilon"] <= 50
+    assert read_metrics(Path("run"))[-1]["epsilon"] <= 2
     assert not list(Path("run").rglob("*seeds*"))
     assert main(["train", "--resume", "run"]) == 0  # nothing left to spend
     assert main(["evaluate", "--run-dir", "run", "--threads", "1"]) == 0
