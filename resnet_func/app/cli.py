@@ -1,4 +1,4 @@
-"""The command line: `resnet-func train | evaluate | predict | summary | scores`.
+"""The command line: `resnet-func train | evaluate | predict | summary | scores | attribute | curvature`.
 
 Options are parsed and refused without importing torch, which takes seconds; a command's file does.
 """
@@ -22,7 +22,16 @@ import tyro
 from resnet_func.app import recipes, run_folder
 from resnet_func.app.errors import AppError, Interrupted, UsageError, warn
 from resnet_func.app.experiment import Privacy
-from resnet_func.app.options import Evaluate, Predict, PrivateTraining, Scores, Summary, Train
+from resnet_func.app.options import (
+    Attribute,
+    Curvature,
+    Evaluate,
+    Predict,
+    PrivateTraining,
+    Scores,
+    Summary,
+    Train,
+)
 
 INTERRUPTED = 130
 SUMMARY = "Train ResNets and other networks on images, test them, and ask them."
@@ -32,6 +41,8 @@ COMMANDS = {
     "predict": Predict,
     "summary": Summary,
     "scores": Scores,
+    "attribute": Attribute,
+    "curvature": Curvature,
 }
 """Options by name; what a command does is `main` in `commands/NAME.py`."""
 
@@ -90,10 +101,16 @@ def _parse(argv: list[str]) -> Any:
             _check_resume(options, defaults["train"])
         case Predict(images=()):
             raise UsageError("predict needs an image file or more: resnet-func predict IMAGE...")
+        case Attribute(images=(), test_index=()):
+            raise UsageError(
+                "attribute needs an image file or more, or --test-index: resnet-func attribute IMAGE..."
+            )
         case Scores():
             for folder in options.runs or (run_folder.latest(),):
                 run_folder.read_config(folder)
-        case Evaluate() | Predict():
+        case Curvature():
+            run_folder.read_config(options.run or run_folder.latest())
+        case Evaluate() | Predict() | Attribute():
             run_folder.read_config(options.run_dir or run_folder.latest())  # refused before torch is imported
     return options
 

@@ -140,11 +140,63 @@ class Scores:
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")] = ()
     """Run folders, such as of several seeds, whose scores are averaged; by default the latest run."""
     scores: tuple[str, ...] = ()
-    """Of loss margin el2n grand self_influence self_influence_diagonal forgetting; by default cheap ones."""
+    """Of loss, margin, el2n, grand, self_influence (also with _diagonal, _ekfac), forgetting; by default what
+    takes one pass."""
     rank_by: str = ""
-    """The score that ranks the images and chooses suspects; by default margin, or the first of --scores."""
+    """The score that ranks the images and picks the suspects; by default margin, or the first of --scores."""
     data_dir: Path | None = None
     """Where the data set is now, if it has moved."""
     batch_size: int = 128
     """Images at a time."""
+    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Show the training images that helped a prediction most, and those that harmed it most."""
+
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")] = ()
+    """Image files."""
+    test_index: tuple[int, ...] = ()
+    """Places of test images, from 0, instead of files or beside them."""
+    run_dir: Path | None = None
+    """The run folder, which keeps what is computed of the training set; by default the latest below runs/."""
+    method: Literal["cosine", "tracin", "trak", "influence"] = "cosine"
+    """cosine is of gradients at the last epoch; tracin and trak use every one that train --snapshots kept;
+    influence is by EKFAC, and for new images goes over the training set again."""
+    label: str = ""
+    """The class to explain; by default the predicted one."""
+    shown: int = 8
+    """Training images shown, of each kind."""
+    dim: int = 2048
+    """Numbers that the gradient of an image is sketched to: more are more exact, and take more space."""
+    data_dir: Path | None = None
+    """Where the data set is now, if it has moved."""
+    batch_size: int = 128
+    """Images at a time."""
+    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Measure how sharp the loss is around a trained network: trace, extreme eigenvalues, spectrum.png."""
+
+    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
+    """The run folder; by default the latest below runs/."""
+    matrix: Literal["hessian", "ggn"] = "hessian"
+    """hessian: second derivatives of the training loss; ggn: its Gauss-Newton part, never negative."""
+    images: int = 1000
+    """Training images to look at, drawn at random."""
+    steps: int = 40
+    """Steps of Lanczos's method, each a pass over the images; more resolve more eigenvalues."""
+    probes: int = 10
+    """Random probes of the trace, each a pass over the images."""
+    seed: int = 0
+    """Of the images, the start and the probes."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+    batch_size: int = 128
+    """Images at a time."""
+    data_dir: Path | None = None
+    """Where the data set is now, if it has moved."""
     machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)

@@ -9,7 +9,7 @@ All of it goes through `per_sample.over_dataset`: a pass over the data costs abo
 
 from resnet_func.attribution.evaluation import Lds, Planted, found_curve, found_share, lds, plant_wrong_labels
 from resnet_func.attribution.features import Features, Sketch, make_features, sketch_tree
-from resnet_func.attribution.fisher import DiagonalFisher, diagonal_fisher
+from resnet_func.attribution.fisher import DiagonalFisher, diagonal_fisher, sampled_ekfac
 from resnet_func.attribution.in_run import in_run_values
 from resnet_func.attribution.influence import Curvature, influence
 from resnet_func.attribution.scores import (
@@ -49,6 +49,7 @@ __all__ = [
     "open_store",
     "plant_wrong_labels",
     "ranks",
+    "sampled_ekfac",
     "score_dataset",
     "sketch_tree",
     "suspicion_order",

@@ -1,13 +1,15 @@
-"""The diagonal of the empirical Fisher matrix, and its damped inverse: the cheapest curvature there is."""
+"""Curvatures for influence: the diagonal of the empirical Fisher matrix, and EKFAC by sampled labels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple, Unpack
 
+import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.curvature import KroneckerEstimate, ekfac
 from resnet_func.per_sample import over_dataset
 from resnet_func.per_sample.dataset import Batches
 from resnet_func.per_sample.options import Options
@@ -41,7 +43,6 @@ class DiagonalFisher(NamedTuple):
     def inverse_product(self, of: Params, *, damping: float | None = None) -> Params:
         """The damped inverse times a tree; leaves may lead with more dimensions, `[N, *shape]`.
 
-        >>> import torch
         >>> fisher = DiagonalFisher({"w": torch.tensor([1.0, 3.0])})
         >>> fisher.inverse_product({"w": torch.tensor([[2.0, 4.0]])}, damping=1.0)
         {'w': tensor([[1., 1.]])}
@@ -65,7 +66,7 @@ def diagonal_fisher(
     Raises:
         ValueError: as in `per_sample.over_dataset`.
 
-    >>> import torch, resnet_func as rf
+    >>> import resnet_func as rf
     >>> model = rf.resnet20(depths=(1, 1, 1), norm="group")
     >>> params, state = model.init(torch.Generator().manual_seed(0))
     >>> batches = [(torch.ones(2, 3, 8, 8), torch.tensor([0, 1]))]
@@ -75,3 +76,37 @@ def diagonal_fisher(
     """
     run = over_dataset(model, loss_fn, ["moments"], progress=progress, **options)
     return lambda params, state, batches: DiagonalFisher(run(params, state, batches)["moments"].second_moment)
+
+
+def sampled_ekfac(
+    model: Model, loss_fn: LossFn, *, seed: int = 0, **options: Unpack[Options]
+) -> Callable[[Params, State, Batches], KroneckerEstimate]:
+    """`curvature.ekfac` of a data set, its Gauss-Newton matrix estimated by random signs: four passes in all.
+
+    Args:
+        model, loss_fn: As in `curvature.ekfac`.
+        seed: Of the signs.
+        **options: As in `per_sample.grads`; of them `trainable`, `microbatch` and `train` matter.
+
+    Returns:
+        `fn(params, state, batches) -> KroneckerEstimate`; the batches can be gone through twice.
+
+    >>> import resnet_func as rf
+    >>> model, params, state = rf.from_module(torch.nn.Linear(2, 1))
+    >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1))]
+    >>> sampled_ekfac(model, rf.losses.squared_error)(params, state, batches).trace()
+    tensor(2.)
+    """
+    run = ekfac(
+        model,
+        loss_fn,
+        fisher="sampled",
+        trainable=options.get("trainable"),
+        microbatch=options.get("microbatch"),
+        train=options.get("train"),
+    )
+
+    def estimate(params: Params, state: State, batches: Batches) -> KroneckerEstimate:
+        return run(params, state, batches, generator=torch.Generator("cpu").manual_seed(seed))
+
+    return estimate

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resnet_func import tree
 from resnet_func.numerics import widen
 from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
@@ -114,23 +113,19 @@ def products(directions: Mapping[str, Float[Tensor, "t ..."]]) -> Quantity:
     return Quantity("grads", leaf, _sum_of_leaves, torch.cat)
 
 
-def self_products(inverse: Callable[[Params], Params]) -> Quantity:
-    """`<gradient_i, inverse(gradient)_i>` `[N]`, for a function of a batched tree, leaves `[N, *shape]`.
+def self_products(inverse: Callable[[str, Tensor], Tensor]) -> Quantity:
+    """`<gradient_i, inverse(gradient_i)>` `[N]`, where the inverse acts on each leaf by itself.
 
-    All gradients of a microbatch exist at once.
+    Args:
+        inverse: `inverse(dotted path, leaves [N, *shape])` gives leaves like them.
     """
 
     def leaf(path: str, factors: Factors, way: Way) -> Tensor:
-        return contract.grads(factors)
+        parts = (contract.grads(part) for part in sample_slices(factors))
+        pairs = ((widen(grad_rows(part)), widen(grad_rows(inverse(path, part)))) for part in parts)
+        return torch.cat([(a * b).sum(1) for a, b in pairs])
 
-    def finish(answers: dict[str, Tensor], captured: Captured) -> Tensor:
-        if not len(captured.losses):
-            return captured.losses
-        moved = tree.flatten(inverse(tree.unflatten(answers)))
-        parts = [(widen(grad_rows(answers[p])) * widen(grad_rows(moved[p]))).sum(1) for p in answers]
-        return torch.stack(parts).sum(0)
-
-    return Quantity("grads", leaf, finish, torch.cat)
+    return Quantity("grads", leaf, _sum_of_leaves, torch.cat)
 
 
 def _sum_of_leaves(answers: dict[str, Tensor], captured: Captured) -> Tensor:

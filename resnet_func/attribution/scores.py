@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from resnet_func.attribution import quantities
-from resnet_func.attribution.fisher import diagonal_fisher
+from resnet_func.attribution.fisher import diagonal_fisher, sampled_ekfac
 from resnet_func.attribution.quantities import Checkpoint
+from resnet_func.curvature import KroneckerEstimate
 from resnet_func.per_sample import over_dataset
 from resnet_func.per_sample.dataset import Batches
 from resnet_func.per_sample.options import Options
@@ -26,6 +27,7 @@ SUSPICIOUS: dict[str, int] = {
     "grand": 1,
     "self_influence": 1,
     "self_influence_diagonal": 1,
+    "self_influence_ekfac": 1,
     "forgetting": 1,
 }
 FROM_NETWORKS = tuple(name for name in SUSPICIOUS if name != "forgetting")
@@ -65,8 +67,9 @@ def score_dataset(
             "self_influence": its square (TracIn of a sample on itself; Pruthi et al. 2020,
             https://arxiv.org/abs/2002.08484). "self_influence_diagonal": the same by the inverse of the
             diagonal Fisher matrix (Koh and Liang 2017, https://arxiv.org/abs/1703.04730), which takes one
-            more pass.
-        damping: Added to the diagonal Fisher matrix; None is a tenth of its mean entry.
+            more pass; "self_influence_ekfac": by EKFAC's inverse (Grosse et al. 2023), which takes four more,
+            of labels drawn from the network's own probabilities.
+        damping: Added to the curvature's eigenvalues; None is a tenth of their mean, of EKFAC in each layer.
         progress: Show a progress bar.
 
     Returns:
@@ -90,7 +93,6 @@ def score_dataset(
         raise ValueError(
             f"expected scores among {', '.join(FROM_NETWORKS)}; got {', '.join(map(str, unknown)) or 'none'}"
         )
-    fisher = diagonal_fisher(model, loss_fn, progress=progress, **options)
 
     def score(checkpoints: Sequence[Checkpoint], batches: Batches) -> Scores:
         if not checkpoints:
@@ -98,10 +100,14 @@ def score_dataset(
         total: dict[str, Tensor] = {}
         found: dict[str, Any] = {}
         for params, state in checkpoints:
-            weights = None
+            wanted = _quantities(names)
             if "self_influence_diagonal" in names:
+                fisher = diagonal_fisher(model, loss_fn, progress=progress, **options)
                 weights = fisher(params, state, batches).inverse(damping)
-            wanted = _quantities(names, weights)
+                wanted["self_influence_diagonal"] = quantities.weighted_squared_norms(weights)
+            if "self_influence_ekfac" in names:
+                estimate = sampled_ekfac(model, loss_fn, **options)(params, state, batches)
+                wanted["self_influence_ekfac"] = quantities.self_products(_by_block(estimate, damping))
             found = over_dataset(model, loss_fn, wanted, progress=progress, **options)(params, state, batches)
             for name in names:
                 value = _value(name, found)
@@ -112,7 +118,11 @@ def score_dataset(
     return score
 
 
-def _quantities(names: Sequence[str], weights: Mapping[str, Tensor] | None) -> dict[str, str | Quantity]:
+def _by_block(estimate: KroneckerEstimate, damping: float | None) -> Callable[[str, Tensor], Tensor]:
+    return lambda path, leaf: estimate.blocks[path].inverse_product(leaf, damping)
+
+
+def _quantities(names: Sequence[str]) -> dict[str, str | Quantity]:
     """What a pass has to compute for these scores."""
     wanted: dict[str, str | Quantity] = {
         "prediction": quantities.prediction(),
@@ -123,8 +133,6 @@ def _quantities(names: Sequence[str], weights: Mapping[str, Tensor] | None) -> d
         wanted["margin"] = quantities.margin()
     if {"grand", "self_influence"} & set(names):
         wanted["norms"] = "norms"
-    if weights is not None:
-        wanted["self_influence_diagonal"] = quantities.weighted_squared_norms(weights)
     return wanted
 
 

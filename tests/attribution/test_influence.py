@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resnet_func as rf
+from resnet_func import per_sample as ps
 from resnet_func import tree
-from resnet_func.attribution import DiagonalFisher, influence
+from resnet_func.attribution import DiagonalFisher, influence, sampled_ekfac
 from resnet_func.types import Params
 from tests.attribution.oracle import CE, batches, close, gradient_rows, joined, rows_of, tiny
 from tests.per_sample.cases import CLASSES, batch
@@ -106,3 +107,15 @@ def test_a_model_of_the_zoo_has_the_identity_as_default() -> None:
     assert ours.dtype == torch.float32
     with pytest.raises(ValueError, match="damping must be positive"):
         influence(model, CE, DiagonalFisher({}), damping=0.0)(checkpoint, data, data)
+
+
+def test_ekfac_is_a_curvature_and_its_labels_are_the_seeds() -> None:
+    model, params, state = tiny()
+    train, test = batches(5, 1), batches(3, 2)
+    estimate = sampled_ekfac(model, CE)(params, state, train)
+    ours = influence(model, CE, estimate, damping=0.2)((params, state), train, test)
+    a, b = (ps.grads(model, CE)(params, state, *joined(part)) for part in (train, test))
+    close(ours, rows_of(a) @ rows_of(estimate.inverse_product(b, damping=0.2)).T, 1e-9)
+    again, other = (sampled_ekfac(model, CE, seed=seed)(params, state, train) for seed in (0, 1))
+    assert torch.equal(again.eigenvalues(), estimate.eigenvalues())
+    assert not torch.equal(other.eigenvalues(), estimate.eigenvalues())

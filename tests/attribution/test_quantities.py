@@ -67,7 +67,7 @@ def test_products_with_gradients(microbatch: int | None) -> None:
     wanted = {
         "products": quantities.products(tree.flatten(directions)),
         "weighted": quantities.weighted_squared_norms(tree.flatten(scale)),
-        "self": quantities.self_products(lambda of: tree.map(lambda g, s: g * s, of, scale)),
+        "self": quantities.self_products(lambda path, leaf: leaf * tree.flatten(scale)[path]),
     }
     found = ps.over_dataset(model, CE, wanted, microbatch=microbatch)(params, state, data)
     rows = gradient_rows(model, params, state, *joined(data))

@@ -7,10 +7,18 @@ import torch
 
 import resnet_func as rf
 from resnet_func import losses
-from resnet_func.attribution import forgetting, found_share, ranks, score_dataset, suspicion_order
+from resnet_func import per_sample as ps
+from resnet_func.attribution import (
+    forgetting,
+    found_share,
+    ranks,
+    sampled_ekfac,
+    score_dataset,
+    suspicion_order,
+)
 from resnet_func.attribution.scores import FROM_NETWORKS
 from resnet_func.testing import generator
-from tests.attribution.oracle import CE, batches, close, gradient_rows, joined, tiny
+from tests.attribution.oracle import CE, batches, close, gradient_rows, joined, rows_of, tiny
 
 
 def test_every_score_is_its_definition_averaged_over_checkpoints() -> None:
@@ -29,6 +37,10 @@ def test_every_score_is_its_definition_averaged_over_checkpoints() -> None:
         expected["el2n"].append((logits.softmax(1) - given).norm(dim=1))
         expected["grand"].append(rows.norm(dim=1))
         expected["self_influence"].append(rows.square().sum(1))
+        ekfac = sampled_ekfac(model, CE)(params, state, data)
+        gradients = ps.grads(model, CE)(params, state, x, y)
+        moved = rows_of(ekfac.inverse_product(gradients, damping=0.3))
+        expected["self_influence_ekfac"].append((rows_of(gradients) * moved).sum(1))
         weights = 1 / (rows.square().mean(0) + 0.3)
         expected["self_influence_diagonal"].append(rows.square() @ weights)
     assert list(scores.values) == list(expected)

@@ -1,0 +1,136 @@
+"""`resnet-func attribute`: the training images behind a prediction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from resnet_func.app import attributing, batches, data, inference, run_folder, scoring
+from resnet_func.app.attributing import Network, Ranked
+from resnet_func.app.commands.common import configure, plain_console, say
+from resnet_func.app.errors import UsageError, warn
+from resnet_func.app.names import printable
+from resnet_func.app.options import Attribute
+from resnet_func.app.output.attributions import Shown, attribution
+from resnet_func.app.training_set import image_name
+
+
+def main(options: Attribute) -> None:
+    """Print a table, and draw a picture, of the most helpful and the most harmful training images."""
+    for name in ("shown", "dim", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more; got {getattr(options, name)}")
+    output, folder = plain_console(), options.run_dir or run_folder.latest()
+    machine = scoring.exact(configure(options.machine))
+    experiment, task = run_folder.read_config(folder)
+    if options.data_dir is not None:
+        experiment = replace(experiment, data_dir=str(options.data_dir))
+    training, test = batches.load_training(experiment)
+    batches.check_classes(task, training.source)
+    network, warnings = attributing.open_network(folder, training, machine, options.batch_size)
+    for warning in warnings:
+        warn(warning)
+    names, images = _images(options, network, test)
+    prepare = batches.Preparer(task, machine)
+    x = torch.cat([prepare(image[None]) for image in images])
+    probabilities = inference.predict(network.trained, images, machine).softmax(1)
+    y = _targets(options, network, probabilities)
+    with _progress(output) as progress:
+        began = time.perf_counter()
+        scores = attributing.scores(network, options.method, x, y.to(x.device), options.dim, progress)
+        seconds = time.perf_counter() - began
+    say(output, f"{options.method} over {len(scores):,} training images in {seconds:.1f} s")
+    for place, (name, image) in enumerate(zip(names, images, strict=True)):
+        target = int(y[place])
+        says = f"{task.classes[target]} ({float(probabilities[place, target]):.1%})"
+        ranked = attributing.rank(scores[:, place], options.shown)
+        _tell(output, network, ranked, f"{name}: {says}")
+        path = folder / f"attribute-{Path(name).stem.replace(' ', '-')}-{options.method}.png"
+        _draw(network, ranked, image, says, path, f"{experiment.recipe.model} on {experiment.dataset}")
+        say(output, f"wrote {path}")
+
+
+def _images(options: Attribute, network: Network, test: data.Source) -> tuple[list[str], list[Tensor]]:
+    """Names and stored images, files first.
+
+    Raises:
+        UsageError: there is no such test image.
+        DataError: a file is missing or no image.
+    """
+    wrong = [index for index in options.test_index if not 0 <= index < test.num_samples]
+    if wrong:
+        raise UsageError(f"--test-index must be 0 to {test.num_samples - 1}; got {wrong[0]}")
+    index = torch.tensor(options.test_index, dtype=torch.int64, device="cpu")
+    found = [images[0].cpu() for images, _ in test.read(index.split(1))] if len(index) else []
+    names = [*map(str, options.images), *[f"test {index}" for index in options.test_index]]
+    return names, [*[inference.read_image(path, network.trained) for path in options.images], *found]
+
+
+def _targets(options: Attribute, network: Network, probabilities: Tensor) -> Tensor:
+    classes = network.trained.task.classes
+    if options.label and options.label not in classes:
+        raise UsageError(f"--label must be one of {', '.join(classes[:20])}; got {options.label!r}")
+    if options.label:
+        return torch.full(
+            (len(probabilities),), classes.index(options.label), dtype=torch.int64, device="cpu"
+        )
+    return probabilities.argmax(1)
+
+
+def _described(network: Network, place: int) -> tuple[str, str]:
+    """A training image's label and name."""
+    source, training = network.training.source, network.training
+    label = source.classes[int(source.labels[place])]
+    return label, image_name(source, place, int(training.places[place]))
+
+
+def _tell(output: Console, network: Network, ranked: Ranked, title: str) -> None:
+    """A table, the strongest first; scores as shares of the strongest of all."""
+    say(output, title)
+    table = Table("", "score", "label", "training image", box=None)
+    strongest = float(ranked.scores.abs().max()) or 1.0
+    for word, places in (("helped", ranked.helpful), ("harmed", ranked.harmful)):
+        for place in places.tolist():
+            label, name = _described(network, place)
+            share = f"{100 * float(ranked.scores[place]) / strongest:+.0f} %"
+            table.add_row(word, share, Text(printable(label)), Text(printable(name), overflow="fold"))
+    output.print(table)
+
+
+def _draw(network: Network, ranked: Ranked, image: Tensor, says: str, path: Path, title: str) -> None:
+    strongest = float(ranked.scores.abs().max()) or 1.0
+    shown = []
+    for places in (ranked.helpful, ranked.harmful):
+        pictures = attributing.images_at(network.training, places)
+        shown.append(
+            [
+                Shown(picture, label, float(ranked.scores[place]) / strongest, name)
+                for place, picture in zip(places.tolist(), pictures, strict=True)
+                for label, name in [_described(network, place)]
+            ]
+        )
+    method = path.stem.rpartition("-")[2]
+    title = f"{title}: the training images behind a prediction, by {method}"
+    attribution(image, says, shown[0], shown[1], path, title)
+
+
+@contextmanager
+def _progress(output: Console) -> Iterator[attributing.Progress]:
+    """A progress bar on a terminal, and nothing elsewhere."""
+    with Progress(console=output, disable=not output.is_terminal, transient=True) as bar:
+
+        def begin(what: str, rows: int) -> Callable[[int], object]:
+            task = bar.add_task(what, total=rows)
+            return lambda done: bar.update(task, advance=done)
+
+        yield begin
