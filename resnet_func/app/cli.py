@@ -99,6 +99,8 @@ def _parse(argv: list[str]) -> Any:
     match options:
         case Train(resume=Path()):
             _check_resume(options, defaults["train"])
+        case Train():
+            options = _epochs_or_minutes(options, defaults["train"].hyper)
         case Predict(images=()):
             raise UsageError("predict needs an image file or more: resnet-func predict IMAGE...")
         case Attribute(images=(), test_index=()):
@@ -191,8 +193,21 @@ def _check_private(options: Train) -> None:
         raise UsageError("--record keeps what the network says of each training image, which is not private")
     if options.training_set.keep < 1 and options.training_set.which != "random":
         raise UsageError("--keep by scores chooses images by what is not private. Use --which random")
+    if recipe.epochs == 0:
+        raise UsageError("--private must know its steps before the first: give --epochs instead of --minutes")
     if options.machine.precision == "bf16":
         raise UsageError("--private computes in fp32: rounding to bf16 lets a gradient exceed its bound")
+
+
+def _epochs_or_minutes(options: Train, default: recipes.Recipe) -> Train:
+    """A budget that is given takes the place of the recipe's epochs, and epochs that of its budget."""
+    recipe = options.hyper
+    epochs, minutes = recipe.epochs != default.epochs, recipe.minutes != default.minutes
+    if epochs and minutes and recipe.epochs and recipe.minutes:
+        raise UsageError("--epochs and --minutes say the same twice; leave one out")
+    if minutes and recipe.minutes:
+        return replace(options, hyper=replace(recipe, epochs=0))
+    return replace(options, hyper=replace(recipe, minutes=0.0)) if recipe.epochs else options
 
 
 def _check_resume(options: Train, saved: Train) -> None:

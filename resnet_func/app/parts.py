@@ -101,7 +101,7 @@ def find_network(recipe: Recipe, num_classes: int, in_channels: int) -> Model:
 def compute_by(runtime: Runtime, model: Model) -> Model:
     """The model by the algorithm and in the precision of the runtime."""
     if runtime.winograd:
-        model = winograd.wrap(model)
+        model = winograd.wrap(model, runtime.speeds)
     return autocast(model, runtime.device.type, torch.bfloat16) if runtime.precision == "bf16" else model
 
 

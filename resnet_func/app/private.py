@@ -13,9 +13,9 @@ from torch import Tensor
 from resnet_func import privacy, tree
 from resnet_func.app import data
 from resnet_func.app.batches import Preparer, make_generator
-from resnet_func.app.budget import PrivateError, budget
 from resnet_func.app.data import augment
 from resnet_func.app.experiment import Experiment, Privacy, Task
+from resnet_func.app.guarantee import PrivateError, budget
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
 from resnet_func.app.seeds import Seeds

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 from resnet_func.app import checkpoint, data, run_folder, seeds, training_record
 from resnet_func.app.batches import Preparer, check_classes, describe_changes, make_task, train_batches
-from resnet_func.app.budget import PrivateError, check_budget
 from resnet_func.app.errors import AppError, Interrupted
 from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.guarantee import PrivateError, check_budget
 from resnet_func.app.inference import Trained, evaluate_trained, parameters_to_test
 from resnet_func.app.parts import make_parts
 from resnet_func.app.private import PrivateTrainer, private_batches
@@ -82,7 +82,8 @@ def train(
     if resume:
         train_state, progress, records = _restore(folder, train_state, reporter)
     else:
-        run_folder.write_config(folder, experiment, task)
+        chosen = {"speeds": runtime.speeds.as_numbers(), "compile": runtime.compile}
+        run_folder.write_config(folder, experiment, task, chosen)
         if trainer is not None:  # so that whatever stops the run, it can go on with the seeds it has
             _save(folder, train_state, progress, records)
 

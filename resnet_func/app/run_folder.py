@@ -123,13 +123,17 @@ def snapshots(folder: Path) -> list[str]:
 # --------------------------------------------------------------------------- files
 
 
-def write_config(folder: Path, experiment: Experiment, task: Task) -> None:
+def write_config(
+    folder: Path, experiment: Experiment, task: Task, machine: Mapping[str, Any] | None = None
+) -> None:
     """Write config.json: enough to resume, evaluate and predict.
+
+    `machine` is what the run chose by itself on its machine, in JSON's types: see `read_machine`.
 
     Raises:
         RunError: the disk refuses; the old file, if any, is kept.
     """
-    config = {"experiment": asdict(experiment), "task": task._asdict()}
+    config = {"experiment": asdict(experiment), "task": task._asdict(), "machine": dict(machine or {})}
     _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -160,6 +164,17 @@ def read_config(folder: Path) -> tuple[Experiment, Task]:
         return Experiment(**fields, recipe=recipe, privacy=privacy), task
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"config.json is not of this version: {error}. Start a new run") from error
+
+
+def read_machine(folder: Path) -> dict[str, Any]:
+    """What a run chose by itself, so that it goes on with the same: "speeds" and "compile".
+
+    Empty for runs of earlier versions, and where the file cannot be read, which `read_config` says.
+    """
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))["machine"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _tuples(value: Any) -> Any:

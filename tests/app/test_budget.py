@@ -1,80 +1,187 @@
-"""The budget: noise for all steps at the true rate, and a sentence that says what is not promised."""
+"""A budget of minutes: it is filled, never overdrawn but for one epoch, and what was measured decides."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
+from typing import Any
 
 import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from resnet_func import privacy
-from resnet_func.app import budget
-from resnet_func.app.experiment import Experiment, Privacy
-from resnet_func.app.options import PrivateTraining
-from resnet_func.app.recipes import Recipe
-from resnet_func.app.run_folder import RunError
+from resnet_func.app import batches, budget, data, runtime
+from resnet_func.app.budget import Costs
+from resnet_func.app.experiment import Experiment
+from resnet_func.app.recipes import FAST, Recipe
 
-pytest.importorskip("dp_accounting")
-WISH = PrivateTraining(private=True, epsilon=2.0, delta=1e-5)
-RECIPE = Recipe(epochs=3, batch_size=300, norm="group", normalization="fixed")
-
-
-def test_the_rate_is_the_expected_batch_over_the_images_and_no_other() -> None:
-    """Not one over the number of batches."""
-    chosen = Privacy(8.0, 1e-5, 1.0)
-    run = budget.budget(chosen, RECIPE, 1000)
-    assert (run.rate, run.epoch_steps, run.steps) == (Fraction(3, 10), 3, 9)
-    assert run.spent(9) == privacy.epsilon(1.0, 1e-5, sampling_rate=0.3, steps=9)
+PLAIN = Recipe(epochs=0, minutes=1)
 
 
-def test_calibrated_noise_spends_what_was_wished_and_no_more() -> None:
-    chosen = budget.calibrate(WISH, RECIPE, 1000)
-    run = budget.budget(chosen, RECIPE, 1000)
-    assert 0.99 * 2.0 < run.spent(run.steps) <= 2.0
-    budget.check_budget(run)
-    with pytest.raises(RunError, match="config.json says epsilon 2, but its 18 steps spend"):
-        budget.check_budget(budget.budget(chosen, replace(RECIPE, epochs=6), 1000))
+def costs(full: float, *, ratio: float = 0.3, evaluation: float = 1.0, batches: int = 100) -> Costs:
+    steps = {0.5: ratio * full, 0.75: (ratio + 1) / 2 * full, 1.0: full}
+    return Costs(steps, {scale: evaluation * scale for scale in steps}, 0.0, batches)
 
 
-def test_a_fixed_size_is_for_an_image_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(privacy, "noise_multiplier", lambda *args, **run: asked.append(run) or 2.0)
-    chosen = budget.calibrate(replace(WISH, sampling="fixed-size"), RECIPE, 1000)
-    assert (chosen.neighbours, chosen.noise_multiplier) == ("replace-one", 2.0)
-    wanted = {"steps": 9, "sampling_rate": 0.3, "neighbours": "replace-one", "sampling": "fixed-size"}
-    assert asked == [wanted]
+@given(st.floats(1e-3, 1.0), st.floats(0.2, 0.9), st.floats(10.0, 5000.0))
+def test_a_budget_is_filled_and_not_overdrawn(full: float, ratio: float, seconds: float) -> None:
+    spent = costs(full, ratio=ratio)
+    chosen = budget.fit_epochs(FAST, spent, seconds)
+    assume(chosen.epochs > 1)
+    assert spent.of_run(chosen) <= seconds
+    longest = 100 * full + 1.0
+    assert spent.of_run(chosen) > seconds - longest
+    assert spent.of_run(chosen) >= 0.95 * seconds or chosen.epochs < 20
+    assert chosen.scale_at(chosen.epochs - 1) == 1.0
+
+
+@given(st.floats(1e-3, 1.0), st.floats(10.0, 5000.0))
+def test_without_small_images_epochs_are_counted(full: float, seconds: float) -> None:
+    spent = costs(full)
+    chosen = budget.fit_epochs(PLAIN, spent, seconds)
+    one = 100 * full + 1.0
+    assert chosen.epochs == max(1, int(seconds / one * (1 + 1e-9)))
+    assert chosen.early_scales == ()
+
+
+def test_more_time_is_more_epochs_and_one_is_always_trained() -> None:
+    spent = costs(0.1)
+    epochs = [budget.fit_epochs(FAST, spent, seconds).epochs for seconds in (0.0, 60.0, 300.0, 1200.0)]
+    assert epochs[0] == 1
+    assert epochs == sorted(set(epochs))
+
+
+def test_compilation_counts_once() -> None:
+    recipe = Recipe(epochs=5)
+    assert costs(0.1)._replace(compilation=40.0).of_run(recipe) == pytest.approx(40 + 5 * 11)
+
+
+# --- what is measured ---
+
+
+class Clock:
+    """Seconds that pass only where a step says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def fake_parts(clock: Clock, seconds: Callable[[int, bool], float]) -> Callable[..., Any]:
+    """Parts whose step takes `seconds(side, compiled)`."""
+
+    def make(experiment: Experiment, task: Any, machine: runtime.Runtime) -> Any:
+        seen = set()
+
+        def step(state: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
+            if machine.compile and x.shape[-1] not in seen:
+                seen.add(x.shape[-1])
+                clock.now += 30.0
+            clock.now += seconds(x.shape[-1], machine.compile)
+            return state, {"loss": torch.zeros(())}
+
+        def apply(params: Any, state: Any, x: torch.Tensor, *, train: bool) -> Any:
+            return x.flatten(1)[:, :10], state
+
+        state = type("State", (), {"params": {}, "state": {}})
+        return type("Parts", (), {"step": staticmethod(step), "train_state": state, "model": Model(apply)})
+
+    return make
+
+
+class Model:
+    def __init__(self, apply: Any) -> None:
+        self.apply = apply
+
+
+@pytest.fixture
+def splits() -> data.Splits:
+    return batches.load_data(Experiment("digits", None, 0, PLAIN))
+
+
+def choose(
+    splits: data.Splits,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: Callable[[int, bool], float],
+    *,
+    left: float = 1200.0,
+    compile: str = "auto",
+) -> tuple[budget.Choice, float]:
+    """What is chosen for digits with FAST's small images, and the seconds that measuring took."""
+    clock = Clock()
+    monkeypatch.setattr(budget, "make_parts", fake_parts(clock, seconds))
+    experiment = Experiment("digits", None, 0, replace(FAST, batch_size=64, crop=0, flip=False))
+    machine = replace(runtime.configure(device="cpu", threads=1, compile="off"), compile=True)
+    choice = budget.choose(experiment, splits, machine, seconds=left, compile=compile, clock=clock)
+    return choice, clock.now
+
+
+def by_pixels(side: int, compiled: bool) -> float:
+    return 0.001 * side**2
+
+
+def test_what_is_left_after_measuring_is_filled(splits: data.Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice, measuring = choose(splits, monkeypatch, by_pixels, left=300.0)
+    steps = {0.5: 0.016, 0.75: 0.036, 1.0: 0.064}
+    total = Costs(steps, dict.fromkeys(steps, 0.0), 0.0, 1433 // 64).of_run(choice.recipe)
+    assert 0.95 * 300 <= measuring + total <= 300
+    assert not choice.compile
+    assert f"20 minutes are {choice.recipe.epochs} epochs: " in choice.sentence
+    assert "at scale 0.5 (16 ms a step)" in choice.sentence
+    assert "not compiled" in choice.sentence
+
+
+def test_small_images_that_save_nothing_are_left_out(
+    splits: data.Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice, _ = choose(splits, monkeypatch, lambda side, compiled: 0.1, left=300.0)
+    assert choice.recipe.early_scales == ()
 
 
 @pytest.mark.parametrize(
-    ("changes", "images", "message"),
-    [({"delta": 1e-3}, 1000, "protects nobody"), ({}, 299, "more than the 299 training images")],
-    ids=str,
+    ("gain", "option", "left", "expected"),
+    [
+        (0.5, "auto", 1200.0, True),
+        (0.99, "auto", 1200.0, False),
+        (0.5, "auto", 300.0, False),
+        (0.99, "on", 300.0, True),
+    ],
+    ids=["pays", "does not", "too short", "asked for"],
 )
-def test_what_cannot_be_is_refused(changes: dict, images: int, message: str) -> None:
-    with pytest.raises(budget.PrivateError, match=message):
-        budget.calibrate(replace(WISH, **changes), RECIPE, images)
+def test_it_compiles_where_more_epochs_fit_so(
+    splits: data.Splits,
+    monkeypatch: pytest.MonkeyPatch,
+    gain: float,
+    option: str,
+    left: float,
+    expected: bool,
+) -> None:
+    def seconds(side: int, compiled: bool) -> float:
+        return by_pixels(side, compiled) * (gain if compiled else 1)
+
+    choice, measuring = choose(splits, monkeypatch, seconds, left=left, compile=option)
+    assert choice.compile is expected
+    steps = {scale: seconds(round(8 * scale), expected) for scale in (0.5, 0.75, 1.0)}
+    compilation = 30.0 * (2 + budget.CACHED_COMPILE) if expected else 0.0
+    total = Costs(steps, dict.fromkeys(steps, 0.0), compilation, 1433 // 64).of_run(choice.recipe)
+    assert 0.93 * left <= measuring + total <= 1.01 * left
 
 
-def test_the_sentence_says_what_is_promised_and_what_not() -> None:
-    chosen = Privacy(8.0, 1e-5, 1.25)
-    experiment = Experiment("digits", None, 0, RECIPE, privacy=chosen)
-    said = budget.guarantee(experiment, budget.budget(chosen, RECIPE, 1000))
-    for part in (
-        "(8, 1e-05)-differentially private",
-        "one image more or less",
-        "noise of 1.25",
-        "9 steps on Poisson batches at rate 3/10",
-        "choice of hyper-parameters",
-        "computed on test images",
-        "not cryptographic",
-        "floating-point",
-    ):
-        assert part in said
-    assert "\n" not in said
-    assert "deviation" not in said
-    of_data = replace(experiment, recipe=replace(RECIPE, normalization="data"), init="w.pth")
-    said = budget.guarantee(of_data, budget.budget(chosen, RECIPE, 1000))
-    assert "mean and standard deviation of the training images" in said
-    assert "what the weights of --init were made from" in said
-    insecure = replace(chosen, insecure=True)
-    assert budget.guarantee(experiment, budget.budget(insecure, RECIPE, 1000)).startswith("NOT private")
+def test_less_than_a_batch_is_left_to_the_run_to_refuse(splits: data.Splits) -> None:
+    experiment = Experiment("digits", None, 0, replace(PLAIN, batch_size=5000))
+    machine = runtime.configure(device="cpu", threads=1, compile="off")
+    assert budget.choose(experiment, splits, machine, seconds=60.0).recipe.epochs == 1
+
+
+def test_a_measurement_is_of_the_real_step(splits: data.Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(budget, "LEAST_STEPS", 1)
+    recipe = Recipe(model="resnet20", epochs=0, minutes=1, batch_size=4, crop=0)
+    machine = runtime.configure(device="cpu", threads=1, precision="fp32", compile="off")
+    state = torch.random.get_rng_state()
+    choice = budget.choose(Experiment("digits", None, 0, recipe), splits, machine, seconds=30.0)
+    assert 1 <= choice.recipe.epochs < 10_000
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -7,13 +7,14 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from resnet_func.app import checkpoint, recipes, run_folder
+from resnet_func import calibration
+from resnet_func.app import budget, checkpoint, recipes, run_folder, runtime
 from resnet_func.app.cli import main
 from resnet_func.models import zoo
 from tests.app.image_folder import make_image_folder, read_metrics
@@ -244,6 +245,43 @@ def test_of_equal_flags_all_take_the_last(images, monkeypatch):
         assert main(["train", *call]) == 0
         options = parsed.pop()
         assert (options.dataset, options.hyper) == (dataset, recipe or recipes.recipe("fast", "mnist"))
+
+
+def test_minutes_take_the_place_of_epochs_and_epochs_of_minutes(monkeypatch, capsys):
+    parsed = []
+    monkeypatch.setattr("resnet_func.app.commands.train.main", parsed.append)
+    for words, epochs, minutes in (
+        ("--dataset cifar10", 0, 20),
+        ("--dataset cifar10 --minutes 5", 0, 5),
+        ("--dataset cifar10 --epochs 3", 3, 0),
+        ("--minutes 0.5", 0, 0.5),
+        ("--epochs 7", 7, 0),
+        ("", recipes.DIGITS.epochs, 0),
+    ):
+        assert main(["train", *words.split()]) == 0
+        options = parsed.pop()
+        assert (options.hyper.epochs, options.hyper.minutes) == (epochs, minutes), words
+    assert exit_code(["train", "--minutes", "5", "--epochs", "3"]) == 2
+    assert "leave one out" in capsys.readouterr().err
+
+
+def test_a_run_of_minutes_goes_on_with_the_epochs_it_chose(images, capsys, monkeypatch):
+    tiny = [word for word in TINY if word not in ("--epochs", "2")]
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), *tiny, "--run-dir", "run"]
+    monkeypatch.setattr(budget, "MEASURE_SECONDS", 0.0)
+    fast = replace(calibration.TYPICAL, source="measured")
+    monkeypatch.setattr(calibration, "measured", lambda *_: fast)
+    assert main([*call, "--minutes", "0.01"]) == 0
+    assert "budget: 0.01 minutes are " in capsys.readouterr().out
+    config, machine = run_folder.read_config(Path("run"))[0], run_folder.read_machine(Path("run"))
+    assert config.recipe.epochs >= 1
+    assert machine == {"speeds": fast.as_numbers(), "compile": False}
+    asked = []
+    configure = runtime.configure
+    monkeypatch.setattr(runtime, "configure", lambda **given: asked.append(given) or configure(**given))
+    assert main(["train", "--resume", "run"]) == 0
+    assert "budget" not in capsys.readouterr().out
+    assert asked[0]["speeds"].as_numbers() == fast.as_numbers()
 
 
 def test_resume_twice_takes_the_last(trained, tmp_path, monkeypatch):

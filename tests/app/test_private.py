@@ -14,9 +14,9 @@ import torch
 from resnet_func import optim, privacy
 from resnet_func.app import private, run, seeds
 from resnet_func.app.batches import Preparer, load_data, make_task
-from resnet_func.app.budget import PrivateError
 from resnet_func.app.errors import Interrupted
 from resnet_func.app.experiment import Experiment, Privacy
+from resnet_func.app.guarantee import PrivateError
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.run_folder import RunError
 from resnet_func.train import Progress

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
-from resnet_func.app import data, inference, runtime
+from resnet_func import calibration
+from resnet_func.app import data, inference, run_folder, runtime
 from resnet_func.app.errors import warn
 from resnet_func.app.options import Machine
 
 
-def configure(machine: Machine) -> runtime.Runtime:
-    """Choose and apply what the options leave open."""
+def configure(machine: Machine, run: Path | None = None) -> runtime.Runtime:
+    """Choose and apply what the options leave open; as `run` chose, if that is given and says so."""
+    speeds = None
+    if run is not None:
+        with suppress(ValueError):
+            speeds = calibration.from_numbers(run_folder.read_machine(run).get("speeds", {}), "of the run")
     return runtime.configure(
         device=machine.device,
         threads=machine.threads or None,
@@ -20,6 +26,7 @@ def configure(machine: Machine) -> runtime.Runtime:
         memory_format=machine.memory_format,
         winograd=machine.winograd,
         compile=machine.compile,
+        speeds=speeds,
     )
 
 

@@ -11,8 +11,9 @@ from resnet_func.app.options import Predict
 
 def main(options: Predict) -> None:
     """Print the five likeliest classes of each image."""
-    output, machine = plain_console(), configure(options.machine)
-    trained = load(options.run_dir or run_folder.latest(), options.checkpoint, machine)
+    output, folder = plain_console(), options.run_dir or run_folder.latest()
+    machine = configure(options.machine, folder)
+    trained = load(folder, options.checkpoint, machine)
     images = (inference.read_image(path, trained) for path in options.images)
     for path, logits in zip(options.images, inference.predict(trained, images, machine), strict=True):
         best = logits.softmax(0).topk(min(5, len(logits)))
