@@ -5,6 +5,7 @@ Options are parsed and refused without importing torch, which takes seconds; a c
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import io
@@ -90,10 +91,15 @@ def _parse(argv: list[str]) -> Any:
         default: dict[str, Any] = {"default": defaults[name]} if name in defaults else {}
         choices.append(Annotated[command, tyro.conf.subcommand(name, **default)])
     any_command = functools.reduce(operator.or_, choices)
+    parse = functools.partial(tyro.cli, any_command, args=argv, prog="resnet-func", description=SUMMARY)
     try:
-        options = tyro.cli(any_command, args=argv, prog="resnet-func", description=SUMMARY)
-    except ValueError as error:  # from Recipe's own checks
-        raise UsageError(str(error)) from error
+        with contextlib.redirect_stderr(io.StringIO()):
+            options = parse(console_outputs=False)
+    except SystemExit as stop:
+        refusal = _own_refusal(stop)
+        if refusal is not None:
+            raise UsageError(refusal) from None
+        options = parse()  # once more, to print the help, or what the parser itself refuses
     if isinstance(options, Train):
         _check_private(options)
     match options:
@@ -115,6 +121,20 @@ def _parse(argv: list[str]) -> Any:
         case Evaluate() | Predict() | Attribute():
             run_folder.read_config(options.run_dir or run_folder.latest())  # refused before torch is imported
     return options
+
+
+def _own_refusal(stop: SystemExit) -> str | None:
+    """What a check of our own said of the options, where one of them ended the parser."""
+    error: BaseException | None = stop
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        raised_in = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+        if isinstance(error, ValueError) and raised_in.startswith("resnet_func."):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @dataclass(frozen=True)

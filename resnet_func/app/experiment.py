@@ -108,6 +108,7 @@ class Task(NamedTuple):
         mean, std: Of each channel, pixels counted in [0, 1]: how its input is normalised.
         image_size: Side of its square input in pixels.
         train_images, test_images: How many there were; 0 in runs of earlier versions.
+        files: A digest of which images are in which class; "" in runs of earlier versions.
     """
 
     classes: tuple[str, ...]
@@ -117,3 +118,4 @@ class Task(NamedTuple):
     image_size: int
     train_images: int = 0
     test_images: int = 0
+    files: str = ""

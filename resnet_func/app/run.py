@@ -156,6 +156,8 @@ def _recorded_task(
         reporter.note(f"{changes}; going on with the sizes, the normalisation and the schedule recorded then")
     if not task.train_images:  # a run of an earlier version
         task = task._replace(train_images=found.train_images, test_images=found.test_images)
+    if not task.files:
+        task = task._replace(files=found.files)
     return task
 
 

@@ -158,6 +158,18 @@ def test_wrong_usage_exits_2(call, says, capsys):
     assert not list(Path().iterdir())
 
 
+def test_a_value_out_of_range_is_one_plain_line(capsys):
+    assert exit_code(["train", "--epochs", "0"]) == 2
+    assert capsys.readouterr().err == "resnet-func: epochs must be 1 or more; got 0\n"
+
+
+def test_what_could_steer_a_terminal_is_escaped(capsys):
+    assert exit_code(["evaluate", "--run-dir", "a\x1b[31mb"]) == 1
+    printed = capsys.readouterr().err
+    assert "a\\x1b[31mb is not a run folder" in printed
+    assert "\x1b" not in printed
+
+
 FAILURES = {
     "summary-of-no-such-model": (["summary", "vgg"], "no network of the zoo is called 'vgg'"),
     "no-such-folder": (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),

@@ -10,6 +10,7 @@ from rich.console import Console
 from resnet_func import calibration
 from resnet_func.app import data, inference, run_folder, runtime
 from resnet_func.app.errors import warn
+from resnet_func.app.names import printable
 from resnet_func.app.options import Machine
 
 
@@ -53,5 +54,5 @@ def plain_console() -> Console:
 
 
 def say(output: Console, text: str) -> None:
-    """Print a line, however long, without breaking it."""
-    output.print(text, soft_wrap=True)
+    """Print a line, however long, without breaking it; what could steer a terminal is escaped."""
+    output.print(printable(text), soft_wrap=True)
