@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from resnet_func.app import batches, budget, data, parts, run, run_folder, runtime
+from resnet_func.app import batches, budget, data, guarantee, parts, run, run_folder, runtime
 from resnet_func.app.commands.common import configure, describe_data, plain_console, say
 from resnet_func.app.errors import Interrupted
-from resnet_func.app.experiment import Experiment
+from resnet_func.app.experiment import Experiment, Privacy
 from resnet_func.app.options import Train
 from resnet_func.app.output import console, plots, report
 
@@ -31,7 +31,10 @@ def main(options: Train) -> None:
     experiment = Experiment(
         options.dataset, data_dir, options.seed, recipe, init, changes, options.snapshots, options.record
     )
-    machine = configure(options.machine, options.resume)
+    private = options.privacy.private
+    # rounding to bf16 would let a gradient exceed its bound
+    chosen = replace(options.machine, precision="fp32") if private else options.machine
+    machine = configure(chosen, options.resume)
     splits = batches.load_data(experiment, download=options.download)
     sentence = None
     if recipe.epochs == 0:
@@ -41,6 +44,9 @@ def main(options: Train) -> None:
         experiment, machine = replace(experiment, recipe=recipe), replace(machine, compile=choice.compile)
     elif options.machine.compile == "auto" and machine.compile:
         machine = replace(machine, compile=_compiles(experiment, splits, machine, options.resume))
+    if private:
+        experiment = replace(experiment, privacy=_privacy(options, splits.train.num_samples))
+        say(output, guarantee.guarantee(experiment, _budget(experiment, splits)))
     name = re.sub(r"[^\w.-]+", "-", f"{options.dataset}-{recipe.model}")
     with nullcontext(options.resume) if options.resume else run_folder.new(options.run_dir, name) as folder:
         say(output, runtime.describe(machine))
@@ -50,7 +56,10 @@ def main(options: Train) -> None:
         try:
             with console.ConsoleReporter(output, recipe.epochs) as reporter:
                 resume = options.resume is not None
-                result = run.train(experiment, splits, folder, machine, reporter, resume=resume)
+                insecure = options.privacy.insecure_noise_seed
+                result = run.train(
+                    experiment, splits, folder, machine, reporter, resume=resume, insecure_seed=insecure
+                )
         except Interrupted:
             raise Interrupted(f"the run is saved; go on with: resnet-func train --resume {folder}") from None
     title = f"{recipe.model} on {options.dataset}"
@@ -61,6 +70,21 @@ def main(options: Train) -> None:
         f"test accuracy {result.evaluation.accuracy:.2%}, loss {result.evaluation.loss:.4f} "
         f"after {len(result.records)} epochs; see {folder}/curves.png",
     )
+    if experiment.privacy is not None:
+        spent = result.records[-1]["epsilon"] if result.records else 0.0
+        say(output, f"spent: epsilon {spent:.4g} of {experiment.privacy.epsilon:g}")
+
+
+def _privacy(options: Train, num_images: int) -> Privacy | None:
+    """The guarantee of a new run, with its noise, or that of the run to resume."""
+    if options.resume is not None:
+        return run_folder.read_config(options.resume)[0].privacy
+    return guarantee.calibrate(options.privacy, options.hyper, num_images)
+
+
+def _budget(experiment: Experiment, splits: data.Splits) -> guarantee.Budget:
+    assert experiment.privacy is not None
+    return guarantee.budget(experiment.privacy, experiment.recipe, splits.train.num_samples)
 
 
 def _compiles(
