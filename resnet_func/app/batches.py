@@ -45,7 +45,7 @@ def load_training(experiment: Experiment, *, download: bool = True) -> tuple[Tra
 
 
 def make_task(recipe: Recipe, splits: data.Splits) -> Task:
-    """What the data set asks of the network; reads all training images for their statistics.
+    """What the data set asks of the network; reads all training images, if their statistics are wanted.
 
     Raises:
         ValueError: `recipe.normalization` is for other channels.
@@ -58,6 +58,8 @@ def make_task(recipe: Recipe, splits: data.Splits) -> Task:
                 f"normalization='imagenet' needs 3 channels; the images have {channels}. Use 'data'"
             )
         mean, std = recipes.IMAGENET_MEAN, recipes.IMAGENET_STD
+    elif recipe.normalization == "fixed":
+        mean, std = (0.5,) * channels, (0.25,) * channels
     else:
         mean, std = (tuple(values.float().tolist()) for values in data.channel_statistics(source))
     size = recipe.image_size or min(height, width)

@@ -12,11 +12,12 @@ from typing import Any
 
 from resnet_func import files
 from resnet_func.app.errors import AppError
-from resnet_func.app.experiment import Experiment, Task, TrainingSet
+from resnet_func.app.experiment import Experiment, Privacy, Task, TrainingSet
 from resnet_func.app.recipes import Recipe
 
 Record = Mapping[str, float]
 LAUNCH = "launch.txt"  # by which torchrun a run is being trained
+SECRET_SEEDS = "secret-seeds.json"  # of a private run, beside its checkpoints
 
 
 class RunError(AppError):
@@ -55,8 +56,8 @@ def new(folder: Path | None, name: str) -> Iterator[Path]:
         yield path
     except BaseException:
         if not any(_has_checkpoint(path, which) for which in ("best", "last")):
-            for file in ("config.json", LAUNCH):
-                (path / file).unlink(missing_ok=True)
+            for file in (path / "config.json", path / LAUNCH, checkpoints(path) / SECRET_SEEDS):
+                file.unlink(missing_ok=True)
             for place in (checkpoints(path), *absent):
                 with suppress(OSError):  # not empty: it has become another's
                     place.rmdir()
@@ -199,9 +200,11 @@ def read_config(folder: Path) -> tuple[Experiment, Task]:
     try:
         fields = dict(config["experiment"])
         recipe = Recipe(**{name: _tuples(value) for name, value in fields.pop("recipe").items()})
+        privacy = fields.pop("privacy", None)
+        privacy = None if privacy is None else Privacy(**privacy)
         task = Task(**{name: _tuples(value) for name, value in config["task"].items()})
         fields["training_set"] = TrainingSet(**fields.get("training_set", {}))
-        return Experiment(**fields, recipe=recipe), task
+        return Experiment(**fields, recipe=recipe, privacy=privacy), task
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"config.json is not of this version: {error}. Start a new run") from error
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from resnet_func import calibration
-from resnet_func.app import batches, budget, data, launch, parts, run, run_folder, runtime
+from resnet_func.app import batches, budget, data, guarantee, launch, parts, run, run_folder, runtime
 from resnet_func.app.commands.common import configure, describe_data, plain_console, say
 from resnet_func.app.errors import Interrupted
 from resnet_func.app.experiment import Experiment
-from resnet_func.app.options import Train
+from resnet_func.app.options import Machine, Train
 from resnet_func.app.output import console, plots, report
 
 # Of a run by the machine's speeds, with convolutions as half of a step: below, compiling costs what it saves
@@ -37,7 +37,9 @@ def _train(options: Train, folder: Path, group: launch.Group, *, resume: bool, s
     experiment = _experiment(options)
     if resume and options.resume is None:  # started again by torchrun: what was chosen then stays
         experiment = replace(run_folder.read_config(folder)[0], data_dir=experiment.data_dir)
-    machine = _configure(options, folder if resume else None, group)
+    # rounding to bf16 would let a gradient exceed its bound
+    wished = replace(options.machine, precision="fp32") if options.privacy.private else options.machine
+    machine = _configure(wished, folder if resume else None, group)
     splits = group.first_on_node(lambda: batches.load_data(experiment, download=options.download))
     sentence = None
     if experiment.recipe.epochs == 0:
@@ -45,6 +47,13 @@ def _train(options: Train, folder: Path, group: launch.Group, *, resume: bool, s
         experiment, machine, sentence = _within_budget(options, experiment, splits, machine, left, group)
     elif options.machine.compile == "auto" and machine.compile:
         machine = replace(machine, compile=_compiles(experiment, splits, machine, folder if resume else None))
+    if options.privacy.private:
+        if not resume:
+            wish = guarantee.calibrate(options.privacy, options.hyper, splits.train.num_samples)
+            experiment = replace(experiment, privacy=wish)
+        elif experiment.privacy is None:
+            experiment = replace(experiment, privacy=run_folder.read_config(folder)[0].privacy)
+        say(output, guarantee.guarantee(experiment, _budget(experiment, splits)))
     recipe = experiment.recipe
     say(output, runtime.describe(machine))
     if group.ranks:
@@ -53,7 +62,17 @@ def _train(options: Train, folder: Path, group: launch.Group, *, resume: bool, s
         say(output, line)
     try:
         with console.ConsoleReporter(output, recipe.epochs) as reporter:
-            result = run.train(experiment, splits, folder, machine, reporter, resume=resume, group=group)
+            insecure = options.privacy.insecure_noise_seed
+            result = run.train(
+                experiment,
+                splits,
+                folder,
+                machine,
+                reporter,
+                resume=resume,
+                group=group,
+                insecure_seed=insecure,
+            )
     except Interrupted:
         if not group.rank:
             run_folder.forget_launch(folder)  # on purpose: no start after it goes on by itself
@@ -70,6 +89,14 @@ def _train(options: Train, folder: Path, group: launch.Group, *, resume: bool, s
         f"test accuracy {result.evaluation.accuracy:.2%}, loss {result.evaluation.loss:.4f} "
         f"after {len(result.records)} epochs; see {folder}/curves.png",
     )
+    if experiment.privacy is not None:
+        spent = result.records[-1]["epsilon"] if result.records else 0.0
+        say(output, f"spent: epsilon {spent:.4g} of {experiment.privacy.epsilon:g}")
+
+
+def _budget(experiment: Experiment, splits: data.Splits) -> guarantee.Budget:
+    assert experiment.privacy is not None
+    return guarantee.budget(experiment.privacy, experiment.recipe, splits.train.num_samples)
 
 
 def _experiment(options: Train) -> Experiment:
@@ -104,12 +131,12 @@ def _folder(options: Train, name: str, group: launch.Group) -> Iterator[tuple[Pa
         yield folder, resume
 
 
-def _configure(options: Train, resumed: Path | None, group: launch.Group) -> runtime.Runtime:
+def _configure(wished: Machine, resumed: Path | None, group: launch.Group) -> runtime.Runtime:
     """The machine, of whose speeds all ranks think what rank 0 has measured: they choose alike."""
     if group.rank:
         speeds = calibration.from_numbers(json.loads(group.from_first(str)), "of rank 0")
-        return configure(options.machine, speeds=speeds)
-    machine = configure(options.machine, resumed)
+        return configure(wished, speeds=speeds)
+    machine = configure(wished, resumed)
     group.from_first(lambda: json.dumps(machine.speeds.as_numbers()))
     return machine
 
