@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ def load_training(experiment: Experiment, *, download: bool = True) -> tuple[Tra
 
 
 def make_task(recipe: Recipe, splits: data.Splits) -> Task:
-    """What the data set asks of the network; reads all training images for their statistics.
+    """What the data set asks of the network; reads all training images, if their statistics are wanted.
 
     Raises:
         ValueError: `recipe.normalization` is for other channels.
@@ -53,10 +55,39 @@ def make_task(recipe: Recipe, splits: data.Splits) -> Task:
                 f"normalization='imagenet' needs 3 channels; the images have {channels}. Use 'data'"
             )
         mean, std = recipes.IMAGENET_MEAN, recipes.IMAGENET_STD
+    elif recipe.normalization == "fixed":
+        mean, std = (0.5,) * channels, (0.25,) * channels
     else:
         mean, std = (tuple(values.float().tolist()) for values in data.channel_statistics(source))
     size = recipe.image_size or min(height, width)
-    return Task(source.classes, channels, mean, std, size, source.num_samples, splits.test.num_samples)
+    counts = source.num_samples, splits.test.num_samples
+    return Task(source.classes, channels, mean, std, size, *counts, digest_files(splits))
+
+
+def digest_files(splits: data.Splits) -> str:
+    """A digest of every image's class, of its file's name and size where it has one, and of an image a class.
+
+    Cheap: of the files, one a class is read. The same where a folder was moved or copied; another where two
+    class folders have swapped their images.
+
+    >>> digest_files(data.load("digits")) == digest_files(data.load("digits"))
+    True
+    """
+    digest = hashlib.sha256()
+    for source in splits:
+        labels = source.labels.tolist()
+        first_of_class = {label: place for place, label in reversed(list(enumerate(labels)))}
+        for place, label in enumerate(labels):
+            file = source.files[place] if source.files else None
+            name = "" if file is None else f"{Path(file).name} {os.path.getsize(file)}"
+            digest.update(f"{label} {name}\n".encode(errors="surrogateescape"))
+            if first_of_class[label] != place:
+                continue
+            if file is not None:
+                digest.update(Path(file).read_bytes())
+            elif isinstance(source, data.Dataset):
+                digest.update(source.images[place].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_classes(task: Task, source: data.Source) -> None:
@@ -104,6 +135,8 @@ def describe_changes(recorded: Task, found: Task) -> str | None:
     pairs = zip(found.mean + found.std, recorded.mean + recorded.std, strict=True)
     if any(abs(now - before) > tolerance for now, before in pairs):
         changes.append("other pixels on average")
+    if not changes and recorded.files and found.files != recorded.files:
+        changes.append("other files in the classes")
     return f"the data have changed since the run began: {', '.join(changes)}" if changes else None
 
 

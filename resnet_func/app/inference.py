@@ -14,13 +14,13 @@ from resnet_func.app import checkpoint, data, run_folder
 from resnet_func.app.batches import Preparer, evaluation_batches
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.parts import make_network, make_optimizer
+from resnet_func.app.private import begin
 from resnet_func.app.runtime import Runtime
 from resnet_func.losses import cross_entropy
 from resnet_func.train import (
     Evaluation,
     average_flips,
     evaluate,
-    init_train_state,
     make_eval_step,
     to_memory_format,
 )
@@ -74,7 +74,8 @@ def load_trained(
         (params, state), _, warning = checkpoint.load(checkpoints, which, like, device=runtime.device)
     else:
         # the optimizer's state has the same structure whatever the number of steps
-        start = init_train_state(*like, make_optimizer(recipe, 2, like[0]), ema=recipe.ema > 0)
+        optimizer = make_optimizer(recipe, 2, like[0])
+        start = begin(experiment.privacy, *like, optimizer, ema=recipe.ema > 0)
         saved, _, warning = checkpoint.load(checkpoints, which, start, device=runtime.device)
         params, state = parameters_to_test(saved)
     params = to_memory_format(params, runtime.memory_format)

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from resnet_func.app import checkpoint, data, run_folder, training_record
+from resnet_func.app import checkpoint, data, run_folder, seeds, training_record
 from resnet_func.app.batches import Preparer, check_classes, describe_changes, make_task, train_batches
 from resnet_func.app.errors import AppError, Interrupted
 from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.guarantee import PrivateError, check_budget
 from resnet_func.app.inference import Trained, evaluate_trained, parameters_to_test
 from resnet_func.app.parts import make_parts
+from resnet_func.app.private import PrivateTrainer, private_batches
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
 from resnet_func.train import Evaluation, Progress, train_epoch
@@ -51,10 +53,12 @@ def train(
     reporter: Reporter,
     *,
     resume: bool = False,
+    insecure_seed: int | None = None,
 ) -> Result:
     """Train the experiment in its folder, from the start or from its last checkpoint.
 
-    Outside the main thread, where Python has no signal handlers, signals are left to their usual ways.
+    A private experiment keeps secret seeds beside the checkpoints until it is done; `insecure_seed` sets
+    them. Outside the main thread, where Python has no signal handlers, signals are left to their usual ways.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the run is saved after the step it was in.
@@ -70,47 +74,90 @@ def train(
         )
     task = make_task(recipe, splits)
     if resume:
-        task = _recorded_task(folder, task, splits, reporter)
-    model, step, train_state = make_parts(experiment, task, runtime)
+        private = experiment.privacy is not None
+        task = _recorded_task(folder, task, splits, reporter, private=private)
+    trainer = _private_trainer(experiment, task, folder, runtime, resume=resume, insecure=insecure_seed)
+    model, step, train_state = make_parts(experiment, task, runtime, trainer)
     progress, records, evaluation = Progress(), [], None
     if resume:
         train_state, progress, records = _restore(folder, train_state, reporter)
     else:
-        run_folder.write_config(folder, experiment, task)
+        chosen = {"speeds": runtime.speeds.as_numbers(), "compile": runtime.compile}
+        run_folder.write_config(folder, experiment, task, chosen)
+        if trainer is not None:  # so that whatever stops the run, it can go on with the seeds it has
+            _save(folder, train_state, progress, records)
 
     prepare = Preparer(task, runtime)
     with _deferred_interrupt() as interrupted:
         for epoch in range(progress.epoch, recipe.epochs):
-            batches = train_batches(experiment, splits.train, prepare, epoch, progress.batch)
+            where = (splits.train, prepare, epoch, progress.batch)
+            if trainer is None:
+                batches = train_batches(experiment, *where)
+            else:
+                batches = private_batches(experiment, trainer.seeds, *where)
             steps = train_epoch(step, train_state, batches, progress, time.perf_counter)
             for train_state, progress in steps:
                 reporter.batch(progress, epoch_samples)
-                _check_finite(progress, recipe)
+                if trainer is None:
+                    _check_finite(progress, recipe)
                 if interrupted():
                     _save(folder, train_state, progress, records)
                     raise Interrupted
             trained = Trained(model, *parameters_to_test(train_state), task, experiment)
             evaluation = evaluate_trained(trained, splits.test, runtime, epoch=epoch)
-            records = [*records, _record(epoch, progress, evaluation)]
+            if trainer is None:
+                record = _record(progress, evaluation)
+            else:
+                record = trainer.record((epoch + 1) * trainer.budget.epoch_steps, evaluation, progress)
+            records = [*records, {"epoch": epoch + 1, **record}]
             progress = Progress(epoch + 1)
             _keep(folder, experiment, trained, splits.train, runtime, epoch)
             _save(folder, train_state, progress, records)
             reporter.epoch(records[-1])
             if interrupted() and epoch + 1 < recipe.epochs:
                 raise Interrupted
+    if trainer is not None:
+        seeds.forget(folder)
     trained = Trained(model, *parameters_to_test(train_state), task, experiment)
     return Result(trained, evaluation or evaluate_trained(trained, splits.test, runtime), records)
 
 
-def _recorded_task(folder: Path, found: Task, splits: data.Splits, reporter: Reporter) -> Task:
+def _private_trainer(
+    experiment: Experiment, task: Task, folder: Path, runtime: Runtime, *, resume: bool, insecure: int | None
+) -> PrivateTrainer | None:
+    if experiment.privacy is None:
+        return None
+    if not resume:
+        drawn = seeds.draw(insecure)
+        seeds.keep(folder, drawn)
+        return PrivateTrainer(experiment, task, drawn, runtime)
+    if _is_done(folder, experiment.recipe):  # nothing is drawn any more
+        return PrivateTrainer(experiment, task, seeds.Seeds(0, 0, 0), runtime)
+    trainer = PrivateTrainer(experiment, task, seeds.read(folder), runtime)
+    check_budget(trainer.budget)
+    return trainer
+
+
+def _is_done(folder: Path, recipe: Recipe) -> bool:
+    meta = checkpoint.read_meta(run_folder.checkpoints(folder), "last")
+    return meta.get("progress", {}).get("epoch", 0) >= recipe.epochs
+
+
+def _recorded_task(
+    folder: Path, found: Task, splits: data.Splits, reporter: Reporter, *, private: bool
+) -> Task:
     """The task that config.json holds, which the run goes on with; says how the data differ from it."""
     _, task = run_folder.read_config(folder)
     check_classes(task, splits.train)
     changes = describe_changes(task, found)
+    if changes and private:
+        raise PrivateError(f"{changes}: the guarantee is for those it began with. Start a new run")
     if changes:
         reporter.note(f"{changes}; going on with the sizes, the normalisation and the schedule recorded then")
     if not task.train_images:  # a run of an earlier version
         task = task._replace(train_images=found.train_images, test_images=found.test_images)
+    if not task.files:
+        task = task._replace(files=found.files)
     return task
 
 
@@ -122,9 +169,8 @@ def _check_finite(progress: Progress, recipe: Recipe) -> None:
         )
 
 
-def _record(epoch: int, progress: Progress, evaluation: Evaluation) -> dict[str, float]:
+def _record(progress: Progress, evaluation: Evaluation) -> dict[str, float]:
     return {
-        "epoch": epoch + 1,
         "train_loss": progress.loss_sum / progress.samples,
         "train_accuracy": progress.correct / progress.samples,
         "test_loss": evaluation.loss,
@@ -155,7 +201,7 @@ def _save(folder: Path, train_state: TrainState, progress: Progress, records: li
     # a record as its pairs: the checkpoint sorts the keys of an object
     meta = {"progress": progress._asdict(), "records": [list(record.items()) for record in records]}
     accuracies = [record["test_accuracy"] for record in records]
-    if progress.batch == 0 and accuracies[-1] >= max(accuracies):
+    if progress.batch == 0 and records and accuracies[-1] >= max(accuracies):
         checkpoint.save(checkpoints, "best", parameters_to_test(train_state), meta={"epoch": progress.epoch})
     checkpoint.save(checkpoints, "last", train_state, meta=meta)
     run_folder.write_metrics(folder, records)

@@ -12,10 +12,11 @@ from typing import Any
 
 from resnet_func import files
 from resnet_func.app.errors import AppError
-from resnet_func.app.experiment import Experiment, Task, TrainingSet
+from resnet_func.app.experiment import Experiment, Privacy, Task, TrainingSet
 from resnet_func.app.recipes import Recipe
 
 Record = Mapping[str, float]
+SECRET_SEEDS = "secret-seeds.json"  # of a private run, beside its checkpoints
 
 
 class RunError(AppError):
@@ -54,7 +55,8 @@ def new(folder: Path | None, name: str) -> Iterator[Path]:
         yield path
     except BaseException:
         if not any(_has_checkpoint(path, which) for which in ("best", "last")):
-            (path / "config.json").unlink(missing_ok=True)
+            for file in (path / "config.json", checkpoints(path) / SECRET_SEEDS):
+                file.unlink(missing_ok=True)
             for place in (checkpoints(path), *absent):
                 with suppress(OSError):  # not empty: it has become another's
                     place.rmdir()
@@ -121,13 +123,17 @@ def snapshots(folder: Path) -> list[str]:
 # --------------------------------------------------------------------------- files
 
 
-def write_config(folder: Path, experiment: Experiment, task: Task) -> None:
+def write_config(
+    folder: Path, experiment: Experiment, task: Task, machine: Mapping[str, Any] | None = None
+) -> None:
     """Write config.json: enough to resume, evaluate and predict.
+
+    `machine` is what the run chose by itself on its machine, in JSON's types: see `read_machine`.
 
     Raises:
         RunError: the disk refuses; the old file, if any, is kept.
     """
-    config = {"experiment": asdict(experiment), "task": task._asdict()}
+    config = {"experiment": asdict(experiment), "task": task._asdict(), "machine": dict(machine or {})}
     _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -151,11 +157,24 @@ def read_config(folder: Path) -> tuple[Experiment, Task]:
     try:
         fields = dict(config["experiment"])
         recipe = Recipe(**{name: _tuples(value) for name, value in fields.pop("recipe").items()})
+        privacy = fields.pop("privacy", None)
+        privacy = None if privacy is None else Privacy(**privacy)
         task = Task(**{name: _tuples(value) for name, value in config["task"].items()})
         fields["training_set"] = TrainingSet(**fields.get("training_set", {}))
-        return Experiment(**fields, recipe=recipe), task
+        return Experiment(**fields, recipe=recipe, privacy=privacy), task
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"config.json is not of this version: {error}. Start a new run") from error
+
+
+def read_machine(folder: Path) -> dict[str, Any]:
+    """What a run chose by itself, so that it goes on with the same: "speeds" and "compile".
+
+    Empty for runs of earlier versions, and where the file cannot be read, which `read_config` says.
+    """
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))["machine"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _tuples(value: Any) -> Any:

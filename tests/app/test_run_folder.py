@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from resnet_func import calibration
 from resnet_func.app import checkpoint, run_folder
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.recipes import ARTICLE, FAST, Recipe
@@ -135,6 +136,19 @@ def test_the_config_comes_back(tmp_path: Path, recipe: Recipe) -> None:
     run_folder.write_config(tmp_path, described, TASK)
     assert run_folder.read_config(tmp_path) == (described, TASK)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_a_run_chose_by_itself_comes_back(tmp_path: Path) -> None:
+    assert run_folder.read_machine(tmp_path) == {}
+    run_folder.write_config(tmp_path, EXPERIMENT, TASK)
+    assert run_folder.read_machine(tmp_path) == {}
+    chosen = {"speeds": calibration.TYPICAL.as_numbers(), "compile": False}
+    run_folder.write_config(tmp_path, EXPERIMENT, TASK, chosen)
+    assert run_folder.read_machine(tmp_path) == chosen
+    assert run_folder.read_config(tmp_path) == (EXPERIMENT, TASK)
+    for damaged in ("{", "[]", "{}", '{"machine": 1}'):
+        (tmp_path / "config.json").write_text(damaged)
+        assert run_folder.read_machine(tmp_path) == {}
 
 
 def test_a_config_that_does_not_know_how_many_images_there_were(tmp_path: Path) -> None:

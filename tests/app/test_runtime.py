@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_func import machine
+from resnet_func import calibration, machine
 from resnet_func.app import runtime
 from resnet_func.app.runtime import Runtime, configure, describe, tune_allocator
 
@@ -119,6 +119,28 @@ def test_winograd_is_for_the_cpu_in_fp32(cuda: None, zen3: None) -> None:
     assert not configure(device="cpu", winograd="off").winograd
     assert not configure(device="cuda").winograd
     assert configure(device="cuda", winograd="on").winograd
+
+
+def test_winograd_is_for_machines_whose_products_keep_up(zen3: None) -> None:
+    avx512 = dataclasses.replace(calibration.TYPICAL, conv_flop=calibration.TYPICAL.matmul_flop / 2.4)
+    slow = configure(device="cpu", speeds=avx512)
+    assert (slow.winograd, slow.speeds) == (False, avx512)
+    assert configure(device="cpu", speeds=avx512, winograd="on").winograd
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_speeds_are_asked_for_with_the_threads_that_were_set(
+    monkeypatch: pytest.MonkeyPatch, precision: Any, dtype: torch.dtype
+) -> None:
+    asked = []
+
+    def measured(device: torch.device, dtype: torch.dtype) -> calibration.Speeds:
+        asked.append((device, dtype, torch.get_num_threads()))
+        return calibration.TYPICAL
+
+    monkeypatch.setattr(calibration, "measured", measured)
+    configure(device="cpu", threads=3, precision=precision)
+    assert asked == [(CPU, dtype, 3)]
 
 
 @pytest.mark.parametrize(

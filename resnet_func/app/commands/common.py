@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
-from resnet_func.app import data, inference, runtime
+from resnet_func import calibration
+from resnet_func.app import data, inference, run_folder, runtime
 from resnet_func.app.errors import warn
+from resnet_func.app.names import printable
 from resnet_func.app.options import Machine
 
 
-def configure(machine: Machine) -> runtime.Runtime:
-    """Choose and apply what the options leave open."""
+def configure(machine: Machine, run: Path | None = None) -> runtime.Runtime:
+    """Choose and apply what the options leave open; as `run` chose, if that is given and says so."""
+    speeds = None
+    if run is not None:
+        with suppress(ValueError):
+            speeds = calibration.from_numbers(run_folder.read_machine(run).get("speeds", {}), "of the run")
     return runtime.configure(
         device=machine.device,
         threads=machine.threads or None,
@@ -20,6 +27,7 @@ def configure(machine: Machine) -> runtime.Runtime:
         memory_format=machine.memory_format,
         winograd=machine.winograd,
         compile=machine.compile,
+        speeds=speeds,
     )
 
 
@@ -46,5 +54,5 @@ def plain_console() -> Console:
 
 
 def say(output: Console, text: str) -> None:
-    """Print a line, however long, without breaking it."""
-    output.print(text, soft_wrap=True)
+    """Print a line, however long, without breaking it; what could steer a terminal is escaped."""
+    output.print(printable(text), soft_wrap=True)
