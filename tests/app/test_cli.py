@@ -463,3 +463,46 @@ def test_help_and_refusals_do_not_wait_for_torch(call, code):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
+
+
+# --------------------------------------------------------------------------- private training
+
+PRIVATE = ("--private", "--epsilon", "2", "--delta", "1e-3", "--model", "tests.app.tiny:network")
+
+
+def test_a_private_run_says_what_it_promises_and_keeps_it(images, capsys):
+    data_dir = ("--dataset", "folder", "--data-dir", str(images))
+    assert main(["train", *data_dir, "--run-dir", "run", *TINY, *PRIVATE]) == 0
+    said = capsys.readouterr().out
+    assert "(2, 0.001)-differentially private" in said
+    assert "spent: epsilon" in said
+    assert {"epsilon"} <= set(read_metrics(Path("run"))[0])
+    assert read_metrics(Path("run"))[-1]["epsilon"] <= 2
+    assert not list(Path("run").rglob("*seeds*"))
+    assert main(["train", "--resume", "run"]) == 0  # nothing left to spend
+    assert main(["evaluate", "--run-dir", "run", "--threads", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--epsilon", "8"], "need --private"),
+        (["--private"], "needs a budget"),
+        (["--private", "--epsilon", "0"], "--epsilon must be above 0"),
+        (["--private", "--epsilon", "8", "--delta", "1"], "--delta must be in"),
+        (["--private", "--epsilon", "8", "--max-norm", "0"], "--max-norm must be above 0"),
+        (["--private", "--epsilon", "8", "--views", "0"], "--views must be 1 or more"),
+        (["--private", "--epsilon", "8", "--norm", "batch"], "Use --norm group"),
+        (["--private", "--epsilon", "8", "--sampling", "shuffle"], "Use --sampling poisson"),
+        (["--private", "--epsilon", "8", "--precision", "bf16"], "rounding to bf16"),
+        (
+            ["--private", "--epsilon", "8", "--sampling", "fixed-size", "--neighbours", "add-or-remove-one"],
+            "replace-one only",
+        ),
+    ],
+    ids=str,
+)
+def test_what_would_cost_the_guarantee_is_refused(capsys, options, says):
+    assert main(["train", *options]) == 2
+    assert says in capsys.readouterr().err
+    assert not Path("runs").exists()
