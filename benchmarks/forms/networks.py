@@ -1,4 +1,4 @@
-"""The networks that are measured, the zoo's or anybody's: as functions, and as modules with their parameters."""
+"""The networks that are measured, the zoo's or anybody's: as functions, and as modules."""
 
 from __future__ import annotations
 
