@@ -55,7 +55,7 @@ def test_bf16_is_held_against_ordinary_gradients_in_bf16() -> None:
     steps = {name: per_sample.make_step(name, options, case) for name in names}
     loop_check.check(steps, case, allowed=per_sample.NARROW_ERROR, narrow=True)
     gradients, norms = steps["grads"]()
-    wrong = tree.map(lambda leaf: 1.1 * leaf, gradients), norms
+    wrong = tree.map(lambda leaf: 2 * leaf, gradients), norms
     with pytest.raises(measure.Disagreement, match="grads is wrong"):
         loop_check.check({"grads": lambda: wrong}, case, allowed=per_sample.NARROW_ERROR, narrow=True)
 
