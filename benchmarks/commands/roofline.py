@@ -248,8 +248,8 @@ def check_parts(step: Mapping[str, Any]) -> None:
     if step["rest_seconds"] < -noise:
         raise Disagreement(
             f"the operations, each timed alone, come to {step['parts_seconds'] / step['seconds']:.0%} of the "
-            f"step, whose own times differ by {noise / step['seconds']:.0%}: they do not run in it as they do "
-            "alone. The shares are of no use, and nothing is written"
+            f"step, whose own times differ by {noise / step['seconds']:.0%}: they do not run in it as they "
+            "do alone. The shares are of no use, and nothing is written"
         )
 
 

@@ -158,6 +158,18 @@ def test_wrong_usage_exits_2(call, says, capsys):
     assert not list(Path().iterdir())
 
 
+def test_a_value_out_of_range_is_one_plain_line(capsys):
+    assert exit_code(["train", "--epochs", "0"]) == 2
+    assert capsys.readouterr().err == "resnet-func: epochs must be 1 or more; got 0\n"
+
+
+def test_what_could_steer_a_terminal_is_escaped(capsys):
+    assert exit_code(["evaluate", "--run-dir", "a\x1b[31mb"]) == 1
+    printed = capsys.readouterr().err
+    assert "a\\x1b[31mb is not a run folder" in printed
+    assert "\x1b" not in printed
+
+
 FAILURES = {
     "summary-of-no-such-model": (["summary", "vgg"], "no network of the zoo is called 'vgg'"),
     "no-such-folder": (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
@@ -451,3 +463,46 @@ def test_help_and_refusals_do_not_wait_for_torch(call, code):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
+
+
+# --------------------------------------------------------------------------- private training
+
+PRIVATE = ("--private", "--epsilon", "2", "--delta", "1e-3", "--model", "tests.app.tiny:network")
+
+
+def test_a_private_run_says_what_it_promises_and_keeps_it(images, capsys):
+    data_dir = ("--dataset", "folder", "--data-dir", str(images))
+    assert main(["train", *data_dir, "--run-dir", "run", *TINY, *PRIVATE]) == 0
+    said = capsys.readouterr().out
+    assert "(2, 0.001)-differentially private" in said
+    assert "spent: epsilon" in said
+    assert {"epsilon"} <= set(read_metrics(Path("run"))[0])
+    assert read_metrics(Path("run"))[-1]["epsilon"] <= 2
+    assert not list(Path("run").rglob("*seeds*"))
+    assert main(["train", "--resume", "run"]) == 0  # nothing left to spend
+    assert main(["evaluate", "--run-dir", "run", "--threads", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--epsilon", "8"], "need --private"),
+        (["--private"], "needs a budget"),
+        (["--private", "--epsilon", "0"], "--epsilon must be above 0"),
+        (["--private", "--epsilon", "8", "--delta", "1"], "--delta must be in"),
+        (["--private", "--epsilon", "8", "--max-norm", "0"], "--max-norm must be above 0"),
+        (["--private", "--epsilon", "8", "--views", "0"], "--views must be 1 or more"),
+        (["--private", "--epsilon", "8", "--norm", "batch"], "Use --norm group"),
+        (["--private", "--epsilon", "8", "--sampling", "shuffle"], "Use --sampling poisson"),
+        (["--private", "--epsilon", "8", "--precision", "bf16"], "rounding to bf16"),
+        (
+            ["--private", "--epsilon", "8", "--sampling", "fixed-size", "--neighbours", "add-or-remove-one"],
+            "replace-one only",
+        ),
+    ],
+    ids=str,
+)
+def test_what_would_cost_the_guarantee_is_refused(capsys, options, says):
+    assert main(["train", *options]) == 2
+    assert says in capsys.readouterr().err
+    assert not Path("runs").exists()

@@ -6,6 +6,7 @@ from rich.table import Column, Table
 
 from resnet_func.app import inference, run_folder
 from resnet_func.app.commands.common import configure, load, plain_console, say
+from resnet_func.app.names import printable
 from resnet_func.app.options import Predict
 
 
@@ -20,5 +21,5 @@ def main(options: Predict) -> None:
         say(output, str(path))
         table = Table(Column("class", overflow="fold"), "probability", box=None)
         for share, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            table.add_row(trained.task.classes[index], f"{share:.1%}")
+            table.add_row(printable(trained.task.classes[index]), f"{share:.1%}")
         output.print(table)
