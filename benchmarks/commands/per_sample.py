@@ -5,21 +5,22 @@
 "plain" is forward and backward of the mean loss by plain autograd, eager, NCHW: kernel for kernel what the
 `nn.Module` does. All variants run in one process under one allocator and take turns in an order that reverses
 every round. Before anything is timed, every result is checked against the loop over samples. Peak memory is
-measured apart, each variant in a fresh process. With `--layers` it times the two ways of every layer's norm
-instead, which is what plans choose between.
+measured apart, each variant in a fresh process. With `--layers` it times the ways of every layer's
+contraction instead, which is what plans choose among; with `--phases` the parts of a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import resnet_func as rf
-from benchmarks.commands import contractions
+from benchmarks.commands import contractions, phases
 from benchmarks.forms import loop_check, networks
 from benchmarks.forms.loop_check import MAX_NORM
 from benchmarks.forms.networks import Case
@@ -36,6 +37,7 @@ BASELINE, AGAIN, JAX_PLAIN = "plain", "plain again", "plain, JAX"
 OURS = ("norms", "clipped_sum", "grads", "clipped_sum, vmap", "clipped_sum, loop")
 OTHERS = (*PEERS, JAX_PLAIN)
 VARIANTS = (BASELINE, AGAIN, *OURS, *OTHERS)
+NARROW_ERROR = 2.0  # times the error of ordinary gradients under the same autocast
 COLOURS = {
     "ours": pictures.BLUE,
     "the references": pictures.SKY,
@@ -60,6 +62,8 @@ class Options(Compared):
     """Measure other libraries' clipped sums too; needs the extra `bench`."""
     layers: bool = False
     """Time every way of every convolution's contraction, beside the plan's choice among them."""
+    phases: bool = False
+    """Time the parts of norms and clipped sums: forward, backward, interception, contractions, the rest."""
     speeds: Literal["measured", "typical"] = "measured"
     """What plans choose by: this machine's speeds, or the constants that the library has by default."""
 
@@ -78,6 +82,10 @@ def run(options: Options) -> None:
     where = conditions.capture(machine)
     if options.layers:
         contractions.run(options, case, where, speeds_of(options, machine.device))
+        return
+    if options.phases:
+        whole = {name: make_step(name, options, case) for name in phases.WHOLE}
+        phases.run(options, case, where, whole, speeds_of(options, machine.device))
         return
     steps, skipped = make_steps(names, options, case)
     errors = check_steps(steps, skipped, options, case)
@@ -104,6 +112,8 @@ def select(options: Options) -> list[str]:
     check_without(options.without, list(VARIANTS[2:]))
     if options.peers and (options.compile or options.dtype != "fp32"):
         raise ValueError("other libraries are measured as they come, eager and in fp32; leave out --peers")
+    if options.phases and (options.layers or options.compile or options.dtype != "fp32"):
+        raise ValueError("phases are those of an eager step in fp32; leave the other options out")
     names = [name for name in VARIANTS if options.peers or name not in OTHERS]
     return names[:2] + [name for name in names[2:] if not any(word in name for word in options.without)]
 
@@ -155,12 +165,14 @@ def check_steps(
     Raises:
         Disagreement: another variant is wrong.
     """
-    allowed = loop_check.allowed(case, options.dtype)
+    narrow = options.dtype == "bf16"
+    allowed = NARROW_ERROR if narrow else loop_check.allowed_error(case)
+    check = partial(loop_check.check, case=case, allowed=allowed, narrow=narrow)
     others = [name for name in steps if name in OTHERS and case.model.config is None]
-    errors = loop_check.check({name: steps[name] for name in steps if name not in others}, case, allowed)
+    errors = check({name: steps[name] for name in steps if name not in others})
     for name in others:
         try:
-            errors |= loop_check.check({name: steps[name]}, case, allowed)
+            errors |= check({name: steps[name]})
         except measure.Disagreement as error:
             skipped[name] = str(error).partition(";")[0]
             del steps[name]
