@@ -108,22 +108,31 @@ def test_twenty_kills_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path) -> Non
     """A random rank at a random time, twenty times; torchrun starts the group again."""
     whole = start(tmp_path / "whole", "--standalone")
     assert whole.wait(timeout=300) == 0
-    wanted, draw, kills, round_ = newest(tmp_path / "whole/run"), random.Random(0), 0, 0
+    wanted, draw, kills, launches = newest(tmp_path / "whole/run"), random.Random(0), 0, 0
     while kills < 20:
-        folder, round_ = tmp_path / f"broken-{round_}", round_ + 1
-        process = start(folder, "--standalone", "--max-restarts", "20")
-        seen: set[int] = set()
-        while process.poll() is None and kills < 20:
-            ranks = children(process)
-            time.sleep(draw.uniform(2, 9))
-            if ranks and not seen & set(ranks) and is_running(victim := draw.choice(ranks)):
-                os.kill(victim, signal.SIGKILL)
+        folder, launches = tmp_path / f"broken-{launches}", launches + 1
+        process, log, victims = start(folder, "--standalone", "--max-restarts", "20"), folder / "log", []
+        while kills < 20 and trains(process, log, starts=len(victims) + 1):
+            time.sleep(draw.uniform(0, 4))
+            if ranks := children(process):
+                victims.append(draw.choice(ranks))
+                os.kill(victims[-1], signal.SIGKILL)
                 kills += 1
-            seen |= set(ranks)
-        assert process.wait(timeout=300) == 0, (folder / "log").read_text()
-        assert newest(folder / "run") == wanted, (folder / "log").read_text()
+        assert process.wait(timeout=300) == 0, log.read_text()
+        assert newest(folder / "run") == wanted, log.read_text()
         assert not [*folder.rglob("*.tmp"), *folder.rglob("launch.txt")]
-        assert not any(map(is_running, seen))
+        assert not any(map(is_running, victims))
+
+
+def trains(process: subprocess.Popen[str], log: Path, starts: int) -> bool:
+    """Waits until the group has begun to train for so many times; False where the run ends before."""
+    end = time.monotonic() + 200
+    while process.poll() is None:
+        if log.read_text().count("ranks: 2") >= starts:
+            return True
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+    return False
 
 
 @pytest.mark.nightly
