@@ -73,10 +73,7 @@ def test_an_interrupted_rank_alone_saves(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- under torchrun itself
 
 
-TRAIN = (
-    "train",
-    *["--epochs", "8", "--batch-size", "64", "--seed", "1", "--run-dir", "run", "--rank-timeout", "60"],
-)
+TRAIN = ["train", "--epochs", "8", "--batch-size", "64", "--seed", "1", "--run-dir", "run"]
 
 
 def start(folder: Path, *options: str, words: Sequence[str] = TRAIN) -> subprocess.Popen[str]:
@@ -160,13 +157,10 @@ def test_a_signal_to_the_launcher_saves_and_leaves_nobody(tmp_path: Path, number
 @pytest.mark.nightly
 def test_scores_of_ranks_that_are_killed_are_those_of_one_process(tmp_path: Path) -> None:
     """Two kills at random times; the rows that were written stay."""
-    words = ["train", *["--epochs", "1", "--batch-size", "64", "--norm", "group", "--run-dir", "run"]]
+    words = ["train", "--epochs", "1", "--batch-size", "64", "--norm", "group", "--run-dir", "run"]
     assert start(tmp_path, "--standalone", words=words).wait(timeout=300) == 0
-    scores, scored, draw = (
-        ["scores", "run", "--batch-size", "16"],
-        tmp_path / "run/scores.csv",
-        random.Random(0),
-    )
+    scores, scored = ["scores", "run", "--batch-size", "16"], tmp_path / "run/scores.csv"
+    draw = random.Random(0)
     alone = [sys.executable, "-m", "resnet_func", *scores]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(alone, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=300)
