@@ -20,6 +20,7 @@ COMMANDS = {
     "roofline": "benchmarks.commands.roofline",
     "ensembles": "benchmarks.commands.ensembles",
     "scaling": "benchmarks.commands.scaling",
+    "curvature": "benchmarks.commands.curvature",
     "all": "benchmarks.commands.everything",
     "report": "benchmarks.commands.results_page",
 }

@@ -31,6 +31,8 @@ FULL = (
     "roofline --model resnet18 --batch 32",
     "ensembles --model resnet20 --members 4 16 --without matrix",  # those alone take half an hour
     "scaling --model resnet20",
+    "curvature --model resnet20 --batch 64",
+    "curvature --model resnet18 --batch 32",
 )
 QUICK = (
     "throughput --quick",
@@ -40,6 +42,7 @@ QUICK = (
     "roofline --quick",
     "ensembles --quick",
     "scaling --quick",
+    "curvature --quick",
 )
 
 

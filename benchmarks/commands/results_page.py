@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.commands import allocator, ensembles, per_sample, roofline, scaling, throughput
+from benchmarks.commands import allocator, curvature, ensembles, per_sample, roofline, scaling, throughput
 from benchmarks.harness import report
 from benchmarks.harness.markdown import command_of, interval, machine_of, table
 from benchmarks.harness.options import RESULTS
@@ -29,6 +29,7 @@ MODULES = {
     "throughput": throughput,
     "ensembles": ensembles,
     "scaling": scaling,
+    "curvature": curvature,
     "roofline": roofline,
 }
 TITLES = {
@@ -37,6 +38,7 @@ TITLES = {
     "throughput": "Every form of a step",
     "ensembles": "Several networks at once",
     "scaling": "Batch size and threads",
+    "curvature": "Curvature",
     "roofline": "The roofline",
 }
 

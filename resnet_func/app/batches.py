@@ -16,8 +16,11 @@ from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
 from resnet_func.app.training_set import Training, prepare
+from resnet_func.distributed import Ranks
 from resnet_func.train import Batches
 from resnet_func.types import Images
+
+ALONE = Ranks(0, 1)
 
 
 def load_data(experiment: Experiment, *, download: bool = True) -> data.Splits:
@@ -177,21 +180,37 @@ def make_generator(device: torch.device | str, *seeds: int) -> torch.Generator:
 
 
 def train_batches(
-    experiment: Experiment, source: data.Source, prepare: Preparer, epoch: int, first: int
+    experiment: Experiment,
+    source: data.Source,
+    prepare: Preparer,
+    epoch: int,
+    first: int,
+    ranks: Ranks = ALONE,
 ) -> Batches:
-    """The augmented batches of an epoch from batch `first` on; the same in every run of the experiment."""
+    """The augmented batches of an epoch from batch `first` on, or a rank's part of each.
+
+    The same in every run of the experiment: what happens to an image depends on the seed, the epoch and its
+    place in the batch, not on the rank that has it.
+    """
     recipe, device = experiment.recipe, prepare.runtime.device
     shuffle = make_generator("cpu", experiment.seed, 1, epoch)
     order = torch.randperm(source.num_samples, generator=shuffle, device="cpu")
     full, changes = len(order) // recipe.batch_size, augment.Augment(recipe.crop, recipe.flip, recipe.cutout)
-    picks = order.split(recipe.batch_size)[first:full]
+    part = augment.Part(ranks.part(recipe.batch_size), recipe.batch_size)
+    picks = [pick[part.rows] for pick in order.split(recipe.batch_size)[first:full]]
     for index, (images, labels) in enumerate(source.read(picks), start=first):
         draws = make_generator(device, experiment.seed, 2, epoch, index)
-        x = augment.apply(changes, prepare(images), draws)
+        x = augment.apply(changes, prepare(images), draws, part)
         yield prepare.scale(x, recipe.scale_at(epoch)), labels.to(device)
 
 
-def evaluation_batches(recipe: Recipe, source: data.Source, prepare: Preparer, epoch: int) -> Batches:
-    """All batches of a source in its own order, not augmented, at the size that the epoch trains at."""
-    for images, labels in data.batches(source, recipe.evaluation_batch):
+def evaluation_batches(
+    recipe: Recipe, source: data.Source, prepare: Preparer, epoch: int, ranks: Ranks = ALONE
+) -> Batches:
+    """The batches of a source in its own order, not augmented, at the size that the epoch trains at.
+
+    All, or those that are dealt to a rank in turn: whole ones, so that kernels compute as in one process.
+    """
+    order = torch.arange(source.num_samples, dtype=torch.int64, device="cpu").split(recipe.evaluation_batch)
+    for images, labels in source.read(order[ranks.rank :: ranks.world]):
         yield prepare.scale(prepare(images), recipe.scale_at(epoch)), labels.to(prepare.runtime.device)

@@ -20,8 +20,8 @@ from typing import Annotated, Any, get_args
 
 import tyro
 
-from resnet_func.app import recipes, run_folder
-from resnet_func.app.errors import AppError, Interrupted, UsageError, warn
+from resnet_func.app import launch, recipes, run_folder
+from resnet_func.app.errors import AppError, Interrupted, Unspoken, UsageError, warn
 from resnet_func.app.experiment import Privacy
 from resnet_func.app.options import (
     Attribute,
@@ -52,32 +52,42 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
     0 done, 1 failed with one line on stderr, 2 wrong usage, 130 interrupted and saved. With
-    RESNET_FUNC_TRACEBACK=1 an error also shows where it was raised.
+    RESNET_FUNC_TRACEBACK=1 an error also shows where it was raised. Of several ranks, one prints the line.
     """
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is escaped, not fatal
             stream.reconfigure(errors="backslashreplace")
     try:
-        options = _parse(argv)
+        with launch.quiet_unless_first():
+            options = _parse(argv)
+    except (ValueError, OSError, AppError) as error:  # of every rank alike
+        return _fail(error) if launch.is_first() else _exit_code(error)
+    try:
         name = next(name for name, command in COMMANDS.items() if isinstance(options, command))
         importlib.import_module(f"resnet_func.app.commands.{name}").main(options)
-    except Interrupted as stop:
-        return _fail(f"interrupted: {stop}", INTERRUPTED)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
-    except UsageError as error:
-        return _fail(str(error), 2, error)
-    except (RuntimeError, ValueError, OSError, AppError) as error:
-        return _fail(str(error), 1, error)
+    except Unspoken as told:
+        return _exit_code(told.cause)
+    except (KeyboardInterrupt, RuntimeError, ValueError, OSError, Interrupted, AppError) as error:
+        return _fail(error)
     return 0
 
 
-def _fail(message: str, code: int, error: Exception | None = None) -> int:
-    if error is not None and os.environ.get("RESNET_FUNC_TRACEBACK"):
+def _fail(error: BaseException) -> int:
+    code = _exit_code(error)
+    if code == INTERRUPTED:
+        warn(f"interrupted: {error}" if str(error) else "interrupted")
+        return code
+    if os.environ.get("RESNET_FUNC_TRACEBACK"):
         traceback.print_exception(error)
-    warn(message)
+    warn(str(error))
     return code
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        return INTERRUPTED
+    return 2 if isinstance(error, UsageError) else 1
 
 
 # --------------------------------------------------------------------------- options

@@ -28,6 +28,8 @@ class Machine:
     """Convolutions by minimal filtering where that is cheaper; auto is on for the CPU in fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the training step; auto where a compiler is found and the run is long enough to pay."""
+    rank_timeout: float = 300.0
+    """Seconds that the ranks of torchrun wait for each other before they give up."""
 
 
 @dataclass(frozen=True)

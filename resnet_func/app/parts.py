@@ -13,6 +13,7 @@ from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.private import PrivateTrainer, begin
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
+from resnet_func.distributed import Ranks
 from resnet_func.losses import smoothed_cross_entropy
 from resnet_func.models import summary, winograd, zoo
 from resnet_func.models.load import load_network
@@ -30,14 +31,22 @@ class Parts(NamedTuple):
 
 
 def make_parts(
-    experiment: Experiment, task: Task, runtime: Runtime, trainer: PrivateTrainer | None = None
+    experiment: Experiment,
+    task: Task,
+    runtime: Runtime,
+    trainer: PrivateTrainer | None = None,
+    ranks: Ranks | None = None,
 ) -> Parts:
     """Make the network, the step, compiled where the runtime says so, and the state before the first step.
+
+    With `ranks` the step takes this rank's part of a batch.
 
     Raises:
         ValueError: the recipe's schedule needs more steps.
     """
     recipe = experiment.recipe
+    if recipe.sync_batchnorm:
+        ranks = ranks or Ranks(0, 1)  # by the same arithmetic on any number of processes
     model = make_network(recipe, task, runtime)
     params, state = start(experiment, model, runtime)
     optimizer = make_optimizer(recipe, recipe.epochs * (task.train_images // recipe.batch_size), params)
@@ -51,6 +60,8 @@ def make_parts(
         optimizer,
         microbatches=recipe.microbatches,
         ema_decay=recipe.ema or None,
+        ranks=ranks,
+        sync_batch_norm=recipe.sync_batchnorm,
     )
     if runtime.compile:
         step = torch.compile(step, fullgraph=True, dynamic=False)

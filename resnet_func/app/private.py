@@ -12,13 +12,14 @@ from torch import Tensor
 
 from resnet_func import privacy, tree
 from resnet_func.app import data
-from resnet_func.app.batches import Preparer, make_generator
+from resnet_func.app.batches import ALONE, Preparer, make_generator
 from resnet_func.app.data import augment
 from resnet_func.app.experiment import Experiment, Privacy, Task
 from resnet_func.app.guarantee import PrivateError, budget
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
 from resnet_func.app.seeds import Seeds
+from resnet_func.distributed import Ranks
 from resnet_func.losses import smoothed_cross_entropy
 from resnet_func.optim import Optimizer
 from resnet_func.per_sample import clipped_sum
@@ -64,9 +65,17 @@ def part_size(recipe: Recipe, views: int) -> int:
 
 
 def private_batches(
-    experiment: Experiment, seeds: Seeds, source: data.Source, prepare: Preparer, epoch: int, first: int
+    experiment: Experiment,
+    seeds: Seeds,
+    source: data.Source,
+    prepare: Preparer,
+    epoch: int,
+    first: int,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Any, Any]]:
     """The batches of an epoch from batch `first` on: a `PrivateBatch` each, targets inside, and None.
+
+    Parts are dealt to the ranks in turn, as many to each: the last may be nothing but padding.
 
     Crops and flips come from a secret seed, too: by a known one, an image more would move the others' draws,
     and what they add by more than the bound.
@@ -77,10 +86,12 @@ def private_batches(
     waiting: deque[tuple[int, int, Tensor, bool]] = deque()
 
     def picks() -> Iterator[Tensor]:
-        for step, indices, mask in _drawn(experiment, seeds, source.num_samples, epoch, first, size):
-            cut = list(zip(indices.split(size), mask.split(size), strict=True))
-            for number, (index, kept) in enumerate(cut):
-                waiting.append((step, number, kept, number == len(cut) - 1))
+        whole = size * ranks.world
+        for step, indices, mask in _drawn(experiment, seeds, source.num_samples, epoch, first, whole):
+            cut = list(enumerate(zip(indices.split(size), mask.split(size), strict=True)))
+            mine = cut[ranks.rank :: ranks.world]
+            for number, (index, kept) in mine:
+                waiting.append((step, number, kept, number == mine[-1][0]))
                 yield index
 
     parts: list[Part] = []
@@ -123,9 +134,11 @@ def _drawn(
 class PrivateTrainer:
     """What a run needs of private training; `measured` collects an epoch's diagnostics."""
 
-    def __init__(self, experiment: Experiment, task: Task, seeds: Seeds, runtime: Runtime) -> None:
+    def __init__(
+        self, experiment: Experiment, task: Task, seeds: Seeds, runtime: Runtime, ranks: Ranks | None = None
+    ) -> None:
         assert experiment.privacy is not None
-        self.experiment, self.seeds, self.runtime = experiment, seeds, runtime
+        self.experiment, self.seeds, self.runtime, self.ranks = experiment, seeds, runtime, ranks
         self.privacy = experiment.privacy
         self.budget = budget(experiment.privacy, experiment.recipe, task.train_images)
         self.measured: list[dict[str, float]] = []
@@ -158,6 +171,8 @@ class PrivateTrainer:
 
         def step(train_state: TrainState, batch: Any, targets: Any) -> tuple[TrainState, Metrics]:
             clipped = privacy.join([clip(train_state, *part) for part in batch.parts])
+            if self.ranks is not None:
+                clipped = privacy.join_over_ranks(clipped, self.ranks)
             noise = privacy.gaussian_noise(
                 train_state.params, seed=self.seeds.noise, step=batch.step, adaptive=adaptive
             )

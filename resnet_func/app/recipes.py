@@ -42,7 +42,9 @@ class Recipe:
         label_smoothing: Weight of the uniform distribution in the targets.
         clip_norm: Largest global norm of the gradient; 0 is no clipping.
         ema: Decay of the moving average of the parameters, which is what gets tested; 0 is no average.
-        microbatches: Pieces each batch is cut into to bound memory.
+        microbatches: Pieces each batch, or each rank's part of it, is cut into to bound memory.
+        sync_batchnorm: Under torchrun, take BatchNorm's statistics over the parts of all ranks, one
+            all-reduce a layer; else each rank's part of a batch is a batch of its own to it.
         crop: Pixels of padding before a random crop.
         flip: Mirror half of the training images.
         cutout: Side of the square blanked in each training image.
@@ -73,6 +75,7 @@ class Recipe:
     clip_norm: float = 0.0
     ema: float = 0.0
     microbatches: int = 1
+    sync_batchnorm: bool = False
     crop: int = 4
     flip: bool = True
     cutout: int = 0

@@ -16,6 +16,7 @@ from resnet_func.app.experiment import Experiment, Privacy, Task, TrainingSet
 from resnet_func.app.recipes import Recipe
 
 Record = Mapping[str, float]
+LAUNCH = "launch.txt"  # by which torchrun a run is being trained
 SECRET_SEEDS = "secret-seeds.json"  # of a private run, beside its checkpoints
 
 
@@ -55,7 +56,7 @@ def new(folder: Path | None, name: str) -> Iterator[Path]:
         yield path
     except BaseException:
         if not any(_has_checkpoint(path, which) for which in ("best", "last")):
-            for file in (path / "config.json", checkpoints(path) / SECRET_SEEDS):
+            for file in (path / "config.json", path / LAUNCH, checkpoints(path) / SECRET_SEEDS):
                 file.unlink(missing_ok=True)
             for place in (checkpoints(path), *absent):
                 with suppress(OSError):  # not empty: it has become another's
@@ -101,6 +102,48 @@ def latest() -> Path:
             "or name one with --run-dir"
         )
     return max(configs, key=lambda path: path.stat().st_mtime).parent
+
+
+def mark_launch(folder: Path, launch: str) -> None:
+    """Note which launch trains the run, until it has ended: the next start of that launch goes on with it.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    _write(folder / LAUNCH, launch + "\n")
+
+
+def find_launch(launch: str, folder: Path | None) -> Path | None:
+    """The run that a launch began and has not ended, without the temporary files that it may have left.
+
+    Args:
+        launch: Its name, as `mark_launch` was told.
+        folder: The only one to look at; None looks at all below runs/.
+
+    Returns:
+        The run folder, with or without a checkpoint; None if there is none.
+    """
+    for path in [folder] if folder else sorted(Path("runs").glob("*")):
+        mark = path / LAUNCH
+        if mark.is_file() and mark.read_text(encoding="utf-8").strip() == launch:
+            for left in [*path.glob("*.tmp"), *checkpoints(path).glob("*.tmp")]:
+                left.unlink(missing_ok=True)
+            return path
+    return None
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether a run has a checkpoint to go on from.
+
+    >>> can_resume(Path("no such run"))
+    False
+    """
+    return _has_checkpoint(folder, "last")
+
+
+def forget_launch(folder: Path) -> None:
+    """Remove the mark of `mark_launch`: the run has ended."""
+    (folder / LAUNCH).unlink(missing_ok=True)
 
 
 def _has_checkpoint(folder: Path, which: str) -> bool:

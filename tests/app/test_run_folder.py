@@ -217,3 +217,27 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     assert run_folder.read_config(tmp_path) == (EXPERIMENT, TASK)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_launch_finds_the_run_it_has_begun_and_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.find_launch("mine", None) is None
+    for name, launch in (("a", "another"), ("b", "mine")):
+        with run_folder.new(None, name) as folder:
+            run_folder.mark_launch(folder, launch)
+            (folder / "checkpoints/last.json.0.tmp").touch()
+    assert run_folder.find_launch("mine", None) == Path("runs/b")
+    assert run_folder.find_launch("mine", Path("runs/a")) is None
+    assert [path.parent.parent.name for path in Path("runs").rglob("*.tmp")] == ["a"]
+    run_folder.forget_launch(Path("runs/b"))
+    assert run_folder.find_launch("mine", None) is None
+
+
+def test_a_refused_run_leaves_no_mark(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError), run_folder.new(folder, "run"):  # noqa: PT012
+        run_folder.mark_launch(folder, "mine")
+        raise RuntimeError
+    assert not folder.exists()

@@ -7,6 +7,7 @@ import multiprocessing
 import shlex
 import threading
 from collections.abc import Callable
+from importlib import util
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,23 @@ def test_ensembles(tmp_path: Path) -> None:
         "vmap of matrix products",
     )
     check_figures(result["figures"], {f"{name}, eager, NCHW" for name in names})
+
+
+@pytest.mark.parametrize("product", ["hessian", "ggn"])
+def test_curvature(product: str, tmp_path: Path) -> None:
+    words = f"curvature --threads 1 --product {product} --no-memory --without compiled JAX"
+    names = {"ours, eager", "ours again, eager", "curvlinops, eager", "the gradient, eager"}
+    if util.find_spec("curvlinops") is None:
+        names.remove("curvlinops, eager")
+    check_figures(toy_run(words, tmp_path)["figures"], names)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("product", ["hessian", "ggn"])
+def test_curvature_of_jax(product: str, tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    words = f"curvature --threads 1 --product {product} --no-memory --without compiled curvlinops gradient"
+    assert toy_run(words, tmp_path)["figures"]["JAX, jit"]["compile_seconds"] > 0
 
 
 @pytest.mark.parametrize(
