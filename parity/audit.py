@@ -93,8 +93,8 @@ def audit(options: Options, *, model: rf.Model | None = None, size: int = 8) -> 
         batches = privacy.poisson_batches(count, **rule, seed=options.seed)
         for number, (indices, mask) in enumerate(batches):
             noise = privacy.gaussian_noise(train_state.params, seed=options.seed, step=number)
-            taken = tree.map(lambda leaf, i=indices: leaf[i], (x, y))
-            train_state, _ = step(train_state, *taken, mask, noise)
+            own_x, own_y = tree.map(lambda leaf, i=indices: leaf[i], (x, y))
+            train_state, _ = step(train_state, own_x, own_y, mask, noise)
         return train_state
 
     x = randn(16, 3, size, size, seed=options.seed)

@@ -204,7 +204,8 @@ def batches_are_independent_coins() -> str:
         a, b = chosen[:-lag], chosen[lag:]
         table = [[int((x & y).sum()) for y in (b, ~b)] for x in (a, ~a)]
         assert min(map(min, table)) > 0, f"batches {lag} apart exclude each other or are the same"
-        p = float(chi2_contingency(table).pvalue)
+        independence: Any = chi2_contingency(table)
+        p = float(independence.pvalue)
         assert p > ALPHA, f"batches {lag} apart are not independent (p = {p:.1g})"
     return f"{chosen.numel()} coins"
 

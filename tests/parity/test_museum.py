@@ -84,6 +84,7 @@ def test_no_two_exhibits_share_a_name() -> None:
         museum.network,
         museum.training,
         museum.per_sample,
+        museum.curvature,
         museum.privacy,
         museum.borders,
     )
