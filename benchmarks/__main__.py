@@ -21,6 +21,7 @@ COMMANDS = {
     "ensembles": "benchmarks.commands.ensembles",
     "scaling": "benchmarks.commands.scaling",
     "curvature": "benchmarks.commands.curvature",
+    "here": "benchmarks.commands.here",
     "all": "benchmarks.commands.everything",
     "report": "benchmarks.commands.results_page",
 }
