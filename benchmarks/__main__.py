@@ -20,6 +20,8 @@ COMMANDS = {
     "roofline": "benchmarks.commands.roofline",
     "ensembles": "benchmarks.commands.ensembles",
     "scaling": "benchmarks.commands.scaling",
+    "scores": "benchmarks.commands.scores",
+    "lds": "benchmarks.commands.lds",
     "all": "benchmarks.commands.everything",
     "report": "benchmarks.commands.results_page",
 }

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.commands import allocator, ensembles, per_sample, roofline, scaling, throughput
+from benchmarks.commands import (
+    allocator,
+    ensembles,
+    lds,
+    per_sample,
+    roofline,
+    scaling,
+    scores,
+    throughput,
+)
 from benchmarks.harness import report
 from benchmarks.harness.markdown import command_of, interval, machine_of, table
 from benchmarks.harness.options import RESULTS
@@ -30,6 +39,8 @@ MODULES = {
     "ensembles": ensembles,
     "scaling": scaling,
     "roofline": roofline,
+    "scores": scores,
+    "lds": lds,
 }
 TITLES = {
     "per-sample": "Gradients one sample at a time",
@@ -38,6 +49,8 @@ TITLES = {
     "ensembles": "Several networks at once",
     "scaling": "Batch size and threads",
     "roofline": "The roofline",
+    "scores": "Scores of every sample",
+    "lds": "Attribution against retraining",
 }
 
 
@@ -253,6 +266,7 @@ def roofline_tables(group: Sequence[Result]) -> list[str]:
 SECTIONS: dict[str, Callable[[Sequence[Result]], list[str]]] = {
     "scaling": scaling_tables,
     "roofline": roofline_tables,
+    "lds": lambda group: lds.section([(result.machine, result.content) for result in group]),
 }
 
 
