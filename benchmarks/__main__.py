@@ -22,6 +22,7 @@ COMMANDS = {
     "scaling": "benchmarks.commands.scaling",
     "scores": "benchmarks.commands.scores",
     "lds": "benchmarks.commands.lds",
+    "curvature": "benchmarks.commands.curvature",
     "all": "benchmarks.commands.everything",
     "report": "benchmarks.commands.results_page",
 }

@@ -20,6 +20,7 @@ from rich.progress import track
 
 from parity import environment, laws, machines, museum, runner, suite
 from parity.compare import command as compare_command
+from resnet_func.app.names import printable
 from resnet_func.machine import cpu_flags
 
 WIDE = 180  # where no terminal says how wide it is
@@ -94,7 +95,7 @@ def tour(options: Tour, complaints: Console) -> int:
     try:
         exhibits = museum.chosen(options.only)
     except ValueError as error:
-        complaints.print(f"Error: {error}", markup=False)
+        complaints.print(f"Error: {printable(str(error))}", markup=False)
         return 2
     torch.set_num_threads(1)  # many small tensors: threads would wait for each other
     proofs = [museum.prove(one) for one in track(exhibits, "proving", console=complaints, transient=True)]
@@ -110,7 +111,7 @@ def repeat(options: Machines, complaints: Console) -> int:
         suite.cells(quick=options.quick, only=options.only)  # before processes start: there must be some
         chosen = machines.possible(cpu_flags(), options.machine)
     except ValueError as error:
-        complaints.print(f"Error: {error}", markup=False)
+        complaints.print(f"Error: {printable(str(error))}", markup=False)
         return 2
     failed = False
     for machine in track(chosen, "checking", console=complaints, transient=True):
@@ -131,7 +132,7 @@ def check(options: Options, complaints: Console) -> int:
         if options.threads < 0:
             raise ValueError(f"--threads must be 1 or more, or 0 for torch's number; got {options.threads}")
     except ValueError as error:
-        complaints.print(f"Error: {error}", markup=False)
+        complaints.print(f"Error: {printable(str(error))}", markup=False)
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from parity.steps import perturbed
 from resnet_func.app import checkpoint
+from resnet_func.app.names import printable
 from resnet_func.models.load import load_network
 from resnet_func.testing import LAWS, LawResult, assert_trees_equal, check_laws, randn
 from resnet_func.testing.laws import check_law
@@ -107,7 +108,7 @@ def main(arguments: list[str], console: Console, complaints: Console) -> int:
     try:
         results = check_network(options)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        complaints.print(f"Error: {error}", markup=False)
+        complaints.print(f"Error: {printable(str(error))}", markup=False)
         return 2
     console.print(as_table(options.network, results))
     counts = {o: sum(result.outcome == o for result in results) for o in ("passed", "failed", "skipped")}

@@ -102,7 +102,9 @@ def test_no_machine_is_named() -> None:
     assert not named
 
 
-PACKAGES = "losses optim per_sample privacy attribution train tree testing models.winograd models.zoo".split()  # noqa: SIM905
+PACKAGES = """
+    losses optim per_sample privacy attribution curvature train tree testing models.winograd models.zoo
+""".split()  # noqa: SIM905
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -29,8 +29,7 @@ from torch.utils.benchmark import Timer
 
 from benchmarks.forms import networks
 from benchmarks.forms.networks import Case
-from benchmarks.forms.step import LR, MOMENTUM, WEIGHT_DECAY
-from benchmarks.forms.variants import make_optimizer
+from benchmarks.forms.step import LR, MOMENTUM, WEIGHT_DECAY, allowed_distances, make_optimizer
 from benchmarks.harness import conditions, measure, memory, pictures, report
 from benchmarks.harness.options import Threaded, check_without, toy
 from benchmarks.harness.report import Row
@@ -53,7 +52,6 @@ VARIANTS = (
     "ours compiled, tuned allocator",
 )
 COLOURS = {"stock allocator": pictures.ORANGE, "tuned allocator": pictures.BLUE}
-LOSS_TOLERANCE = 0.02  # ours may be in bf16
 WARM_UP = 2  # steps before each turn that `Timer.timeit` does not time
 
 
@@ -88,7 +86,8 @@ def run(options: Options) -> None:
     machine = runtime.configure(device="cpu", threads=options.threads, compile="off")
     where = environment.capture() | {"tuned_allocator": machine.allocator, "precision": machine.precision}
     rule, turn_seconds = options.stopping_rule(options.seconds), 2 * options.turn_seconds
-    with workers(options, names) as (pipes, first_call):
+    allowed = allowed_distances(case, train=True)(machine.precision)["loss"]
+    with workers(options, names, allowed) as (pipes, first_call):
         turns: dict[str, list[Turn]] = {name: [] for name in names}
 
         def turn(name: str) -> float:
@@ -124,8 +123,13 @@ def select(options: Options) -> list[str]:
 
 
 @contextmanager
-def workers(options: Options, names: list[str]) -> Iterator[tuple[dict[str, Connection], dict[str, float]]]:
-    """A pipe to each variant's process, warmed up, and the seconds of its first step."""
+def workers(
+    options: Options, names: list[str], allowed: float
+) -> Iterator[tuple[dict[str, Connection], dict[str, float]]]:
+    """A pipe to each variant's process, warmed up, and the seconds of its first step.
+
+    `allowed` is the relative distance between losses that rounding excuses: ours may be in bf16.
+    """
     pipes, stops, first_call, reference = {}, [], {}, None
     try:
         for name in names:
@@ -133,7 +137,7 @@ def workers(options: Options, names: list[str]) -> Iterator[tuple[dict[str, Conn
             stops.append(stop)
             loss, first_call[name] = pipes[name].recv()  # one by one: nobody starts while another warms up
             reference = loss if reference is None else reference
-            if not abs(loss - reference) <= LOSS_TOLERANCE * abs(reference):
+            if not abs(loss - reference) <= allowed * abs(reference):
                 raise measure.Disagreement(
                     f"{name} computes another loss, {loss:.4g}, than {BASELINE}, {reference:.4g}; "
                     "nothing is timed"

@@ -19,7 +19,7 @@ import torch
 from benchmarks.forms import ensemble_forms, networks
 from benchmarks.forms.ensemble_forms import AGAIN, BASELINE, FORMS, Work
 from benchmarks.forms.networks import Case
-from benchmarks.forms.step import FORMATS
+from benchmarks.forms.step import FORMATS, allowed_distances
 from benchmarks.harness import conditions, measure, memory, pictures, report
 from benchmarks.harness.options import Compared, check_without, check_words, toy
 from benchmarks.harness.report import Row
@@ -90,7 +90,7 @@ def measure_one(
     }
     with conditions.empty_compiler_cache(options.backend, compiles=any("compiled" in name for name in names)):
         makers = {name: partial(ensemble_forms.make_variant, work) for name, work in works.items()}
-        ready = measure.prepare(makers, FIRST)
+        ready = measure.prepare(makers, FIRST, allowed_distances(cases[0], train=True))
         seconds = measure.time_steps(
             ready.steps,
             FIRST,

@@ -32,6 +32,8 @@ FULL = (
     "ensembles --model resnet20 --members 4 16 --without matrix",  # those alone take half an hour
     "scaling --model resnet20",
     "scores --model resnet20 --batch 128 --peers",
+    "curvature --model resnet20 --batch 64",
+    "curvature --model resnet18 --batch 32",
 )
 QUICK = (
     "throughput --quick",
@@ -43,6 +45,7 @@ QUICK = (
     "scaling --quick",
     "scores --quick",
     "lds --quick",
+    "curvature --quick",
 )
 
 

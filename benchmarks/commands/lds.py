@@ -229,7 +229,7 @@ def by_trak(task: Task, number: int, projection: Any = "factorized") -> Tensor:
 
 
 def by_peer(task: Task, number: int, name: str) -> Tensor:
-    score = {"traker": attribution_peers.traker_scores, "dattri": attribution_peers.dattri_scores}[name]
+    score = attribution_peers.SCORES[name]
     return score(task.model, task.networks[:number], task.train, task.test, task.dim)
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.commands import (
     allocator,
+    curvature,
     ensembles,
     lds,
     per_sample,
@@ -38,6 +39,7 @@ MODULES = {
     "throughput": throughput,
     "ensembles": ensembles,
     "scaling": scaling,
+    "curvature": curvature,
     "roofline": roofline,
     "scores": scores,
     "lds": lds,
@@ -48,6 +50,7 @@ TITLES = {
     "throughput": "Every form of a step",
     "ensembles": "Several networks at once",
     "scaling": "Batch size and threads",
+    "curvature": "Curvature",
     "roofline": "The roofline",
     "scores": "Scores of every sample",
     "lds": "Attribution against retraining",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.forms import networks, variants
-from benchmarks.forms.step import BASELINE, FORMATS, Setting, Spec
+from benchmarks.forms.step import BASELINE, FORMATS, Setting, Spec, allowed_distances
 from benchmarks.forms.variants import TRAIN
 from benchmarks.harness import conditions, measure, pictures, report
 from benchmarks.harness.options import Step, check_words, toy
@@ -106,7 +106,7 @@ def measure_point(options: Options, specs: list[Spec], batch: int, threads: int)
     case = networks.make_case(options.model, batch, options.size, machine.device)
     setting = Setting(train=True, ema=options.ema, backend="inductor")
     makers = {spec.name: partial(variants.make_variant, spec, case, setting) for spec in specs}
-    steps = measure.prepare(makers, BASELINE.name).steps
+    steps = measure.prepare(makers, BASELINE.name, allowed_distances(case, train=True)).steps
     return measure.time_steps(
         steps,
         BASELINE.name,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.forms import networks, variants
-from benchmarks.forms.step import AGAIN, BASELINE, FORMATS, JAX, Setting, Spec
+from benchmarks.forms.step import AGAIN, BASELINE, FORMATS, JAX, Setting, Spec, allowed_distances
 from benchmarks.harness import conditions, measure, memory, pictures, report
 from benchmarks.harness.options import Compared, check_words, toy
 from benchmarks.harness.report import Row
@@ -68,7 +68,9 @@ def run(options: Options) -> None:
     compiles = any("compiled" in spec.form for spec in wanted)
     with conditions.empty_compiler_cache(setting(options).backend, compiles=compiles):
         makers = {spec.name: partial(variants.make_variant, spec, case, setting(options)) for spec in wanted}
-        ready = measure.prepare(makers, BASELINE.name)
+        ready = measure.prepare(
+            makers, BASELINE.name, allowed_distances(case, train=options.task == "training")
+        )
         seconds = measure.time_steps(
             ready.steps,
             BASELINE.name,

@@ -125,7 +125,9 @@ def traker_scores(model: Model, networks: Sequence[Checkpoint], train: Any, test
             for x, y in batches[0]:
                 peer.featurize(batch=[x, y], num_samples=len(y))
         peer.finalize_features()
-        peer.projector.model_id = -1  # it freed the projection, and would not draw it again for the same network
+        peer.projector.model_id = (
+            -1
+        )  # it freed the projection, and would not draw it again for the same network
         for index, network in enumerate(networks):
             weights = rf.to_module(model, *network).state_dict()
             peer.start_scoring_checkpoint("test", weights, model_id=index, num_targets=len(test.y))
@@ -169,3 +171,7 @@ def dattri_scores(model: Model, networks: Sequence[Checkpoint], train: Any, test
     ]
     peer.cache(loaders[0])
     return peer.attribute(loaders[1]).detach()
+
+
+# By the peer's name: `scores(model, networks, train images, test images, dim) -> [train, test]`.
+SCORES = {"traker": traker_scores, "dattri": dattri_scores}

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.forms.networks import Case
-from benchmarks.forms.step import FORMATS, changes, tolerance
-from benchmarks.forms.variants import make_optimizer
+from benchmarks.forms.step import FORMATS, changes, make_optimizer
 from benchmarks.harness.conditions import compiled
 from benchmarks.harness.measure import Outcome, Skipped, Variant
 from resnet_func import tree
@@ -100,7 +99,7 @@ def _separate(work: Work) -> Variant:
     return Variant(
         step,
         lambda: _outcome([m["loss"] for m in metrics], [carried[0] for carried in members], work.cases),
-        tolerance("training", "fp32", work.cases[0]),
+        "fp32",
     )
 
 
@@ -159,7 +158,7 @@ def _stacked(work: Work) -> Variant:
         params = [tree.map(lambda leaf, k=k: leaf[k], carried[0]) for k in range(len(work.cases))]
         return _outcome(list(losses[0]), params, work.cases)
 
-    return Variant(step, outcome, tolerance("training", "fp32", work.cases[0]))
+    return Variant(step, outcome, "fp32")
 
 
 def _grouped(leaf: Tensor, dim: int, layout: str) -> Tensor:
@@ -197,6 +196,6 @@ def _outcome(losses: Sequence[Tensor], params: Sequence[Any], cases: Sequence[Ca
         for loss, now, case in zip(losses, params, cases, strict=True)
     ]
     return {
-        "losses": torch.stack([one["loss"] for one in each]),
+        "loss": torch.stack([one["loss"] for one in each]),
         "update": torch.cat([one["update"] for one in each]),
     }

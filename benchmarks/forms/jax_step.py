@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.forms.networks import Case
-from benchmarks.forms.step import EMA_DECAY, LR, MOMENTUM, WEIGHT_DECAY, Setting, Spec, changes, tolerance
+from benchmarks.forms.step import EMA_DECAY, LR, MOMENTUM, WEIGHT_DECAY, Setting, Spec, changes
 from benchmarks.harness.measure import Outcome, Skipped, Variant
 from resnet_func import tree
 
@@ -53,7 +53,7 @@ def make_variant(spec: Spec, case: Case, setting: Setting) -> Variant:
     def step() -> None:
         logits[:] = [run(params, state, x).block_until_ready()]
 
-    return Variant(step, lambda: {"logits": _to_torch(logits[0])}, tolerance("inference", "fp32", case))
+    return Variant(step, lambda: {"logits": _to_torch(logits[0])}, "fp32")
 
 
 def _training(
@@ -76,7 +76,7 @@ def _training(
         start = {name: leaf.cpu() for name, leaf in tree.flatten(case.params).items()}
         return changes(_to_torch(losses[0]), now, start)
 
-    return Variant(step, outcome, tolerance("training", "fp32", case))
+    return Variant(step, outcome, "fp32")
 
 
 def _make_step(jax: Any, apply: Callable[..., Any]) -> Callable[..., Any]:

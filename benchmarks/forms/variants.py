@@ -27,7 +27,7 @@ from benchmarks.forms.step import (
     Setting,
     Spec,
     changes,
-    tolerance,
+    make_optimizer,
 )
 from benchmarks.harness.conditions import compiled
 from benchmarks.harness.measure import Outcome, Skipped, Variant
@@ -92,11 +92,7 @@ def _module_training(spec: Spec, case: Case, setting: Setting) -> Variant:
             averaged.update_parameters(module)
         losses[:] = [loss.detach()]
 
-    return Variant(
-        step,
-        lambda: changes(losses[0], dict(module.named_parameters()), start),
-        tolerance("training", spec.dtype, case),
-    )
+    return Variant(step, lambda: changes(losses[0], dict(module.named_parameters()), start), spec.dtype)
 
 
 def _average_of(module: nn.Module) -> AveragedModel:
@@ -106,10 +102,6 @@ def _average_of(module: nn.Module) -> AveragedModel:
 
 
 # --------------------------------------------------------------------------- training, functions
-
-
-def make_optimizer() -> optim.Optimizer:
-    return optim.sgd(LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
 
 
 def _whole_step(spec: Spec, case: Case, setting: Setting) -> Variant:
@@ -160,7 +152,7 @@ def _functional_training(train_step: Callable[..., Any], spec: Spec, case: Case,
     def outcome() -> Outcome:
         return changes(losses[0], tree.flatten(train_state.params), tree.flatten(case.params))
 
-    return Variant(step, outcome, tolerance("training", spec.dtype, case))
+    return Variant(step, outcome, spec.dtype)
 
 
 # --------------------------------------------------------------------------- inference
@@ -196,7 +188,7 @@ def _inference(run: Callable[[], Tensor], spec: Spec, case: Case) -> Variant:
         with torch.inference_mode():
             logits[:] = [run()]
 
-    return Variant(step, lambda: {"logits": logits[0]}, tolerance("inference", spec.dtype, case))
+    return Variant(step, lambda: {"logits": logits[0]}, spec.dtype)
 
 
 # --------------------------------------------------------------------------- names

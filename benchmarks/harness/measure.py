@@ -26,12 +26,12 @@ class Variant(NamedTuple):
     Args:
         step: What is timed. It may carry a state on from call to call.
         outcome: What came of the calls so far, by name: what must agree between variants.
-        tolerance: The relative distance to the baseline's outcome that its precision excuses.
+        dtype: Its precision, "fp32" or "bf16", which excuses some distance to the baseline's outcome.
     """
 
     step: Step
     outcome: Callable[[], Outcome]
-    tolerance: float
+    dtype: str = "fp32"
 
 
 class Skipped(Exception):  # noqa: N818
@@ -50,15 +50,18 @@ class Disagreement(RuntimeError):  # noqa: N818
     """A variant computes something else: nothing is comparable, so nothing is timed."""
 
 
-def prepare(makers: Mapping[str, Callable[[], Variant]], baseline: str) -> Prepared:
+def prepare(
+    makers: Mapping[str, Callable[[], Variant]], baseline: str, allowed: Callable[[str], Mapping[str, float]]
+) -> Prepared:
     """Make every variant, call it once, and check its outcome against the baseline's.
 
     Args:
         makers: Variants by name; one that raises `Skipped` is left out with its reason.
         baseline: The name the others are held against.
+        allowed: Of a precision: the relative distance to the baseline that it excuses, by the outcome's name.
 
     Raises:
-        Disagreement: an outcome is further from the baseline's than the variant's tolerance.
+        Disagreement: an outcome is further from the baseline's than the variant's precision excuses.
     """
     ready = Prepared({}, {}, {})
     names = [baseline, *(name for name in makers if name != baseline)]
@@ -76,19 +79,19 @@ def prepare(makers: Mapping[str, Callable[[], Variant]], baseline: str) -> Prepa
         ready.first_call[name] = time.perf_counter() - start
         outcome = {key: leaf.detach().clone() for key, leaf in variant.outcome().items()}
         reference = reference or outcome
-        check(name, outcome, reference, variant.tolerance)
+        check(name, outcome, reference, allowed(variant.dtype))
         ready.steps[name] = variant.step
         progress.print(f"{name}: first call {ready.first_call[name]:.1f} s")
     return Prepared({name: ready.steps[name] for name in makers if name in ready.steps}, *ready[1:])
 
 
-def check(name: str, got: Outcome, want: Outcome, tolerance: float) -> None:
-    """Raise `Disagreement` unless the outcomes are within `tolerance` of each other, entry by entry."""
+def check(name: str, got: Outcome, want: Outcome, allowed: Mapping[str, float]) -> None:
+    """Raise `Disagreement` unless the outcomes are within the `allowed` distances, entry by entry."""
     for key, expected in want.items():
         error = relative_distance(got[key], expected)
-        if not error <= tolerance:  # NaN is a disagreement too
+        if not error <= allowed[key]:  # NaN is a disagreement too
             raise Disagreement(
-                f"{name} computes another {key}: relative distance {error:.2g}, allowed {tolerance:.2g}; "
+                f"{name} computes another {key}: relative distance {error:.2g}, allowed {allowed[key]:.2g}; "
                 "nothing is timed"
             )
 

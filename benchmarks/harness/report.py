@@ -19,6 +19,7 @@ from benchmarks.harness.options import Output
 from benchmarks.harness.statistics import Ratio, Seconds, ratio
 from parity import environment
 from resnet_func import files
+from resnet_func.app.names import printable
 
 WIDE = 140
 
@@ -230,7 +231,7 @@ def say(text: str) -> None:
 
 def usage(error: Exception | str) -> int:
     """One line on stderr about a mistake in the options; the exit code."""
-    print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"benchmarks: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return 2
 
 

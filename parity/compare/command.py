@@ -22,6 +22,7 @@ from parity.sections.graphs import trace
 from parity.sections.isomorphism import assert_isomorphic
 from parity.steps import function_step, perturbed
 from resnet_func import tree
+from resnet_func.app.names import printable
 from resnet_func.models.layer_calls import record_values
 from resnet_func.models.load import load_network
 from resnet_func.testing import randn
@@ -75,7 +76,7 @@ def compare(options: CompareOptions, console: Console, complaints: Console) -> i
             raise ValueError(f"sizes must be 1 or more; got {options.image_size} and {options.samples}")
         networks = [load_network(spec) for spec in (options.a, options.b)]
     except (ValueError, TypeError, ImportError, OSError) as error:
-        complaints.print(f"Error: {error}", markup=False)
+        complaints.print(f"Error: {printable(str(error))}", markup=False)
         return 2
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     say(f"A, which is wanted, is {options.a}; B, which is got, is {options.b}")

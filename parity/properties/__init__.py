@@ -16,6 +16,7 @@ from parity.properties import (  # noqa: F401  (each enters its properties)
     calculus,
     comparisons,
     contractions,
+    curvature,
     modules,
     normalisation,
     per_sample,

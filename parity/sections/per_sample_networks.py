@@ -105,7 +105,7 @@ def load(spec: str, keywords: dict[str, Any]) -> Case:
         model, params, state = rf.load_network(spec, generator=generator(0), num_classes=CLASSES, **keywords)
     except ImportError as error:
         raise SkipTest(str(error)) from None
-    params, state = tree.map(_double, params), tree.map(_double, state)
+    params, state = tree.map(double, params), tree.map(double, state)
     params, state = perturbed(with_small_branches(params), state, seed=2)
     return batched(model, params, state, lambda n: randn(n, 3, 32, 32, seed=1))
 
@@ -126,8 +126,9 @@ def write_by_hand(name: str) -> Case:
 
 def batched(model: Model, params: Params, state: State, inputs: Callable[[int], Tensor]) -> Case:
     n = 3 if tree.size(params) < LARGE else 2
-    return Case(model, params, state, _double(inputs(n)), torch.arange(n) % CLASSES)
+    return Case(model, params, state, double(inputs(n)), torch.arange(n) % CLASSES)
 
 
-def _double(leaf: Tensor) -> Tensor:
+def double(leaf: Tensor) -> Tensor:
+    """A leaf in float64; whole numbers as they are."""
     return leaf.double() if leaf.is_floating_point() else leaf

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,11 @@ from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
 from resnet_func.app.training_set import Training, prepare
+from resnet_func.distributed import Ranks
 from resnet_func.train import Batches
 from resnet_func.types import Images
+
+ALONE = Ranks(0, 1)
 
 
 def load_data(experiment: Experiment, *, download: bool = True) -> data.Splits:
@@ -40,7 +45,7 @@ def load_training(experiment: Experiment, *, download: bool = True) -> tuple[Tra
 
 
 def make_task(recipe: Recipe, splits: data.Splits) -> Task:
-    """What the data set asks of the network; reads all training images for their statistics.
+    """What the data set asks of the network; reads all training images, if their statistics are wanted.
 
     Raises:
         ValueError: `recipe.normalization` is for other channels.
@@ -53,10 +58,39 @@ def make_task(recipe: Recipe, splits: data.Splits) -> Task:
                 f"normalization='imagenet' needs 3 channels; the images have {channels}. Use 'data'"
             )
         mean, std = recipes.IMAGENET_MEAN, recipes.IMAGENET_STD
+    elif recipe.normalization == "fixed":
+        mean, std = (0.5,) * channels, (0.25,) * channels
     else:
         mean, std = (tuple(values.float().tolist()) for values in data.channel_statistics(source))
     size = recipe.image_size or min(height, width)
-    return Task(source.classes, channels, mean, std, size, source.num_samples, splits.test.num_samples)
+    counts = source.num_samples, splits.test.num_samples
+    return Task(source.classes, channels, mean, std, size, *counts, digest_files(splits))
+
+
+def digest_files(splits: data.Splits) -> str:
+    """A digest of every image's class, of its file's name and size where it has one, and of an image a class.
+
+    Cheap: of the files, one a class is read. The same where a folder was moved or copied; another where two
+    class folders have swapped their images.
+
+    >>> digest_files(data.load("digits")) == digest_files(data.load("digits"))
+    True
+    """
+    digest = hashlib.sha256()
+    for source in splits:
+        labels = source.labels.tolist()
+        first_of_class = {label: place for place, label in reversed(list(enumerate(labels)))}
+        for place, label in enumerate(labels):
+            file = source.files[place] if source.files else None
+            name = "" if file is None else f"{Path(file).name} {os.path.getsize(file)}"
+            digest.update(f"{label} {name}\n".encode(errors="surrogateescape"))
+            if first_of_class[label] != place:
+                continue
+            if file is not None:
+                digest.update(Path(file).read_bytes())
+            elif isinstance(source, data.Dataset):
+                digest.update(source.images[place].cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_classes(task: Task, source: data.Source) -> None:
@@ -104,6 +138,8 @@ def describe_changes(recorded: Task, found: Task) -> str | None:
     pairs = zip(found.mean + found.std, recorded.mean + recorded.std, strict=True)
     if any(abs(now - before) > tolerance for now, before in pairs):
         changes.append("other pixels on average")
+    if not changes and recorded.files and found.files != recorded.files:
+        changes.append("other files in the classes")
     return f"the data have changed since the run began: {', '.join(changes)}" if changes else None
 
 
@@ -144,21 +180,37 @@ def make_generator(device: torch.device | str, *seeds: int) -> torch.Generator:
 
 
 def train_batches(
-    experiment: Experiment, source: data.Source, prepare: Preparer, epoch: int, first: int
+    experiment: Experiment,
+    source: data.Source,
+    prepare: Preparer,
+    epoch: int,
+    first: int,
+    ranks: Ranks = ALONE,
 ) -> Batches:
-    """The augmented batches of an epoch from batch `first` on; the same in every run of the experiment."""
+    """The augmented batches of an epoch from batch `first` on, or a rank's part of each.
+
+    The same in every run of the experiment: what happens to an image depends on the seed, the epoch and its
+    place in the batch, not on the rank that has it.
+    """
     recipe, device = experiment.recipe, prepare.runtime.device
     shuffle = make_generator("cpu", experiment.seed, 1, epoch)
     order = torch.randperm(source.num_samples, generator=shuffle, device="cpu")
     full, changes = len(order) // recipe.batch_size, augment.Augment(recipe.crop, recipe.flip, recipe.cutout)
-    picks = order.split(recipe.batch_size)[first:full]
+    part = augment.Part(ranks.part(recipe.batch_size), recipe.batch_size)
+    picks = [pick[part.rows] for pick in order.split(recipe.batch_size)[first:full]]
     for index, (images, labels) in enumerate(source.read(picks), start=first):
         draws = make_generator(device, experiment.seed, 2, epoch, index)
-        x = augment.apply(changes, prepare(images), draws)
+        x = augment.apply(changes, prepare(images), draws, part)
         yield prepare.scale(x, recipe.scale_at(epoch)), labels.to(device)
 
 
-def evaluation_batches(recipe: Recipe, source: data.Source, prepare: Preparer, epoch: int) -> Batches:
-    """All batches of a source in its own order, not augmented, at the size that the epoch trains at."""
-    for images, labels in data.batches(source, recipe.evaluation_batch):
+def evaluation_batches(
+    recipe: Recipe, source: data.Source, prepare: Preparer, epoch: int, ranks: Ranks = ALONE
+) -> Batches:
+    """The batches of a source in its own order, not augmented, at the size that the epoch trains at.
+
+    All, or those that are dealt to a rank in turn: whole ones, so that kernels compute as in one process.
+    """
+    order = torch.arange(source.num_samples, dtype=torch.int64, device="cpu").split(recipe.evaluation_batch)
+    for images, labels in source.read(order[ranks.rank :: ranks.world]):
         yield prepare.scale(prepare(images), recipe.scale_at(epoch)), labels.to(prepare.runtime.device)

@@ -3,6 +3,8 @@
 import re
 import sys
 
+from resnet_func.app.names import printable
+
 
 class AppError(Exception):
     """A command cannot be carried out as asked; the message is one line with the way out."""
@@ -16,6 +18,14 @@ class Interrupted(Exception):  # noqa: N818, it is no error
     """The user stopped the run; its state is saved."""
 
 
+class Unspoken(Exception):  # noqa: N818, another process tells the error
+    """What ends this rank is told by another one; `cause` decides the exit code."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 def warn(message: str) -> None:
-    """Print a message on stderr, as one line."""
-    print("resnet-func: " + re.sub(r"\s*[\r\n]\s*", " ", message.strip()), file=sys.stderr)
+    """Print a message on stderr, as one line; what could steer a terminal is escaped."""
+    print("resnet-func: " + printable(re.sub(r"\s*[\r\n]\s*", " ", message.strip())), file=sys.stderr)

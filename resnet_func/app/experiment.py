@@ -10,6 +10,38 @@ from resnet_func.app.recipes import Recipe
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder"]
 
 
+Neighbours = Literal["add-or-remove-one", "replace-one"]
+Sampling = Literal["poisson", "fixed-size"]
+PrivateClipping = Literal["flat", "per_layer", "automatic", "adaptive"]
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The guarantee of a private run, and how it is kept; the seeds of its noise are elsewhere.
+
+    Attributes:
+        epsilon, delta: What the whole run may spend.
+        noise_multiplier: Of every step's noise, calibrated for that.
+        max_norm: Bound on one image's gradient; of "adaptive" clipping where it starts.
+        clipping: As in `per_sample.clipped_sum`, or "adaptive" (`privacy.AdaptiveNorm`).
+        views: Augmented views of an image, whose gradients are averaged before they are clipped.
+        sampling, neighbours: As in `privacy.epsilon`.
+        diagnostics: Whether to write metrics that are not private.
+        insecure: Whether the seeds came from an option, so that there is no guarantee.
+    """
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    max_norm: float = 1.0
+    clipping: PrivateClipping = "flat"
+    views: int = 1
+    sampling: Sampling = "poisson"
+    neighbours: Neighbours = "add-or-remove-one"
+    diagnostics: bool = False
+    insecure: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingSet:
     """What is done to the training images before training.
@@ -58,6 +90,7 @@ class Experiment:
     training_set: TrainingSet = TrainingSet()
     snapshots: int = 0
     record: bool = False
+    privacy: Privacy | None = None
 
     @property
     def decode_size(self) -> int | None:
@@ -75,6 +108,7 @@ class Task(NamedTuple):
         mean, std: Of each channel, pixels counted in [0, 1]: how its input is normalised.
         image_size: Side of its square input in pixels.
         train_images, test_images: How many there were; 0 in runs of earlier versions.
+        files: A digest of which images are in which class; "" in runs of earlier versions.
     """
 
     classes: tuple[str, ...]
@@ -84,3 +118,4 @@ class Task(NamedTuple):
     image_size: int
     train_images: int = 0
     test_images: int = 0
+    files: str = ""

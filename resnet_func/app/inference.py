@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from resnet_func.app import checkpoint, data, run_folder
-from resnet_func.app.batches import Preparer, evaluation_batches
+from resnet_func.app.batches import ALONE, Preparer, evaluation_batches
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.parts import make_network, make_optimizer
+from resnet_func.app.private import begin
 from resnet_func.app.runtime import Runtime
+from resnet_func.distributed import Ranks, gather_rows
 from resnet_func.losses import cross_entropy
 from resnet_func.train import (
     Evaluation,
     average_flips,
     evaluate,
-    init_train_state,
     make_eval_step,
     to_memory_format,
 )
@@ -74,7 +75,8 @@ def load_trained(
         (params, state), _, warning = checkpoint.load(checkpoints, which, like, device=runtime.device)
     else:
         # the optimizer's state has the same structure whatever the number of steps
-        start = init_train_state(*like, make_optimizer(recipe, 2, like[0]), ema=recipe.ema > 0)
+        optimizer = make_optimizer(recipe, 2, like[0])
+        start = begin(experiment.privacy, *like, optimizer, ema=recipe.ema > 0)
         saved, _, warning = checkpoint.load(checkpoints, which, start, device=runtime.device)
         params, state = parameters_to_test(saved)
     params = to_memory_format(params, runtime.memory_format)
@@ -82,7 +84,12 @@ def load_trained(
 
 
 def evaluate_trained(
-    trained: Trained, source: data.Source, runtime: Runtime, *, epoch: int | None = None
+    trained: Trained,
+    source: data.Source,
+    runtime: Runtime,
+    *,
+    epoch: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Losses and logits of a network on a source; for the same options the same to the bit as in the run.
 
@@ -91,11 +98,24 @@ def evaluate_trained(
         source: Images and labels of the network's task.
         runtime: The machine that the network was made or loaded for.
         epoch: Test at the image size of this epoch (from 0); None is the last.
+        ranks: The processes that the batches are dealt to; each calls this, and gets the same.
     """
-    recipe = trained.experiment.recipe
+    recipe, size = trained.experiment.recipe, trained.experiment.recipe.evaluation_batch
     epoch = recipe.epochs - 1 if epoch is None else epoch
-    batches = evaluation_batches(recipe, source, Preparer(trained.task, runtime), epoch)
-    return evaluate(make_eval_step(trained.model, cross_entropy), trained.params, trained.state, batches)
+    batches = evaluation_batches(recipe, source, Preparer(trained.task, runtime), epoch, ranks)
+    sizes = [min(size, source.num_samples - first) for first in range(0, source.num_samples, size)]
+    if ranks.rank and ranks.rank >= len(sizes):
+        mine = _no_rows(len(trained.task.classes))
+    else:
+        step = make_eval_step(trained.model, cross_entropy)
+        mine = evaluate(step, trained.params, trained.state, batches)
+    return Evaluation(*(gather_rows(rows, ranks, dealt=sizes) for rows in mine))
+
+
+def _no_rows(classes: int) -> Evaluation:
+    floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    labels = torch.zeros(0, dtype=torch.int64, device="cpu")
+    return Evaluation(torch.zeros(0, **floats), torch.zeros(0, classes, **floats), labels)
 
 
 def read_image(path: Path, trained: Trained) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from resnet_func.app.experiment import DatasetName, TrainingSet
+from resnet_func.app.experiment import DatasetName, Neighbours, PrivateClipping, TrainingSet
 from resnet_func.app.recipes import Recipe, RecipeName
 
 
@@ -28,6 +28,34 @@ class Machine:
     """Convolutions by minimal filtering where that is cheaper; auto is on for the CPU in fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the training step; auto where a compiler is found and the run is long enough to pay."""
+    rank_timeout: float = 300.0
+    """Seconds that the ranks of torchrun wait for each other before they give up."""
+
+
+@dataclass(frozen=True)
+class PrivateTraining:
+    """Training with differential privacy; the guarantee is printed before it starts."""
+
+    private: bool = False
+    """Train with differential privacy, at a budget of --epsilon and --delta (extra: privacy)."""
+    epsilon: float | None = None
+    """What the run may spend; 1 to 8 is common."""
+    delta: float = 1e-5
+    """The probability that the guarantee fails; below one over the number of images."""
+    max_norm: float = 1.0
+    """Bound on one image's gradient; where adaptive clipping starts."""
+    clipping: PrivateClipping = "flat"
+    """How gradients are bounded: all layers as one, layer by layer, normalised, or by a moving quantile."""
+    views: int = 1
+    """Augmented views of each image in a step, averaged before clipping."""
+    sampling: Literal["poisson", "fixed-size", "shuffle"] = "poisson"
+    """How batches are drawn; shuffle is refused, since nothing accounts for it."""
+    neighbours: Neighbours | None = None
+    """What two data sets may differ by; by default an image more or less (replaced, for fixed-size)."""
+    diagnostics: bool = False
+    """Also write what is computed from the images without noise, such as the share clipped. NOT private."""
+    insecure_noise_seed: int | None = None
+    """For tests: the seed of noise and batches, by which anybody can undo the noise. No guarantee."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +67,8 @@ class Train:
     data_dir: Path | None = None
     """Where the data set is: for folder, train/<class>/* and test/<class>/*; else the download's root."""
     recipe: RecipeName = "fast"
-    """fast: the most accuracy for minutes on two cores; article: ResNet-18 at 224 pixels with Adam."""
+    """fast: the most accuracy for minutes on two cores; article: ResNet-18 at 224 pixels with Adam;
+    private: what --private takes by default."""
     run_dir: Path | None = None
     """A new folder for the results; by default the first free runs/DATASET-MODEL."""
     resume: Path | None = None
@@ -59,6 +88,7 @@ class Train:
     hyper: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = field(default_factory=Recipe)
     """The recipe's values, each of which can be changed."""
     machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
+    privacy: Annotated[PrivateTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=PrivateTraining)
 
 
 @dataclass(frozen=True)
@@ -146,4 +176,29 @@ class Attribute:
     """Where the data set is now, if it has moved."""
     batch_size: int = 128
     """Images at a time."""
+    machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Measure how sharp the loss is around a trained network: trace, extreme eigenvalues, spectrum.png."""
+
+    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
+    """The run folder; by default the latest below runs/."""
+    matrix: Literal["hessian", "ggn"] = "hessian"
+    """hessian: second derivatives of the training loss; ggn: its Gauss-Newton part, never negative."""
+    images: int = 1000
+    """Training images to look at, drawn at random."""
+    steps: int = 40
+    """Steps of Lanczos's method, each a pass over the images; more resolve more eigenvalues."""
+    probes: int = 10
+    """Random probes of the trace, each a pass over the images."""
+    seed: int = 0
+    """Of the images, the start and the probes."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+    batch_size: int = 128
+    """Images at a time."""
+    data_dir: Path | None = None
+    """Where the data set is now, if it has moved."""
     machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)

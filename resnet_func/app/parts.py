@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,13 +10,15 @@ from resnet_func import optim, tree
 from resnet_func.app import data
 from resnet_func.app.batches import make_generator
 from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.private import PrivateTrainer, begin
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
+from resnet_func.distributed import Ranks
 from resnet_func.losses import smoothed_cross_entropy
 from resnet_func.models import summary, winograd, zoo
 from resnet_func.models.load import load_network
 from resnet_func.models.state_dicts import from_state_dict
-from resnet_func.train import Step, autocast, init_train_state, make_train_step, to_memory_format
+from resnet_func.train import Step, autocast, make_train_step, to_memory_format
 from resnet_func.types import Model, Params, State, TrainState
 
 
@@ -28,26 +30,42 @@ class Parts(NamedTuple):
     train_state: TrainState
 
 
-def make_parts(experiment: Experiment, task: Task, runtime: Runtime) -> Parts:
+def make_parts(
+    experiment: Experiment,
+    task: Task,
+    runtime: Runtime,
+    trainer: PrivateTrainer | None = None,
+    ranks: Ranks | None = None,
+) -> Parts:
     """Make the network, the step, compiled where the runtime says so, and the state before the first step.
+
+    With `ranks` the step takes this rank's part of a batch.
 
     Raises:
         ValueError: the recipe's schedule needs more steps.
     """
     recipe = experiment.recipe
+    if recipe.sync_batchnorm:
+        ranks = ranks or Ranks(0, 1)  # by the same arithmetic on any number of processes
     model = make_network(recipe, task, runtime)
     params, state = start(experiment, model, runtime)
     optimizer = make_optimizer(recipe, recipe.epochs * (task.train_images // recipe.batch_size), params)
+    train_state = begin(experiment.privacy, params, state, optimizer, ema=recipe.ema > 0)
+    if trainer is not None:  # in fp32 and by plain convolutions, whose gradients are taken image by image
+        plain = find_network(recipe, len(task.classes), task.in_channels)
+        return Parts(model, trainer.make_step(plain, optimizer), train_state)
     step = make_train_step(
         model,
         smoothed_cross_entropy(recipe.label_smoothing),
         optimizer,
         microbatches=recipe.microbatches,
         ema_decay=recipe.ema or None,
+        ranks=ranks,
+        sync_batch_norm=recipe.sync_batchnorm,
     )
     if runtime.compile:
         step = torch.compile(step, fullgraph=True, dynamic=False)
-    return Parts(model, step, init_train_state(params, state, optimizer, ema=recipe.ema > 0))
+    return Parts(model, step, train_state)
 
 
 def start(experiment: Experiment, model: Model, runtime: Runtime) -> tuple[Params, State]:
@@ -82,7 +100,7 @@ def find_network(recipe: Recipe, num_classes: int, in_channels: int) -> Model:
         ValueError: the network takes images of three channels only.
     """
     if ":" not in recipe.model:
-        changes = {"norm": recipe.norm, "stem": recipe.stem, "in_channels": in_channels}
+        changes: Any = {**recipe.network_changes, "in_channels": in_channels}
         return zoo.by_name(recipe.model, num_classes=num_classes, **changes)
     if recipe.model.startswith("timm:"):
         return load_network(recipe.model, num_classes=num_classes, in_chans=in_channels)[0]
@@ -94,7 +112,7 @@ def find_network(recipe: Recipe, num_classes: int, in_channels: int) -> Model:
 def compute_by(runtime: Runtime, model: Model) -> Model:
     """The model by the algorithm and in the precision of the runtime."""
     if runtime.winograd:
-        model = winograd.wrap(model)
+        model = winograd.wrap(model, runtime.speeds)
     return autocast(model, runtime.device.type, torch.bfloat16) if runtime.precision == "bf16" else model
 
 

@@ -14,7 +14,8 @@ from resnet_func.models import variants
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-RecipeName = Literal["fast", "article"]
+RecipeName = Literal["fast", "article", "private"]
+ActivationOrder = Literal["auto", "conv-norm-relu", "conv-relu-norm", "norm-relu-conv", "relu-norm-conv"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,10 @@ class Recipe:
         model: A network of the zoo, torchvision:NAME, timm:NAME, FILE.py:CALLABLE or pkg.mod:CALLABLE.
         norm: The normalisation layers of the network.
         stem: The first layers: "cifar" keeps the resolution, "imagenet" divides it by four.
-        epochs: Passes over the training set.
+        activation_order: What goes round each convolution of a block, in order; "auto" is the block's own.
+        standardize: Standardise the filters of every convolution, each with a gain and a bias.
+        epochs: Passes over the training set; 0 is as many as fit into `minutes`.
+        minutes: How long a run shall take, from start to end, where `epochs` is 0.
         batch_size: Images a step.
         optimizer: sgd (Nesterov), adam, adamw, or muon: for the convolutions, with sgd for the rest.
         learning_rate: The highest learning rate of the schedule.
@@ -38,7 +42,9 @@ class Recipe:
         label_smoothing: Weight of the uniform distribution in the targets.
         clip_norm: Largest global norm of the gradient; 0 is no clipping.
         ema: Decay of the moving average of the parameters, which is what gets tested; 0 is no average.
-        microbatches: Pieces each batch is cut into to bound memory.
+        microbatches: Pieces each batch, or each rank's part of it, is cut into to bound memory.
+        sync_batchnorm: Under torchrun, take BatchNorm's statistics over the parts of all ranks, one
+            all-reduce a layer; else each rank's part of a batch is a batch of its own to it.
         crop: Pixels of padding before a random crop.
         flip: Mirror half of the training images.
         cutout: Side of the square blanked in each training image.
@@ -46,13 +52,17 @@ class Recipe:
         early_scales: Pairs (scale, share): for this share of the epochs, train on images scaled down by
             `scale`, and test at that size; one pair after the other, then at full size, as at least the
             last epoch always is.
-        normalization: Mean and standard deviation: of the training images ("data") or ImageNet's.
+        normalization: Mean and standard deviation: of the training images ("data"), ImageNet's, or "fixed":
+            0.5 and 0.25, whatever the images.
     """
 
     model: str = "resnet20"
     norm: Literal["batch", "group", "none"] = "batch"
     stem: Literal["cifar", "imagenet"] = "cifar"
+    activation_order: ActivationOrder = "auto"
+    standardize: bool = False
     epochs: int = 10
+    minutes: float = 0.0
     batch_size: int = 128
     optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
     learning_rate: float = 0.3
@@ -65,19 +75,22 @@ class Recipe:
     clip_norm: float = 0.0
     ema: float = 0.0
     microbatches: int = 1
+    sync_batchnorm: bool = False
     crop: int = 4
     flip: bool = True
     cutout: int = 0
     image_size: int = 0
     early_scales: tuple[tuple[float, float], ...] = ()
-    normalization: Literal["data", "imagenet"] = "data"
+    normalization: Literal["data", "imagenet", "fixed"] = "data"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "microbatches"):
+        if self.epochs == 0 and self.minutes == 0:
+            raise ValueError("epochs must be 1 or more; got 0. Or give the run --minutes")
+        for name in ("batch_size", "microbatches"):
             self._check(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("crop", "cutout", "image_size", "clip_norm"):
+        for name in ("epochs", "crop", "cutout", "image_size", "clip_norm"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("learning_rate", "rest_learning_rate", "weight_decay"):
+        for name in ("minutes", "learning_rate", "rest_learning_rate", "weight_decay"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
         for name in ("momentum", "label_smoothing", "ema"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
@@ -92,11 +105,25 @@ class Recipe:
 
             find_callable(self.model)
         else:
-            variants.config(self.model, norm=self.norm, stem=self.stem)
+            variants.config(self.model, **self.network_changes)
 
     def _check(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
             raise ValueError(f"{name} must be {expected}; got {getattr(self, name)}")
+
+    @property
+    def network_changes(self) -> variants.ConfigChanges:
+        """What the recipe changes of a network of the zoo.
+
+        >>> Recipe(norm="group").network_changes
+        {'norm': 'group', 'stem': 'cifar'}
+        """
+        changes: variants.ConfigChanges = {"norm": self.norm, "stem": self.stem}
+        if self.activation_order != "auto":
+            changes["activation_order"] = self.activation_order
+        if self.standardize:
+            changes["weight_standardization"] = changes["standardization_affine"] = True
+        return changes
 
     @cached_property
     def evaluation_batch(self) -> int:
@@ -108,6 +135,20 @@ class Recipe:
         43
         """
         return min(500, math.ceil(self.batch_size / self.microbatches))
+
+    def epochs_by_scale(self) -> dict[float, int]:
+        """How many epochs are of each scale.
+
+        >>> Recipe(epochs=4, early_scales=((0.5, 0.5),)).epochs_by_scale()
+        {0.5: 2, 1.0: 2}
+        """
+        counts, end, last = {scale: 0 for scale, _ in self.early_scales}, 0.0, 0
+        for scale, share in self.early_scales:
+            end += share
+            stop = max(last, min(round(end * self.epochs), self.epochs - 1))
+            counts[scale], last = counts[scale] + stop - last, stop
+        counts[1.0] = counts.get(1.0, 0) + self.epochs - last
+        return {scale: count for scale, count in counts.items() if count}
 
     def scale_at(self, epoch: int) -> float:
         """By how much the images of an epoch (from 0) are scaled.
@@ -124,7 +165,8 @@ class Recipe:
 
 
 FAST = Recipe(
-    epochs=12,
+    epochs=0,
+    minutes=20,
     optimizer="muon",
     learning_rate=0.15,
     weight_decay=0.05,
@@ -132,7 +174,7 @@ FAST = Recipe(
     crop=2,
     early_scales=((0.5, 0.42), (0.75, 0.33)),
 )
-"""The most accuracy for minutes on two cores, for small colour images."""
+"""The most accuracy for 20 minutes, on whatever machine, for small colour images."""
 
 DIGITS = Recipe(epochs=20, batch_size=64, warmup=0.15, crop=1, flip=False)
 """The same for 8x8 grey digits, which must not be mirrored; muon's products cost more than such images."""
@@ -153,15 +195,36 @@ ARTICLE = Recipe(
 )
 """The textbook way: ResNet-18 made for ImageNet, on images resized to 224 pixels, with Adam."""
 
+PRIVATE = Recipe(
+    norm="group",
+    epochs=30,
+    batch_size=1024,
+    learning_rate=2.0,
+    schedule="constant",
+    momentum=0.0,
+    weight_decay=0.0,
+    ema=0.99,
+    normalization="fixed",
+)
+"""With differential privacy, as De et al. 2022 (https://arxiv.org/abs/2204.13650) train: large batches, no
+momentum, no decay, GroupNorm, averaged parameters; scaled down to minutes. Their standardised filters
+(`standardize`) are left out: they triple the time of a step."""
+
+PRIVATE_DIGITS = replace(PRIVATE, batch_size=256, learning_rate=1.0, crop=1, flip=False)
+"""The same for digits."""
+
 
 def recipe(name: str, dataset: str) -> Recipe:
-    """The named recipe as it is for a data set: "fast" or "article".
+    """The named recipe as it is for a data set: "fast", "article" or "private".
 
     >>> recipe("fast", "mnist").flip
     False
     """
     if name == "article":
         return ARTICLE
+    if name == "private":
+        small = dataset == "digits"
+        return PRIVATE_DIGITS if small else replace(PRIVATE, flip=dataset != "mnist")
     if dataset == "digits":
         return DIGITS
     return replace(FAST, flip=False) if dataset == "mnist" else FAST

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from resnet_func.app import checkpoint, data, run_folder, training_record
-from resnet_func.app.batches import Preparer, check_classes, describe_changes, make_task, train_batches
+from resnet_func.app import checkpoint, data, run_folder, seeds, training_record
+from resnet_func.app.batches import ALONE, Preparer, check_classes, describe_changes, make_task, train_batches
 from resnet_func.app.errors import AppError, Interrupted
 from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.guarantee import PrivateError, check_budget
 from resnet_func.app.inference import Trained, evaluate_trained, parameters_to_test
+from resnet_func.app.launch import ONE_PROCESS, Group, is_lost
 from resnet_func.app.parts import make_parts
+from resnet_func.app.private import PrivateTrainer, private_batches
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
+from resnet_func.distributed import Ranks, fingerprint
 from resnet_func.train import Evaluation, Progress, train_epoch
 from resnet_func.types import TrainState
 
@@ -51,66 +57,174 @@ def train(
     reporter: Reporter,
     *,
     resume: bool = False,
+    group: Group = ONE_PROCESS,
+    insecure_seed: int | None = None,
 ) -> Result:
     """Train the experiment in its folder, from the start or from its last checkpoint.
 
-    Outside the main thread, where Python has no signal handlers, signals are left to their usual ways.
+    A private experiment keeps secret seeds beside the checkpoints until it is done; `insecure_seed` sets
+    them. Outside the main thread, where Python has no signal handlers, signals are left to their usual ways.
+
+    Args:
+        experiment, splits: What to train, and on what; the same on every rank.
+        folder: The run folder, which every rank reads and rank 0 writes.
+        runtime: The machine.
+        reporter: Who is told.
+        resume: Go on from the last checkpoint.
+        group: The ranks that train together; all return the same.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; the run is saved after the step it was in.
+        Interrupted: SIGINT or SIGTERM came, to any rank; the run is saved after the step it was in.
         TrainingError: the loss is not finite, or the training set is smaller than a batch.
+        RankError: the ranks do not agree.
         CheckpointError, DataError, RunError: as their modules say.
     """
-    recipe = experiment.recipe
-    epoch_samples = splits.train.num_samples // recipe.batch_size * recipe.batch_size
-    if not epoch_samples:
-        raise TrainingError(
-            f"batch_size {recipe.batch_size} is more than the {splits.train.num_samples} training images; "
-            f"try --batch-size {min(32, splits.train.num_samples)}"
-        )
+    recipe, writes = experiment.recipe, group.rank == 0
+    epoch_samples = _samples_per_epoch(recipe, splits, group)
     task = make_task(recipe, splits)
     if resume:
-        task = _recorded_task(folder, task, splits, reporter)
-    model, step, train_state = make_parts(experiment, task, runtime)
+        private = experiment.privacy is not None
+        task = _recorded_task(folder, task, splits, reporter, private=private)
+    group.check_same(_digest(experiment, task), "has other data or options than rank 0: give all the same")
+    trainer = _private_trainer(
+        experiment, task, folder, runtime, group, resume=resume, insecure=insecure_seed
+    )
+    model, step, train_state = make_parts(experiment, task, runtime, trainer, group.ranks)
     progress, records, evaluation = Progress(), [], None
     if resume:
-        train_state, progress, records = _restore(folder, train_state, reporter)
-    else:
-        run_folder.write_config(folder, experiment, task)
-
-    prepare = Preparer(task, runtime)
-    with _deferred_interrupt() as interrupted:
-        for epoch in range(progress.epoch, recipe.epochs):
-            batches = train_batches(experiment, splits.train, prepare, epoch, progress.batch)
-            steps = train_epoch(step, train_state, batches, progress, time.perf_counter)
-            for train_state, progress in steps:
-                reporter.batch(progress, epoch_samples)
-                _check_finite(progress, recipe)
-                if interrupted():
-                    _save(folder, train_state, progress, records)
-                    raise Interrupted
-            trained = Trained(model, *parameters_to_test(train_state), task, experiment)
-            evaluation = evaluate_trained(trained, splits.test, runtime, epoch=epoch)
-            records = [*records, _record(epoch, progress, evaluation)]
-            progress = Progress(epoch + 1)
-            _keep(folder, experiment, trained, splits.train, runtime, epoch)
+        train_state, progress, records = _restore(folder, train_state, reporter, writes=writes)
+    elif writes:
+        chosen = {"speeds": runtime.speeds.as_numbers(), "compile": runtime.compile}
+        run_folder.write_config(folder, experiment, task, chosen)
+        if trainer is not None:  # so that whatever stops the run, it can go on with the seeds it has
             _save(folder, train_state, progress, records)
+    _check_alike(train_state, group)
+
+    prepare, ranks = Preparer(task, runtime), group.ranks or ALONE
+    with _deferred_interrupt(once=group.ranks is None) as received:
+        for epoch in range(progress.epoch, recipe.epochs):
+            where = (splits.train, prepare, epoch, progress.batch, ranks)
+            if trainer is None:
+                batches = train_batches(experiment, *where)
+            else:
+                batches = private_batches(experiment, trainer.seeds, *where)
+            clock, size = time.perf_counter, recipe.batch_size
+            steps = train_epoch(step, train_state, batches, progress, clock, batch_size=size)
+            try:
+                for done in steps:
+                    train_state, progress = done
+                    reporter.batch(progress, epoch_samples)
+                    if trainer is None:
+                        _check_finite(progress, recipe)
+                    if group.agree(received()):
+                        raise Interrupted
+            except RuntimeError as error:
+                if writes and group.world > 1 and is_lost(error):
+                    _save(folder, train_state, progress, records)  # the last step that was whole
+                raise
+            except Interrupted:
+                if writes:
+                    _save(folder, train_state, progress, records)
+                raise
+            trained = Trained(model, *parameters_to_test(train_state), task, experiment)
+            evaluation = evaluate_trained(trained, splits.test, runtime, epoch=epoch, ranks=ranks)
+            if trainer is None:
+                record = _record(progress, evaluation)
+            else:
+                record = trainer.record((epoch + 1) * trainer.budget.epoch_steps, evaluation, progress)
+            records = [*records, {"epoch": epoch + 1, **record}]
+            progress = Progress(epoch + 1)
+            _check_alike(train_state, group)
+            _keep(folder, trained, splits.train, runtime, epoch, ranks)
+            if writes:
+                _save(folder, train_state, progress, records)
             reporter.epoch(records[-1])
-            if interrupted() and epoch + 1 < recipe.epochs:
+            if group.agree(received()) and epoch + 1 < recipe.epochs:
                 raise Interrupted
+    if trainer is not None and writes:
+        seeds.forget(folder)
     trained = Trained(model, *parameters_to_test(train_state), task, experiment)
-    return Result(trained, evaluation or evaluate_trained(trained, splits.test, runtime), records)
+    evaluation = evaluation or evaluate_trained(trained, splits.test, runtime, ranks=ranks)
+    return Result(trained, evaluation, records)
 
 
-def _recorded_task(folder: Path, found: Task, splits: data.Splits, reporter: Reporter) -> Task:
+def _samples_per_epoch(recipe: Recipe, splits: data.Splits, group: Group) -> int:
+    """Whole batches' samples, once there is one and every rank has a part of it."""
+    size, images = recipe.batch_size, splits.train.num_samples
+    if size > images:
+        raise TrainingError(
+            f"batch_size {size} is more than the {images} training images; try --batch-size {min(32, images)}"
+        )
+    if size < group.world:
+        raise TrainingError(
+            f"batch_size {size} leaves some of {group.world} ranks without a sample; "
+            f"raise --batch-size to {group.world} or more, or start fewer ranks"
+        )
+    return images // size * size
+
+
+def _digest(experiment: Experiment, task: Task) -> int:
+    """A number of all that decides a run's numbers; where a rank's data lie does not."""
+    alike = replace(experiment, data_dir=None, init=None)
+    return int.from_bytes(hashlib.sha256(repr((alike, task)).encode()).digest()[:7], "big")
+
+
+def _check_alike(train_state: TrainState, group: Group) -> None:
+    if group.world > 1:
+        group.check_same(
+            fingerprint(train_state),
+            "holds other parameters than rank 0: its software, its hardware or its memory differs. "
+            "Go on without it from the last checkpoint, by --resume",
+        )
+
+
+def _private_trainer(
+    experiment: Experiment,
+    task: Task,
+    folder: Path,
+    runtime: Runtime,
+    group: Group,
+    *,
+    resume: bool,
+    insecure: int | None,
+) -> PrivateTrainer | None:
+    if experiment.privacy is None:
+        return None
+    if resume and _is_done(folder, experiment.recipe):  # nothing is drawn any more
+        return PrivateTrainer(experiment, task, seeds.Seeds(0, 0, 0), runtime, group.ranks)
+
+    def draw() -> str:
+        if not resume:
+            seeds.keep(folder, seeds.draw(insecure))
+        return "kept"
+
+    group.from_first(draw)  # secrets go by the file, not over the network
+    trainer = PrivateTrainer(experiment, task, seeds.read(folder), runtime, group.ranks)
+    if resume:
+        check_budget(trainer.budget)
+    return trainer
+
+
+def _is_done(folder: Path, recipe: Recipe) -> bool:
+    meta = checkpoint.read_meta(run_folder.checkpoints(folder), "last")
+    return meta.get("progress", {}).get("epoch", 0) >= recipe.epochs
+
+
+def _recorded_task(
+    folder: Path, found: Task, splits: data.Splits, reporter: Reporter, *, private: bool
+) -> Task:
     """The task that config.json holds, which the run goes on with; says how the data differ from it."""
     _, task = run_folder.read_config(folder)
     check_classes(task, splits.train)
     changes = describe_changes(task, found)
+    if changes and private:
+        raise PrivateError(f"{changes}: the guarantee is for those it began with. Start a new run")
     if changes:
         reporter.note(f"{changes}; going on with the sizes, the normalisation and the schedule recorded then")
     if not task.train_images:  # a run of an earlier version
         task = task._replace(train_images=found.train_images, test_images=found.test_images)
+    if not task.files:
+        task = task._replace(files=found.files)
     return task
 
 
@@ -122,9 +236,8 @@ def _check_finite(progress: Progress, recipe: Recipe) -> None:
         )
 
 
-def _record(epoch: int, progress: Progress, evaluation: Evaluation) -> dict[str, float]:
+def _record(progress: Progress, evaluation: Evaluation) -> dict[str, float]:
     return {
-        "epoch": epoch + 1,
         "train_loss": progress.loss_sum / progress.samples,
         "train_accuracy": progress.correct / progress.samples,
         "test_loss": evaluation.loss,
@@ -135,18 +248,20 @@ def _record(epoch: int, progress: Progress, evaluation: Evaluation) -> dict[str,
 
 
 def _keep(
-    folder: Path, experiment: Experiment, trained: Trained, source: data.Source, runtime: Runtime, epoch: int
+    folder: Path, trained: Trained, source: data.Source, runtime: Runtime, epoch: int, ranks: Ranks
 ) -> None:
     """What the experiment wants kept of an epoch: the network, and which training images are right."""
+    experiment, writes = trained.experiment, ranks.rank == 0
     epochs, wanted = experiment.recipe.epochs, experiment.snapshots
-    if epoch + 1 in {round((i + 1) * epochs / wanted) for i in range(wanted)}:
+    if writes and epoch + 1 in {round((i + 1) * epochs / wanted) for i in range(wanted)}:
         kept = (trained.params, trained.state)
         name, meta = f"epoch-{epoch + 1}", {"epoch": epoch + 1}
         checkpoint.save(run_folder.checkpoints(folder), name, kept, meta=meta)
     if experiment.record:
-        evaluation = evaluate_trained(trained, source, runtime, epoch=epoch)
+        evaluation = evaluate_trained(trained, source, runtime, epoch=epoch, ranks=ranks)
         correct = evaluation.logits.argmax(1) == evaluation.targets
-        training_record.write(folder, epoch, correct)
+        if writes:
+            training_record.write(folder, epoch, correct)
 
 
 def _save(folder: Path, train_state: TrainState, progress: Progress, records: list[dict[str, float]]) -> None:
@@ -155,14 +270,14 @@ def _save(folder: Path, train_state: TrainState, progress: Progress, records: li
     # a record as its pairs: the checkpoint sorts the keys of an object
     meta = {"progress": progress._asdict(), "records": [list(record.items()) for record in records]}
     accuracies = [record["test_accuracy"] for record in records]
-    if progress.batch == 0 and accuracies[-1] >= max(accuracies):
+    if progress.batch == 0 and records and accuracies[-1] >= max(accuracies):
         checkpoint.save(checkpoints, "best", parameters_to_test(train_state), meta={"epoch": progress.epoch})
     checkpoint.save(checkpoints, "last", train_state, meta=meta)
     run_folder.write_metrics(folder, records)
 
 
 def _restore(
-    folder: Path, like: TrainState, reporter: Reporter
+    folder: Path, like: TrainState, reporter: Reporter, *, writes: bool
 ) -> tuple[TrainState, Progress, list[dict[str, float]]]:
     train_state, meta, warning = checkpoint.load(run_folder.checkpoints(folder), "last", like)
     if warning:
@@ -173,21 +288,25 @@ def _restore(
         raise run_folder.RunError(
             f"the checkpoint in {folder} is not of this version: {error}. Start a new run"
         ) from error
-    if run_folder.write_metrics(folder, records) and records and not warning:
+    if writes and run_folder.write_metrics(folder, records) and records and not warning:
         reporter.note("metrics.jsonl was not what the checkpoint holds, and is written again from it")
     return train_state, progress, records
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag, so that the step it falls in is finished and saved."""
+def _deferred_interrupt(*, once: bool) -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag, so that the step it falls in is finished and saved.
+
+    With `once` the next one interrupts at once. Of several ranks none may leave the others alone: torchrun
+    sends each of them a signal that the terminal may have sent already.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
-        if received:
+        if received and once:
             raise KeyboardInterrupt
         received.append(number)
 

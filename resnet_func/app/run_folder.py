@@ -12,10 +12,12 @@ from typing import Any
 
 from resnet_func import files
 from resnet_func.app.errors import AppError
-from resnet_func.app.experiment import Experiment, Task, TrainingSet
+from resnet_func.app.experiment import Experiment, Privacy, Task, TrainingSet
 from resnet_func.app.recipes import Recipe
 
 Record = Mapping[str, float]
+LAUNCH = "launch.txt"  # by which torchrun a run is being trained
+SECRET_SEEDS = "secret-seeds.json"  # of a private run, beside its checkpoints
 
 
 class RunError(AppError):
@@ -54,7 +56,8 @@ def new(folder: Path | None, name: str) -> Iterator[Path]:
         yield path
     except BaseException:
         if not any(_has_checkpoint(path, which) for which in ("best", "last")):
-            (path / "config.json").unlink(missing_ok=True)
+            for file in (path / "config.json", path / LAUNCH, checkpoints(path) / SECRET_SEEDS):
+                file.unlink(missing_ok=True)
             for place in (checkpoints(path), *absent):
                 with suppress(OSError):  # not empty: it has become another's
                     place.rmdir()
@@ -101,6 +104,48 @@ def latest() -> Path:
     return max(configs, key=lambda path: path.stat().st_mtime).parent
 
 
+def mark_launch(folder: Path, launch: str) -> None:
+    """Note which launch trains the run, until it has ended: the next start of that launch goes on with it.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    _write(folder / LAUNCH, launch + "\n")
+
+
+def find_launch(launch: str, folder: Path | None) -> Path | None:
+    """The run that a launch began and has not ended, without the temporary files that it may have left.
+
+    Args:
+        launch: Its name, as `mark_launch` was told.
+        folder: The only one to look at; None looks at all below runs/.
+
+    Returns:
+        The run folder, with or without a checkpoint; None if there is none.
+    """
+    for path in [folder] if folder else sorted(Path("runs").glob("*")):
+        mark = path / LAUNCH
+        if mark.is_file() and mark.read_text(encoding="utf-8").strip() == launch:
+            for left in [*path.glob("*.tmp"), *checkpoints(path).glob("*.tmp")]:
+                left.unlink(missing_ok=True)
+            return path
+    return None
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether a run has a checkpoint to go on from.
+
+    >>> can_resume(Path("no such run"))
+    False
+    """
+    return _has_checkpoint(folder, "last")
+
+
+def forget_launch(folder: Path) -> None:
+    """Remove the mark of `mark_launch`: the run has ended."""
+    (folder / LAUNCH).unlink(missing_ok=True)
+
+
 def _has_checkpoint(folder: Path, which: str) -> bool:
     from resnet_func.app import checkpoint  # imports torch, which a refused option does not wait for
 
@@ -121,13 +166,17 @@ def snapshots(folder: Path) -> list[str]:
 # --------------------------------------------------------------------------- files
 
 
-def write_config(folder: Path, experiment: Experiment, task: Task) -> None:
+def write_config(
+    folder: Path, experiment: Experiment, task: Task, machine: Mapping[str, Any] | None = None
+) -> None:
     """Write config.json: enough to resume, evaluate and predict.
+
+    `machine` is what the run chose by itself on its machine, in JSON's types: see `read_machine`.
 
     Raises:
         RunError: the disk refuses; the old file, if any, is kept.
     """
-    config = {"experiment": asdict(experiment), "task": task._asdict()}
+    config = {"experiment": asdict(experiment), "task": task._asdict(), "machine": dict(machine or {})}
     _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -151,11 +200,24 @@ def read_config(folder: Path) -> tuple[Experiment, Task]:
     try:
         fields = dict(config["experiment"])
         recipe = Recipe(**{name: _tuples(value) for name, value in fields.pop("recipe").items()})
+        privacy = fields.pop("privacy", None)
+        privacy = None if privacy is None else Privacy(**privacy)
         task = Task(**{name: _tuples(value) for name, value in config["task"].items()})
         fields["training_set"] = TrainingSet(**fields.get("training_set", {}))
-        return Experiment(**fields, recipe=recipe), task
+        return Experiment(**fields, recipe=recipe, privacy=privacy), task
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"config.json is not of this version: {error}. Start a new run") from error
+
+
+def read_machine(folder: Path) -> dict[str, Any]:
+    """What a run chose by itself, so that it goes on with the same: "speeds" and "compile".
+
+    Empty for runs of earlier versions, and where the file cannot be read, which `read_config` says.
+    """
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))["machine"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _tuples(value: Any) -> Any:

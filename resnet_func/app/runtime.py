@@ -14,7 +14,9 @@ from typing import Literal, get_args
 
 import torch
 
-from resnet_func import machine
+from resnet_func import calibration, machine
+from resnet_func.calibration import TYPICAL, Speeds
+from resnet_func.models.winograd import pays
 
 ALLOCATOR_VARIABLE = "RESNET_FUNC_ALLOCATOR"
 
@@ -36,6 +38,7 @@ class Runtime:
         winograd: Whether convolutions go by minimal filtering where that is cheaper (`winograd.wrap`).
         compile: Whether to put `torch.compile` around the whole step.
         allocator: As `tune_allocator` says it.
+        speeds: Of the machine, which choices are made by (`calibration`).
     """
 
     device: torch.device
@@ -45,6 +48,7 @@ class Runtime:
     winograd: bool
     compile: bool
     allocator: str
+    speeds: Speeds = TYPICAL
 
 
 def configure(
@@ -55,6 +59,7 @@ def configure(
     memory_format: MemoryFormat = "auto",
     winograd: Winograd = "auto",
     compile: Compile = "auto",
+    speeds: Speeds | None = None,
 ) -> Runtime:
     """Choose what is fastest here, apply it, and return it; print `describe` of it.
 
@@ -68,9 +73,10 @@ def configure(
         precision: "auto" is "bf16" where the hardware multiplies it, else "fp32". "bf16" elsewhere is
             emulated: allowed, and `describe` says that it is slow.
         memory_format: "auto" is "channels_last": measured faster, compiled or not.
-        winograd: "auto" is on for the CPU in fp32: there it is measured faster from 128 channels on, and
-            below it changes little or nothing. cuDNN chooses such kernels by itself.
+        winograd: "auto" is on for the CPU in fp32 where its speeds say that it pays for some convolution
+            (`winograd.pays`): so on AVX2, and not on AVX-512. cuDNN chooses such kernels by itself.
         compile: "auto" is on where `compile_obstacle` finds nothing in the way.
+        speeds: Of the machine, such as a run was begun by; None asks `calibration.measured`.
 
     Raises:
         ValueError: an unknown choice, a device that is not here, threads < 1, or "on" where nothing compiles.
@@ -92,14 +98,19 @@ def configure(
     torch.set_num_threads(threads)
     if where.type == "cuda":
         _forbid_tf32()
+    allocator = tune_allocator()
+    if speeds is None:
+        speeds = calibration.measured(where, torch.bfloat16 if precision == "bf16" else torch.float32)
     return Runtime(
         device=where,
         threads=threads,
         precision=precision,
         memory_format=torch.contiguous_format if memory_format == "contiguous" else torch.channels_last,
-        winograd=winograd == "on" or (winograd == "auto" and (where.type, precision) == ("cpu", "fp32")),
+        winograd=winograd == "on"
+        or (winograd == "auto" and (where.type, precision) == ("cpu", "fp32") and pays(speeds)),
         compile=compile != "off" and obstacle is None,
-        allocator=tune_allocator(),
+        allocator=allocator,
+        speeds=speeds,
     )
 
 

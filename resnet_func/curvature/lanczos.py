@@ -20,6 +20,7 @@ from torch import Tensor
 from resnet_func.numerics import to_float64
 
 Vector: TypeAlias = Float[Tensor, "d"]
+ROUNDING = 1e-4  # of the largest eigenvalue: nearer to zero, the sign of one is float32's noise
 
 
 class Estimate(NamedTuple):
@@ -55,10 +56,14 @@ class Spectrum(NamedTuple):
         """The smallest (most negative) eigenvalues, in ascending order; as `largest`."""
         return self.nodes[self.nodes.amin(1).argmin()][:count]
 
+    def negative_part(self) -> Spectrum:
+        """The eigenvalues below zero alone, beyond rounding: the weights of the others are zero."""
+        rounding = ROUNDING * self.nodes.abs().max()
+        return self._replace(weights=torch.where(self.nodes < -rounding, self.weights, 0))
+
     def negative_share(self) -> float:
         """The share of eigenvalues below zero, beyond rounding."""
-        rounding = 1e-4 * self.nodes.abs().max()
-        return float((self.weights * (self.nodes < -rounding)).sum(1).mean())
+        return float(self.negative_part().weights.sum(1).mean())
 
     def trace(self) -> Estimate:
         """The sum of the eigenvalues, a probe for each start; `trace` gives more probes for less."""

@@ -2,8 +2,8 @@
 
 from resnet_func.distributed.batch_norm import sync_batch_norm
 from resnet_func.distributed.ranks import (
+    Joined,
     Ranks,
-    broadcast,
     differing_ranks,
     fingerprint,
     gather_rows,
@@ -13,8 +13,8 @@ from resnet_func.distributed.ranks import (
 )
 
 __all__ = [
+    "Joined",
     "Ranks",
-    "broadcast",
     "differing_ranks",
     "fingerprint",
     "gather_rows",

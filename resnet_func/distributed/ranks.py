@@ -1,4 +1,4 @@
-"""The processes of a group, and what they tell each other: sums, rows, copies, fingerprints.
+"""The processes of a group, and what they tell each other: sums, rows, fingerprints.
 
 The only file that knows the private name of torch's functional collectives, which `torch.compile` takes into
 its graph. Every one of them has the time limit that the group was joined with.
@@ -10,16 +10,16 @@ import hashlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from resnet_func import tree
 from resnet_func.numerics import accumulation_dtype
-
-Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,14 @@ class Ranks:
         return slice(first, first + share + (self.rank < rest))
 
 
-def join(device: torch.device | str = "cpu", *, timeout: float = 300.0) -> Ranks:
+class Joined(NamedTuple):
+    """A process's place, and the store in which the group's processes leave each other words; alone, None."""
+
+    ranks: Ranks
+    store: Store | None
+
+
+def join(device: torch.device | str = "cpu", *, timeout: float = 300.0) -> Joined:
     """Join the group that `torchrun` started this process for, as its environment says.
 
     Args:
@@ -62,27 +69,32 @@ def join(device: torch.device | str = "cpu", *, timeout: float = 300.0) -> Ranks
         timeout: Seconds that a collective may take before it fails.
 
     Returns:
-        This process's place; without torchrun, or in a world of one, `Ranks(0, 1)` and no group.
+        This process's place and the group's store; without torchrun, or in a world of one, `Ranks(0, 1)`.
 
     Raises:
         ValueError: the timeout is not above 0, or the device has no backend.
         RuntimeError: the others do not come in time.
 
-    >>> join()
+    >>> join().ranks
     Ranks(rank=0, world=1, group='')
     """
     if not timeout > 0:
         raise ValueError(f"timeout must be above 0 seconds; got {timeout}")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return Ranks(0, 1)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Joined(Ranks(0, 1), None)
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"several processes compute on cpu or cuda; got {kind!r}. Try device='cpu'")
+    limit = timedelta(seconds=timeout)
+    found, rank, world = next(rendezvous("env://", timeout=limit))
+    # torchrun may keep one store for all starts of a group: each has names of its own
+    store = PrefixStore(f"resnet_func/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit
+    )
     assert dist.group.WORLD is not None  # it was made just now
-    return Ranks(dist.get_rank(), world, dist.group.WORLD.group_name)
+    return Joined(Ranks(rank, world, dist.group.WORLD.group_name), store)
 
 
 def leave() -> None:
@@ -114,7 +126,8 @@ def sum_over_ranks(leaves: list[Tensor], ranks: Ranks) -> list[Tensor]:
     if ranks.world == 1 or not leaves:
         return leaves
     dtype = accumulation_dtype(max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.itemsize))
-    bucket = torch.cat([_in_memory_order(leaf).reshape(-1).to(dtype) for leaf in leaves])
+    # in row-major order, whatever a rank's kernels chose to lay out
+    bucket = torch.cat([leaf.reshape(-1).to(dtype) for leaf in leaves])
     parts = all_reduce(bucket, ranks).split([leaf.numel() for leaf in leaves])
     return [_shaped_like(part, leaf) for part, leaf in zip(parts, leaves, strict=True)]
 
@@ -129,24 +142,16 @@ def all_reduce(x: Tensor, ranks: Ranks) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(x, "sum", group))
 
 
-def _is_channels_last(leaf: Tensor) -> bool:
-    last = torch.channels_last
-    return leaf.ndim == 4 and leaf.is_contiguous(memory_format=last) and not leaf.is_contiguous()
-
-
-def _in_memory_order(leaf: Tensor) -> Tensor:
-    return leaf.permute(0, 2, 3, 1) if _is_channels_last(leaf) else leaf
-
-
 def _shaped_like(flat: Tensor, leaf: Tensor) -> Tensor:
-    ordered = flat.view(_in_memory_order(leaf).shape).to(leaf.dtype)
-    return ordered.permute(0, 3, 1, 2) if _is_channels_last(leaf) else ordered
+    shaped, last = flat.view(leaf.shape).to(leaf.dtype), torch.channels_last
+    is_last = leaf.ndim == 4 and leaf.is_contiguous(memory_format=last) and not leaf.is_contiguous()
+    return shaped.contiguous(memory_format=last) if is_last else shaped
 
 
 # --------------------------------------------------------------------------- outside of the graph
 
 
-def gather_rows(rows: Tensor, ranks: Ranks, *, dealt: list[int]) -> Tensor | None:
+def gather_rows(rows: Tensor, ranks: Ranks, *, dealt: list[int]) -> Tensor:
     """All ranks' rows, in the order of blocks that were dealt in turn: block `i` to rank `i % world`.
 
     Args:
@@ -155,46 +160,19 @@ def gather_rows(rows: Tensor, ranks: Ranks, *, dealt: list[int]) -> Tensor | Non
         dealt: The number of rows of every block, this rank's and the others'.
 
     Returns:
-        `[sum(dealt), ...]` on rank 0, to the bit; None on the others.
+        `[sum(dealt), ...]`, on every rank, to the bit.
 
     >>> gather_rows(torch.arange(3), Ranks(0, 1), dealt=[2, 1])
     tensor([0, 1, 2])
     """
     if ranks.world == 1:
         return rows
-    counts = [sum(dealt[rank :: ranks.world]) for rank in range(ranks.world)]
-    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
-    received = [torch.empty_like(padded) for _ in counts] if ranks.rank == 0 else None
-    dist.gather(padded, received, dst=0)
-    if received is None:
-        return None
-    blocks = [
-        iter(part[:count].split(dealt[rank :: ranks.world] or [0]))
-        for rank, (part, count) in enumerate(zip(received, counts, strict=True))
-    ]
-    return torch.cat([next(blocks[i % ranks.world]) for i in range(len(dealt))])
-
-
-def broadcast(of: Tree, ranks: Ranks) -> Tree:
-    """Rank 0's tensors on every rank, with rank 0's memory formats.
-
-    Args:
-        of: A tree of dense tensors, of the same structure, shapes and dtypes on every rank.
-        ranks: Of `join`.
-
-    >>> broadcast({"w": torch.ones(2)}, Ranks(0, 1))
-    {'w': tensor([1., 1.])}
-    """
-    return of if ranks.world == 1 else tree.map(_broadcast, of)
-
-
-def _broadcast(leaf: Tensor) -> Tensor:
-    stride = torch.tensor(torch.empty_like(leaf, device="meta").stride(), dtype=torch.int64, device="cpu")
-    dist.broadcast(stride, src=0)
-    values = leaf.clone(memory_format=torch.contiguous_format)
-    dist.broadcast(values, src=0)
-    placed = torch.empty_strided(leaf.shape, stride.tolist(), dtype=leaf.dtype, device=leaf.device)
-    return placed.copy_(values)
+    blocks_of = [dealt[rank :: ranks.world] for rank in range(ranks.world)]
+    padded = torch.cat([rows, rows.new_zeros(max(map(sum, blocks_of)) - len(rows), *rows.shape[1:])])
+    received = [torch.empty_like(padded) for _ in blocks_of]
+    dist.all_gather(received, padded)
+    parts = [iter(part[: sum(own)].split(own)) for part, own in zip(received, blocks_of, strict=True)]
+    return torch.cat([next(parts[i % ranks.world]) for i in range(len(dealt))])
 
 
 def fingerprint(of: Any) -> int:

@@ -169,6 +169,18 @@ def product_pays(c_in: int, c_out: int, height: int, width: int, speeds: Speeds 
     return height * width <= min(c_in, c_out) and speeds.matmul_flop <= 1.1 * speeds.conv_flop
 
 
+def pays(speeds: Speeds = TYPICAL) -> bool:
+    """Whether any of the convolutions that suit it best is cheaper this way: ResNet-18's, or a product.
+
+    >>> pays()
+    True
+    """
+    shapes = ((128, 16), (256, 8), (256, 14), (512, 4), (512, 7))
+    return product_pays(256, 256, 8, 8, speeds) or any(
+        cheapest_tile(32, channels, channels, side, side, speeds) for channels, side in shapes
+    )
+
+
 class _Convolutions(TorchFunctionMode):
     """Takes the convolutions that are worth it from torch."""
 
@@ -211,19 +223,21 @@ def convolution(
     if suited and exact and not isinstance(padding, str) and not is_autocast_enabled(input.device.type):
         form = (*weight.shape[2:], *_pair(padding), *_pair(dilation))
         if form == (3, 3, 1, 1, 1, 1) and _pair(stride) == (1, 1):
-            tile = cheapest_tile(len(input), input.shape[1], len(weight), *input.shape[2:], speeds)
+            n, c_in, height, width = input.shape
+            tile = cheapest_tile(n, c_in, len(weight), height, width, speeds)
             y = conv2d(input, weight, tile) if tile else None
         elif products and form == (1, 1, 0, 0, 1, 1):
-            y = _product(input, weight, *_pair(stride), speeds)
+            y = _product(input, weight, _pair(stride), speeds)
     if y is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return y if bias is None else y + bias[:, None, None]
 
 
-def _product(x: Tensor, weight: Tensor, rows: int, columns: int, speeds: Speeds) -> Tensor | None:
+def _product(x: Tensor, weight: Tensor, stride: tuple[int, ...], speeds: Speeds) -> Tensor | None:
     """A 1x1 convolution with these strides, where that pays as a matrix product."""
+    rows, columns = stride
     seen = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
-    if not product_pays(x.shape[1], len(weight), *seen.shape[1:3], speeds):
+    if not product_pays(x.shape[1], len(weight), seen.shape[1], seen.shape[2], speeds):
         return None
     return (seen @ weight.flatten(1).T).permute(0, 3, 1, 2)
 

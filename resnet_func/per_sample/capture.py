@@ -129,7 +129,7 @@ def _by_edges(task: Task, batch: Batch) -> _Pass:
     """By the gradient edges of the calls' outputs: nothing is added to the network."""
     made: list[Calls] = []
 
-    def run(trained: dict[str, Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
+    def run(trained: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         calls = _make_calls(task, batch, trained)
         made.append(calls)
         losses, logits = _forward(task, batch, trained, calls)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 # What may differ between two data sets: one sample more or less, or one sample another.
@@ -81,6 +81,7 @@ def epsilon(
             f"noise_multiplier must be 0, or {LEAST_MULTIPLIER} or more; got {noise_multiplier}. "
             "Less noise than that protects nobody"
         )
+    _dp_accounting()  # an error, even where the answer is known
     if steps == 0:
         return 0.0
     return _epsilon(_Run(delta, sampling_rate, steps, neighbours, sampling), float(noise_multiplier))
@@ -254,6 +255,7 @@ class _Run(NamedTuple):
         return dpa.SelfComposedDpEvent(sampled, int(self.steps))
 
 
+@lru_cache(maxsize=1024)  # seconds each, and a run asks for the same again and again
 def _epsilon(run: _Run, multiplier: float) -> float:
     return float(run.accountant().compose(run.event(multiplier)).get_epsilon(run.delta))
 

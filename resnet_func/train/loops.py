@@ -29,12 +29,19 @@ class Progress(NamedTuple):
 
 
 def train_epoch(
-    step: Step, train_state: TrainState, batches: Batches, progress: Progress, clock: Callable[[], float]
+    step: Step,
+    train_state: TrainState,
+    batches: Batches,
+    progress: Progress,
+    clock: Callable[[], float],
+    *,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[TrainState, Progress]]:
     """Train over the batches, handing back the state and the sums so far after every step.
 
     A caller may stop after any step: what it was last handed is consistent, and training goes on from it with
-    the batches that were not seen. `progress.correct` is NaN where the step has no metric "accuracy".
+    the batches that were not seen. `progress.correct` is NaN where the step has no metric "accuracy". Where
+    the batches are a rank's parts, `batch_size` is that of the whole.
 
     >>> def step(total, x, y):
     ...     return total + x.sum(), {"loss": y.mean(), "accuracy": y.mean()}
@@ -47,13 +54,13 @@ def train_epoch(
         train_state, metrics = step(train_state, x, y)
         # NaN, not a number that means nothing, for a step that does not tell
         loss, share = float(metrics["loss"]), float(metrics.get("accuracy", math.nan))
-        now = clock()
+        now, samples = clock(), batch_size or len(x)
         progress = Progress(
             progress.epoch,
             progress.batch + 1,
-            progress.loss_sum + loss * len(x),
-            progress.correct + share * len(x),
-            progress.samples + len(x),
+            progress.loss_sum + loss * samples,
+            progress.correct + share * samples,
+            progress.samples + samples,
             progress.seconds + now - before,
         )
         before = now

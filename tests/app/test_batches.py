@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.app import data, inference, runtime
+from resnet_func.app import batches, data, inference, runtime
 from resnet_func.app.batches import (
     Preparer,
     describe_changes,
@@ -165,7 +166,7 @@ def test_statistics_do_not_depend_on_the_default_dtype(splits: data.Splits) -> N
 def test_a_changed_data_set_is_described_and_the_same_is_not(
     count: int, channels: int, size: int, mean: float
 ) -> None:
-    task = Task(("a", "b"), channels, (mean,) * channels, (0.5,) * channels, size, count, count)
+    task = Task(("a", "b"), channels, (mean,) * channels, (0.5,) * channels, size, count, count, "this")
     assert describe_changes(task, task) is None
     changed = [
         task._replace(train_images=count + 1),
@@ -173,10 +174,31 @@ def test_a_changed_data_set_is_described_and_the_same_is_not(
         task._replace(image_size=size + 1),
         task._replace(mean=(*task.mean[:-1], mean + 1e-3)),
         task._replace(std=(*task.std[:-1], 0.6)),
+        task._replace(files="another"),
     ]
     lines = [describe_changes(task, other) for other in changed]
     assert None not in lines
     assert len(set(lines)) == len(lines) - 1  # mean and standard deviation in the same words
+
+
+def test_a_run_of_an_earlier_version_knows_no_files() -> None:
+    task = Task(("a", "b"), 1, (0.5,), (0.2,), 32, 10, 10)
+    assert describe_changes(task, task._replace(files="some")) is None
+
+
+def test_the_digest_of_files_is_of_names_sizes_and_classes(tmp_path: Path) -> None:
+    def digest(root: Path) -> str:
+        return batches.digest_files(data.load("folder", root))
+
+    root = make_image_folder(tmp_path / "a", train=2, test=1)
+    first = digest(root)
+    assert digest(Path(shutil.copytree(root, tmp_path / "moved"))) == first
+    path = next((root / "train").rglob("*.png"))
+    with open(path, "ab") as file:
+        file.write(b" ")
+    longer = digest(root)
+    path.rename(path.with_name("another.png"))
+    assert len({first, longer, digest(root)}) == 3
 
 
 def test_a_stream_measures_a_part_of_many_images() -> None:

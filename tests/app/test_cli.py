@@ -7,13 +7,14 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from resnet_func.app import checkpoint, recipes, run_folder
+from resnet_func import calibration
+from resnet_func.app import budget, checkpoint, recipes, run_folder, runtime
 from resnet_func.app.cli import main
 from resnet_func.models import zoo
 from tests.app.image_folder import make_image_folder, read_metrics
@@ -157,6 +158,18 @@ def test_wrong_usage_exits_2(call, says, capsys):
     assert not list(Path().iterdir())
 
 
+def test_a_value_out_of_range_is_one_plain_line(capsys):
+    assert exit_code(["train", "--epochs", "0"]) == 2
+    assert capsys.readouterr().err == "resnet-func: epochs must be 1 or more; got 0\n"
+
+
+def test_what_could_steer_a_terminal_is_escaped(capsys):
+    assert exit_code(["evaluate", "--run-dir", "a\x1b[31mb"]) == 1
+    printed = capsys.readouterr().err
+    assert "a\\x1b[31mb is not a run folder" in printed
+    assert "\x1b" not in printed
+
+
 FAILURES = {
     "summary-of-no-such-model": (["summary", "vgg"], "no network of the zoo is called 'vgg'"),
     "no-such-folder": (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
@@ -244,6 +257,43 @@ def test_of_equal_flags_all_take_the_last(images, monkeypatch):
         assert main(["train", *call]) == 0
         options = parsed.pop()
         assert (options.dataset, options.hyper) == (dataset, recipe or recipes.recipe("fast", "mnist"))
+
+
+def test_minutes_take_the_place_of_epochs_and_epochs_of_minutes(monkeypatch, capsys):
+    parsed = []
+    monkeypatch.setattr("resnet_func.app.commands.train.main", parsed.append)
+    for words, epochs, minutes in (
+        ("--dataset cifar10", 0, 20),
+        ("--dataset cifar10 --minutes 5", 0, 5),
+        ("--dataset cifar10 --epochs 3", 3, 0),
+        ("--minutes 0.5", 0, 0.5),
+        ("--epochs 7", 7, 0),
+        ("", recipes.DIGITS.epochs, 0),
+    ):
+        assert main(["train", *words.split()]) == 0
+        options = parsed.pop()
+        assert (options.hyper.epochs, options.hyper.minutes) == (epochs, minutes), words
+    assert exit_code(["train", "--minutes", "5", "--epochs", "3"]) == 2
+    assert "leave one out" in capsys.readouterr().err
+
+
+def test_a_run_of_minutes_goes_on_with_the_epochs_it_chose(images, capsys, monkeypatch):
+    tiny = [word for word in TINY if word not in ("--epochs", "2")]
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), *tiny, "--run-dir", "run"]
+    monkeypatch.setattr(budget, "MEASURE_SECONDS", 0.0)
+    fast = replace(calibration.TYPICAL, source="measured")
+    monkeypatch.setattr(calibration, "measured", lambda *_: fast)
+    assert main([*call, "--minutes", "0.01"]) == 0
+    assert "budget: 0.01 minutes are " in capsys.readouterr().out
+    config, machine = run_folder.read_config(Path("run"))[0], run_folder.read_machine(Path("run"))
+    assert config.recipe.epochs >= 1
+    assert machine == {"speeds": fast.as_numbers(), "compile": False}
+    asked = []
+    configure = runtime.configure
+    monkeypatch.setattr(runtime, "configure", lambda **given: asked.append(given) or configure(**given))
+    assert main(["train", "--resume", "run"]) == 0
+    assert "budget" not in capsys.readouterr().out
+    assert asked[0]["speeds"].as_numbers() == fast.as_numbers()
 
 
 def test_resume_twice_takes_the_last(trained, tmp_path, monkeypatch):
@@ -413,3 +463,46 @@ def test_help_and_refusals_do_not_wait_for_torch(call, code):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
+
+
+# --------------------------------------------------------------------------- private training
+
+PRIVATE = ("--private", "--epsilon", "2", "--delta", "1e-3", "--model", "tests.app.tiny:network")
+
+
+def test_a_private_run_says_what_it_promises_and_keeps_it(images, capsys):
+    data_dir = ("--dataset", "folder", "--data-dir", str(images))
+    assert main(["train", *data_dir, "--run-dir", "run", *TINY, *PRIVATE]) == 0
+    said = capsys.readouterr().out
+    assert "(2, 0.001)-differentially private" in said
+    assert "spent: epsilon" in said
+    assert {"epsilon"} <= set(read_metrics(Path("run"))[0])
+    assert read_metrics(Path("run"))[-1]["epsilon"] <= 2
+    assert not list(Path("run").rglob("*seeds*"))
+    assert main(["train", "--resume", "run"]) == 0  # nothing left to spend
+    assert main(["evaluate", "--run-dir", "run", "--threads", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--epsilon", "8"], "need --private"),
+        (["--private"], "needs a budget"),
+        (["--private", "--epsilon", "0"], "--epsilon must be above 0"),
+        (["--private", "--epsilon", "8", "--delta", "1"], "--delta must be in"),
+        (["--private", "--epsilon", "8", "--max-norm", "0"], "--max-norm must be above 0"),
+        (["--private", "--epsilon", "8", "--views", "0"], "--views must be 1 or more"),
+        (["--private", "--epsilon", "8", "--norm", "batch"], "Use --norm group"),
+        (["--private", "--epsilon", "8", "--sampling", "shuffle"], "Use --sampling poisson"),
+        (["--private", "--epsilon", "8", "--precision", "bf16"], "rounding to bf16"),
+        (
+            ["--private", "--epsilon", "8", "--sampling", "fixed-size", "--neighbours", "add-or-remove-one"],
+            "replace-one only",
+        ),
+    ],
+    ids=str,
+)
+def test_what_would_cost_the_guarantee_is_refused(capsys, options, says):
+    assert main(["train", *options]) == 2
+    assert says in capsys.readouterr().err
+    assert not Path("runs").exists()

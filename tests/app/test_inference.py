@@ -135,7 +135,7 @@ def test_the_algorithm_asked_for_is_taken(
     trained: tuple[Path, data.Splits], machine: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrapped = []
-    monkeypatch.setattr(winograd, "wrap", lambda model: wrapped.append(model) or model)
+    monkeypatch.setattr(winograd, "wrap", lambda model, speeds: wrapped.append(model) or model)
     for on in (False, True):
         load(trained[0], "last", replace(machine, winograd=on))
         assert len(wrapped) == on

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,8 +58,18 @@ def test_the_last_epoch_is_at_full_size_and_sizes_come_in_order(
         cursor = order.index(size, cursor)  # raises where a size comes out of its turn
 
 
-def test_the_fast_recipe_ends_with_three_full_epochs() -> None:
-    assert [FAST.scale_at(epoch) for epoch in range(FAST.epochs)].count(1.0) == 3
+@given(
+    epochs=st.integers(1, 60),
+    scales=st.lists(st.tuples(st.sampled_from([0.25, 0.5, 0.75]), st.floats(0, 1)), max_size=3).map(tuple),
+)
+def test_epochs_are_counted_by_scale(epochs: int, scales: tuple[tuple[float, float], ...]) -> None:
+    recipe = Recipe(epochs=epochs, early_scales=scales)
+    assert recipe.epochs_by_scale() == Counter(recipe.scale_at(epoch) for epoch in range(epochs))
+
+
+def test_the_fast_recipe_has_minutes_and_a_quarter_of_full_epochs() -> None:
+    assert (FAST.epochs, FAST.minutes) == (0, 20)
+    assert replace(FAST, epochs=12).epochs_by_scale()[1.0] == 3
     assert {DIGITS.scale_at(epoch) for epoch in range(DIGITS.epochs)} == {1.0}
 
 

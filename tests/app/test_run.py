@@ -291,7 +291,18 @@ def another_size(root: Path) -> None:
     make_image_folder(root, train=6, test=2, size=12)
 
 
+def swapped_classes(root: Path) -> None:
+    """Two class folders trade their names; their files have the same names and sizes."""
+    for split in ("train", "test"):
+        red, blue = sorted((root / split).iterdir())[:2]
+        for folder in (red, blue):
+            folder.rename(folder.with_name(f"{folder.name}-away"))
+        red.with_name(f"{red.name}-away").rename(blue)
+        blue.with_name(f"{blue.name}-away").rename(red)
+
+
 CHANGED = {
+    "swapped": (swapped_classes, "began: other files in the classes;"),
     "half": (half_the_files, "9 training images instead of 18, other pixels on average"),
     "pixels": (other_pixels, "began: other pixels on average;"),
     "size": (another_size, "12 pixels a side instead of 8"),

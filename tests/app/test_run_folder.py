@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from resnet_func import calibration
 from resnet_func.app import checkpoint, run_folder
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.recipes import ARTICLE, FAST, Recipe
@@ -137,6 +138,19 @@ def test_the_config_comes_back(tmp_path: Path, recipe: Recipe) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_what_a_run_chose_by_itself_comes_back(tmp_path: Path) -> None:
+    assert run_folder.read_machine(tmp_path) == {}
+    run_folder.write_config(tmp_path, EXPERIMENT, TASK)
+    assert run_folder.read_machine(tmp_path) == {}
+    chosen = {"speeds": calibration.TYPICAL.as_numbers(), "compile": False}
+    run_folder.write_config(tmp_path, EXPERIMENT, TASK, chosen)
+    assert run_folder.read_machine(tmp_path) == chosen
+    assert run_folder.read_config(tmp_path) == (EXPERIMENT, TASK)
+    for damaged in ("{", "[]", "{}", '{"machine": 1}'):
+        (tmp_path / "config.json").write_text(damaged)
+        assert run_folder.read_machine(tmp_path) == {}
+
+
 def test_a_config_that_does_not_know_how_many_images_there_were(tmp_path: Path) -> None:
     run_folder.write_config(tmp_path, EXPERIMENT, TASK)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -203,3 +217,27 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     assert run_folder.read_config(tmp_path) == (EXPERIMENT, TASK)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_launch_finds_the_run_it_has_begun_and_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_folder.find_launch("mine", None) is None
+    for name, launch in (("a", "another"), ("b", "mine")):
+        with run_folder.new(None, name) as folder:
+            run_folder.mark_launch(folder, launch)
+            (folder / "checkpoints/last.json.0.tmp").touch()
+    assert run_folder.find_launch("mine", None) == Path("runs/b")
+    assert run_folder.find_launch("mine", Path("runs/a")) is None
+    assert [path.parent.parent.name for path in Path("runs").rglob("*.tmp")] == ["a"]
+    run_folder.forget_launch(Path("runs/b"))
+    assert run_folder.find_launch("mine", None) is None
+
+
+def test_a_refused_run_leaves_no_mark(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError), run_folder.new(folder, "run"):  # noqa: PT012
+        run_folder.mark_launch(folder, "mine")
+        raise RuntimeError
+    assert not folder.exists()

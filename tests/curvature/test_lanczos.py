@@ -40,5 +40,7 @@ def test_density_share_and_trace_of_a_known_quadrature() -> None:
     mean = torch.trapezoid(density * points, points)
     assert_close(mean, torch.tensor(0.5, dtype=torch.float64), 1e-8)
     assert spectrum.negative_share() == 0.25
+    negative = spectrum.negative_part().density(points, width=0.5)
+    assert_close(torch.trapezoid(negative, points), torch.tensor(0.25, dtype=torch.float64), 1e-8)
     assert spectrum.trace().value == pytest.approx(2.0)
     assert np.isnan(spectrum.trace().error)

@@ -67,6 +67,14 @@ def sample_by_sample(model: Model) -> Model:
     return model._replace(apply=apply)
 
 
+def network(num_classes: int = 10) -> Model:
+    """A small ResNet with GroupNorm, sample by sample."""
+    small = rf.ResNetConfig(
+        block="basic", depths=(1,), widths=(8,), num_classes=num_classes, norm="group", norm_groups=4
+    )
+    return sample_by_sample(rf.build(small))
+
+
 def with_batch_norm() -> Model:
     """Two convolutions with BatchNorm, all of whose inputs and cotangents lie on the grid."""
     blocks = [layers.Conv(3, 8, 3, padding=1), layers.Conv(8, 8, 3, 2, padding=1)]
@@ -105,10 +113,7 @@ def train(
 ) -> TrainState:
     """A network with GroupNorm, or with BatchNorm over all ranks."""
     draw = torch.Generator().manual_seed(0)
-    small = rf.ResNetConfig(
-        block="basic", depths=(1,), widths=(8,), num_classes=10, norm="group", norm_groups=4
-    )
-    model = with_batch_norm() if batch_norm else sample_by_sample(rf.build(small))
+    model = with_batch_norm() if batch_norm else network()
     optimizer = optim.sgd(0.05, 0.9, weight_decay=1e-3)
     params, state = model.init(draw)
     start = to(dtype, params), to(dtype, state)

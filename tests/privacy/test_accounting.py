@@ -81,6 +81,7 @@ def test_all_samples_at_a_fixed_size_are_the_gaussian_mechanism() -> None:
     assert exact <= bound <= 1.3 * exact
 
 
+@pytest.mark.nightly
 def test_calibrated_noise_for_a_fixed_size_keeps_the_wish_and_serves_nothing_else() -> None:
     sigma = privacy.noise_multiplier(2.0, 1e-5, **CHEAP, **FIXED)
     assert privacy.epsilon(sigma, 1e-5, **CHEAP, **FIXED) <= 2.0

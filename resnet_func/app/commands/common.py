@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
-from resnet_func.app import data, inference, runtime
+from resnet_func import calibration
+from resnet_func.app import data, inference, launch, run_folder, runtime
 from resnet_func.app.errors import warn
+from resnet_func.app.names import printable
 from resnet_func.app.options import Machine
 
 
-def configure(machine: Machine) -> runtime.Runtime:
-    """Choose and apply what the options leave open."""
+def configure(
+    machine: Machine, run: Path | None = None, *, speeds: calibration.Speeds | None = None
+) -> runtime.Runtime:
+    """Choose and apply what the options leave open; as `run` chose, if that is given and says so.
+
+    `speeds` are those of the machine, where somebody has measured them already.
+    """
+    if run is not None:
+        with suppress(ValueError):
+            speeds = calibration.from_numbers(run_folder.read_machine(run).get("speeds", {}), "of the run")
     return runtime.configure(
-        device=machine.device,
+        device=launch.local_device(machine.device),
         threads=machine.threads or None,
         precision=machine.precision,
         memory_format=machine.memory_format,
         winograd=machine.winograd,
         compile=machine.compile,
+        speeds=speeds,
     )
 
 
@@ -40,11 +52,11 @@ def describe_data(name: str, splits: data.Splits) -> str:
     )
 
 
-def plain_console() -> Console:
+def plain_console(*, quiet: bool = False) -> Console:
     """A console that prints what a user named as it is: "[old]" is no markup, ":cat:" no picture."""
-    return Console(markup=False, emoji=False, highlight=False)
+    return Console(markup=False, emoji=False, highlight=False, quiet=quiet)
 
 
 def say(output: Console, text: str) -> None:
-    """Print a line, however long, without breaking it."""
-    output.print(text, soft_wrap=True)
+    """Print a line, however long, without breaking it; what could steer a terminal is escaped."""
+    output.print(printable(text), soft_wrap=True)

@@ -8,7 +8,7 @@ The same generator state gives the same result on the same device; devices diffe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,14 @@ class Augment:
         _check_pad(self.pad)
 
 
-def apply(augment: Augment, x: Batch, generator: torch.Generator) -> Batch:
+class Part(NamedTuple):
+    """Which rows of a batch of `size` images are here: draws are those that the whole batch would have."""
+
+    rows: slice
+    size: int
+
+
+def apply(augment: Augment, x: Batch, generator: torch.Generator, part: Part | None = None) -> Batch:
     """Crop, flip and cut out, each as `augment` says.
 
     Zeros fill the cutout and the constant padding. After `data.normalize` zero is the mean of the data, the
@@ -51,6 +58,7 @@ def apply(augment: Augment, x: Batch, generator: torch.Generator) -> Batch:
         augment: what to do. A field that is off draws nothing from the generator.
         x: images [N, C, H, W]; N may be 0.
         generator: on the device of `x`.
+        part: `x` is so much of a batch, and gets what those images get in the whole of it.
 
     Returns:
         Images of the same shape, dtype and memory format.
@@ -64,15 +72,17 @@ def apply(augment: Augment, x: Batch, generator: torch.Generator) -> Batch:
     torch.Size([2, 3, 8, 8])
     """
     if augment.crop:
-        x = random_crop(x, augment.crop, generator, pad=augment.pad)
+        x = random_crop(x, augment.crop, generator, augment.pad, part)
     if augment.flip:
-        x = random_flip(x, generator)
+        x = random_flip(x, generator, part)
     if augment.cutout:
-        x = cutout(x, augment.cutout, generator)
+        x = cutout(x, augment.cutout, generator, part)
     return x
 
 
-def random_crop(x: Batch, padding: int, generator: torch.Generator, pad: Pad = "reflect") -> Batch:
+def random_crop(
+    x: Batch, padding: int, generator: torch.Generator, pad: Pad = "reflect", part: Part | None = None
+) -> Batch:
     """Pad each image on all sides and cut a window of its own size at a place of its own.
 
     Args:
@@ -80,6 +90,7 @@ def random_crop(x: Batch, padding: int, generator: torch.Generator, pad: Pad = "
         padding: pixels on each side. 0 returns the images as they are.
         generator: on the device of `x`; one offset in 0 .. 2 * padding is drawn per image and axis.
         pad: "reflect" mirrors without repeating the edge, "constant" pads with zeros.
+        part: as in `apply`.
 
     Returns:
         Images of the same shape, dtype and memory format.
@@ -100,7 +111,7 @@ def random_crop(x: Batch, padding: int, generator: torch.Generator, pad: Pad = "
             f"{pad} padding must be 0 or more and below the image's side; got {padding} for {height}x{width} "
             f'images. Try padding={min(height, width) // 8} or pad="constant"'
         )
-    offsets = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator, **index) - padding
+    offsets = _draw(2 * padding + 1, (2, -1, 1), x, generator, part) - padding
     rows = offsets[0] + torch.arange(height, **index)
     columns = offsets[1] + torch.arange(width, **index)
     # One gather over flat pixels reads each window straight from the image: no padded copy exists, and unlike
@@ -113,12 +124,13 @@ def random_crop(x: Batch, padding: int, generator: torch.Generator, pad: Pad = "
     return out.contiguous(memory_format=_memory_format(x))
 
 
-def random_flip(x: Batch, generator: torch.Generator) -> Batch:
+def random_flip(x: Batch, generator: torch.Generator, part: Part | None = None) -> Batch:
     """Mirror each image left and right with probability one half.
 
     Args:
         x: images [N, C, H, W]; N may be 0.
         generator: on the device of `x`.
+        part: as in `apply`.
 
     Returns:
         Images of the same shape, dtype and memory format.
@@ -131,11 +143,11 @@ def random_flip(x: Batch, generator: torch.Generator) -> Batch:
     True
     """
     _check(x, generator)
-    sides = torch.randint(0, 2, (len(x), 1, 1, 1), generator=generator, dtype=torch.int64, device=x.device)
+    sides = _draw(2, (-1, 1, 1, 1), x, generator, part)
     return torch.where(sides == 1, x.flip(3), x)
 
 
-def cutout(x: Batch, size: int, generator: torch.Generator) -> Batch:
+def cutout(x: Batch, size: int, generator: torch.Generator, part: Part | None = None) -> Batch:
     """Set a square of each image to zero: DeVries and Taylor 2017, https://arxiv.org/abs/1708.04552.
 
     The square's centre is uniform over the pixels, so that a square near the border loses what lies outside.
@@ -144,6 +156,7 @@ def cutout(x: Batch, size: int, generator: torch.Generator) -> Batch:
         x: images [N, C, H, W]; N may be 0.
         size: side of the square in pixels; 0 returns the images as they are.
         generator: on the device of `x`.
+        part: as in `apply`.
 
     Returns:
         Images of the same shape, dtype and memory format.
@@ -155,12 +168,12 @@ def cutout(x: Batch, size: int, generator: torch.Generator) -> Batch:
     tensor(63.)
     """
     _check(x, generator)
-    n, _, height, width = x.shape
+    height, width = x.shape[2:]
     index: dict[str, Any] = {"dtype": torch.int64, "device": x.device}
     if not 0 <= size <= min(height, width):
         raise ValueError(f"cutout size must be 0 to {min(height, width)} for {height}x{width}; got {size}")
-    tops = torch.randint(0, height, (n, 1), generator=generator, **index) - size // 2
-    lefts = torch.randint(0, width, (n, 1), generator=generator, **index) - size // 2
+    tops = _draw(height, (-1, 1), x, generator, part) - size // 2
+    lefts = _draw(width, (-1, 1), x, generator, part) - size // 2
     rows = _within(torch.arange(height, **index) - tops, size)
     columns = _within(torch.arange(width, **index) - lefts, size)
     return _blank(x, rows[:, :, None] & columns[:, None, :])
@@ -226,6 +239,16 @@ def normalize(
     compute_dtype = torch.promote_types(dtype, torch.float32)
     mean, std = (value.to(compute_dtype).view(-1, 1, 1) for value in (mean, std))
     return images.to(compute_dtype).div(255).sub(mean).div(std).to(dtype)
+
+
+def _draw(
+    high: int, shape: tuple[int, ...], x: Batch, generator: torch.Generator, part: Part | None
+) -> Int[Tensor, "..."]:
+    """Integers in 0 .. high - 1 for each image of `x`, which the -1 in `shape` stands for."""
+    size, rows = (len(x), slice(None)) if part is None else (part.size, part.rows)
+    whole = tuple(size if side == -1 else side for side in shape)
+    drawn = torch.randint(0, high, whole, generator=generator, dtype=torch.int64, device=x.device)
+    return drawn[(slice(None),) * shape.index(-1) + (rows,)]
 
 
 def _check(x: Tensor, generator: torch.Generator) -> None:

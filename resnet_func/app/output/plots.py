@@ -38,24 +38,27 @@ Numbers = NDArray[np.float64]
 
 
 def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw loss and accuracy over epochs, train and test.
+    """Draw loss and accuracy over epochs, train and test; of a private run also epsilon.
 
     Args:
         records: One mapping per epoch, as in metrics.jsonl: epoch, train_loss, train_accuracy, test_loss,
-            test_accuracy (fractions). A value that is absent, None, NaN or infinite is left out.
+            test_accuracy (fractions), and of private runs epsilon. A value that is absent, None, NaN or
+            infinite is left out.
         path: The PNG to write; what it replaces stays whole until then.
         title: Above the panels.
 
     Edge cases: no records give a picture that says so; the panels are shaded from the first epoch on whose
     train loss is not finite.
     """
-    figure = make_figure(11, 4.2, title)
-    loss, accuracy = figure.subplots(1, 2)
+    private = any("epsilon" in record for record in records)
+    figure = make_figure(15 if private else 11, 4.2, title)
+    loss, accuracy, *rest = figure.subplots(1, 3 if private else 2)
     loss.set_title("Loss", loc="left", fontsize=11)
     accuracy.set_title("Accuracy (%)", loc="left", fontsize=11)
     epochs = _column(records, "epoch")
     for axes, metric, percent in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
-        series = {split: percent * _column(records, f"{split}_{metric}") for split in STYLES}
+        shown = [split for split in STYLES if split == "test" or not private]
+        series = {split: percent * _column(records, f"{split}_{metric}") for split in shown}
         values = np.concatenate(list(series.values()))
         values = values[np.isfinite(values)]
         if not len(values):
@@ -65,8 +68,32 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
         _scale_loss(axes, values) if metric == "loss" else _scale_accuracy(axes, values)
         _tidy_axes(axes, epochs)
     _note_best(accuracy, epochs, 100 * _column(records, "test_accuracy"))
-    _mark_divergence(loss, accuracy, epochs, _column(records, "train_loss"))
+    if private:
+        _draw_budget(rest[0], epochs, _column(records, "epsilon"))
+    else:
+        _mark_divergence(loss, accuracy, epochs, _column(records, "train_loss"))
     save(figure, path)
+
+
+def _draw_budget(axes: Axes, epochs: Numbers, epsilon: Numbers) -> None:
+    axes.set_title("Epsilon spent", loc="left", fontsize=11)
+    finite = np.isfinite(epsilon)
+    if not finite.any():
+        say(axes, "no finite values")
+        return
+    _draw_series(axes, epochs, {"test": epsilon})
+    _tidy_axes(axes, epochs)
+    axes.legend_ = None  # of one line
+    axes.set_ylim(0, 1.1 * epsilon[finite].max() or 1)
+    axes.annotate(
+        f"{epsilon[finite][-1]:.3g}",
+        (epochs[finite][-1], epsilon[finite][-1]),
+        xytext=(-4, 6),
+        textcoords="offset points",
+        ha="right",
+        fontsize=10,
+        color=GREY,
+    )
 
 
 def _column(records: Sequence[Mapping[str, Any]], key: str) -> Numbers:

@@ -51,3 +51,24 @@ def test_notes_are_printed_as_they_are() -> None:
         "run [2] :cat: of [bold]\x1b[31m\na long path"
     )
     assert out.getvalue() == r"run [2] :cat: of [bold]\x1b[31m\na long path" + "\n"
+
+
+def test_the_line_of_a_private_epoch_tells_epsilon():
+    from io import StringIO
+
+    from rich.console import Console
+
+    from resnet_func.app.output.console import ConsoleReporter
+
+    out = StringIO()
+    record = {
+        "epoch": 1,
+        "epsilon": 1.5,
+        "test_loss": 2.0,
+        "test_accuracy": 0.25,
+        "seconds": 1.0,
+        "images_per_second": 10.0,
+    }
+    ConsoleReporter(Console(file=out, width=200), epochs=3).epoch(record)
+    assert "epsilon 1.500" in out.getvalue()
+    assert "train" not in out.getvalue()

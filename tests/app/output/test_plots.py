@@ -183,3 +183,19 @@ def test_what_no_font_has_is_escaped(
     monkeypatch.setattr(fonts, "font_with", lambda c: fonts.OWN_FONT if c != "字" else None)
     plots.confusion(torch.eye(2), ("é字", "b"), tmp_path / "c.png", "t")
     assert r"é\u5b57" in drawn
+
+
+def test_a_private_run_has_a_panel_for_epsilon_and_none_for_the_training_images(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    records = [
+        {"epoch": i + 1, "epsilon": 2.0 * (i + 1), "test_loss": 2.0 - i, "test_accuracy": 0.1 * i}
+        for i in range(2)
+    ]
+    plots.curves(records, tmp_path / "curves.png", "private")
+    loss, accuracy, epsilon = drawn[0].axes
+    assert [line.get_label() for line in loss.get_lines()] == ["test"]
+    assert "finite" not in loss.get_title("right")
+    assert accuracy.get_title("left") == "Accuracy (%)"
+    assert epsilon.get_title("left") == "Epsilon spent"
+    assert list(epsilon.get_lines()[0].get_ydata()) == [2.0, 4.0]

@@ -1,0 +1,142 @@
+"""Several ranks train the run of one; when it ends badly, one of them says why."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from resnet_func.app import launch
+from resnet_func.app.errors import Interrupted
+from resnet_func.distributed import Ranks
+from tests.app.image_folder import make_image_folder, read_metrics
+from tests.app.ranks import Recorder, train
+from tests.distributed.processes import ROOT, run_ranks
+
+ALONE = launch.Group(Ranks(0, 1), None, 60.0)
+
+
+def newest(folder: Path) -> bytes:
+    files = (folder / "checkpoints").glob("last.*.safetensors")
+    return max(files, key=lambda path: path.stat().st_mtime_ns).read_bytes()
+
+
+def results(folder: Path) -> list[tuple[float, float]]:
+    return [(record["test_loss"], record["test_accuracy"]) for record in read_metrics(folder)]
+
+
+def test_two_ranks_train_and_test_the_run_of_one(tmp_path: Path) -> None:
+    """To the bit, also where it stops on two and goes on on one: order and augmentation know no ranks."""
+    images, runs = make_image_folder(tmp_path / "images", train=9, test=3), tmp_path / "runs"
+    runs.mkdir()
+    run_ranks(2, "tests.app.ranks", str(images), str(runs))
+    train(images, tmp_path / "alone", ALONE)
+    assert newest(runs / "whole") == newest(tmp_path / "alone")
+    assert results(runs / "whole") == results(tmp_path / "alone")
+    train(images, runs / "stopped", ALONE, resume=True)
+    assert newest(runs / "stopped") == newest(tmp_path / "alone")
+    assert not list(runs.rglob("*.tmp"))
+
+
+def test_a_launch_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    name = launch.name_of_launch()
+    assert name == launch.name_of_launch()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert name != launch.name_of_launch()
+
+
+def test_only_the_first_rank_prints_what_all_would(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with launch.quiet_unless_first():
+            print(f"rank {rank}")
+    assert capsys.readouterr().out == "rank 0\n"
+
+
+def test_an_interrupted_rank_alone_saves(tmp_path: Path) -> None:
+    images = make_image_folder(tmp_path / "images", train=5, test=2)
+    with pytest.raises(Interrupted):
+        train(images, tmp_path / "run", ALONE, reporter=Recorder(signal_after=1))
+    assert (tmp_path / "run/checkpoints/last.json").is_file()
+
+
+# --------------------------------------------------------------------------- under torchrun itself
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    """`torchrun -m resnet_func train` of two ranks in a folder, its output in `log`."""
+    words = ["--epochs", "8", "--batch-size", "64", "--seed", "1", "--run-dir", "run", "--rank-timeout", "60"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+    folder.mkdir(exist_ok=True)
+    with open(folder / "log", "a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [*launcher, "-m", "resnet_func", "train", *words],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The ranks of a launcher, once both are there."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+        if len(ranks := [int(pid) for pid in found.stdout.split()]) == 2:
+            return ranks
+        time.sleep(0.1)
+    return []
+
+
+def is_running(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.nightly
+def test_twenty_kills_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path) -> None:
+    """A random rank at a random time, twenty times; torchrun starts the group again."""
+    whole = start(tmp_path / "whole", "--standalone")
+    assert whole.wait(timeout=300) == 0
+    wanted, draw, kills, round_ = newest(tmp_path / "whole/run"), random.Random(0), 0, 0
+    while kills < 20:
+        folder, round_ = tmp_path / f"broken-{round_}", round_ + 1
+        process = start(folder, "--standalone", "--max-restarts", "20")
+        seen: set[int] = set()
+        while process.poll() is None and kills < 20:
+            ranks = children(process)
+            time.sleep(draw.uniform(2, 9))
+            if ranks and not seen & set(ranks) and is_running(victim := draw.choice(ranks)):
+                os.kill(victim, signal.SIGKILL)
+                kills += 1
+            seen |= set(ranks)
+        assert process.wait(timeout=300) == 0, (folder / "log").read_text()
+        assert newest(folder / "run") == wanted, (folder / "log").read_text()
+        assert not [*folder.rglob("*.tmp"), *folder.rglob("launch.txt")]
+        assert not any(map(is_running, seen))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_to_the_launcher_saves_and_leaves_nobody(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path, "--standalone")
+    ranks, log, end = children(process), tmp_path / "log", time.monotonic() + 120
+    while "epoch 2/8" not in log.read_text() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 1  # torchrun's own
+    said = [line for line in log.read_text().splitlines() if line.startswith("resnet-func:")]
+    assert len(said) == 1
+    assert "interrupted: the run is saved; go on with: torchrun" in said[0]
+    assert (tmp_path / "run/checkpoints/last.json").is_file()
+    assert not any(map(is_running, ranks))
