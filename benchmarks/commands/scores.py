@@ -59,7 +59,8 @@ def run(options: Options) -> None:
     machine = conditions.set_up(options.device, options.threads)
     case = make_case(options, machine.device)
     where = conditions.capture(machine)
-    ready = measure.prepare({name: partial(make_variant, name, options, case) for name in names}, BASELINE)
+    makers = {name: partial(make_variant, name, options, case) for name in names}
+    ready = measure.prepare(makers, BASELINE, lambda dtype: {"loss": TOLERANCE})
     rule = options.stopping_rule(options.seconds)
     how: dict[str, Any] = {"threads": machine.threads, "turn_seconds": options.turn_seconds}
     seconds = measure.time_steps(ready.steps, BASELINE, rule, **how)
@@ -94,7 +95,7 @@ def make_variant(name: str, options: Options, case: Case) -> Variant:
     def step() -> None:
         found["loss"] = loss()
 
-    return Variant(step, lambda: found, TOLERANCE)
+    return Variant(step, lambda: found)
 
 
 def make_step(name: str, options: Options, case: Case) -> Callable[[], Tensor]:
