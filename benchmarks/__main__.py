@@ -23,6 +23,7 @@ COMMANDS = {
     "scores": "benchmarks.commands.scores",
     "lds": "benchmarks.commands.lds",
     "curvature": "benchmarks.commands.curvature",
+    "here": "benchmarks.commands.here",
     "all": "benchmarks.commands.everything",
     "report": "benchmarks.commands.results_page",
 }

@@ -5,8 +5,8 @@
 "plain" is forward and backward of the mean loss by plain autograd, eager, NCHW: kernel for kernel what the
 `nn.Module` does. All variants run in one process under one allocator and take turns in an order that reverses
 every round. Before anything is timed, every result is checked against the loop over samples. Peak memory is
-measured apart, each variant in a fresh process. With `--layers` it times the two ways of every layer's norm
-instead, which is what plans choose between.
+measured apart, each variant in a fresh process. With `--layers` it times the ways of every layer's
+contraction instead, which is what plans choose among; with `--phases` the parts of a step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import resnet_func as rf
-from benchmarks.commands import contractions
+from benchmarks.commands import contractions, phases
 from benchmarks.forms import loop_check, networks
 from benchmarks.forms.loop_check import MAX_NORM
 from benchmarks.forms.networks import Case
@@ -37,6 +37,7 @@ BASELINE, AGAIN, JAX_PLAIN = "plain", "plain again", "plain, JAX"
 OURS = ("norms", "clipped_sum", "grads", "clipped_sum, vmap", "clipped_sum, loop")
 OTHERS = (*PEERS, JAX_PLAIN)
 VARIANTS = (BASELINE, AGAIN, *OURS, *OTHERS)
+NARROW_ERROR = 2.0  # times the error of ordinary gradients under the same autocast
 COLOURS = {
     "ours": pictures.BLUE,
     "the references": pictures.SKY,
@@ -61,6 +62,8 @@ class Options(Compared):
     """Measure other libraries' clipped sums too; needs the extra `bench`."""
     layers: bool = False
     """Time every way of every convolution's contraction, beside the plan's choice among them."""
+    phases: bool = False
+    """Time the parts of norms and clipped sums: forward, backward, interception, contractions, the rest."""
     speeds: Literal["measured", "typical"] = "measured"
     """What plans choose by: this machine's speeds, or the constants that the library has by default."""
 
@@ -80,8 +83,13 @@ def run(options: Options) -> None:
     if options.layers:
         contractions.run(options, case, where, speeds_of(options, machine.device))
         return
+    if options.phases:
+        whole = {name: make_step(name, options, case) for name in phases.WHOLE}
+        phases.run(options, case, where, whole, speeds_of(options, machine.device))
+        return
     steps = {name: make_step(name, options, case) for name in names}
-    loop_check.check(steps, case, allowed=5e-3 if options.dtype == "fp32" else 0.1)
+    narrow = options.dtype == "bf16"
+    loop_check.check(steps, case, allowed=NARROW_ERROR if narrow else 5e-3, narrow=narrow)
     seconds = measure.time_steps(
         steps,
         BASELINE,
@@ -105,6 +113,8 @@ def select(options: Options) -> list[str]:
     check_without(options.without, list(VARIANTS[2:]))
     if options.peers and (options.compile or options.dtype != "fp32"):
         raise ValueError("other libraries are measured as they come, eager and in fp32; leave out --peers")
+    if options.phases and (options.layers or options.compile or options.dtype != "fp32"):
+        raise ValueError("phases are those of an eager step in fp32; leave the other options out")
     names = [name for name in VARIANTS if options.peers or name not in OTHERS]
     return names[:2] + [name for name in names[2:] if not any(word in name for word in options.without)]
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import resnet_func as rf
 from benchmarks.harness import conditions, peaks, pictures, report
+from benchmarks.harness.measure import Disagreement
 from benchmarks.harness.operations import (
     KINDS,
     Operation,
@@ -70,12 +71,15 @@ def run(options: Options) -> None:
 
     Raises:
         ValueError: options that cannot be.
+        Disagreement: the parts come to more than the whole.
     """
     config, machine = prepare(options)
     print(runtime.describe(machine))
     where = conditions.capture(machine)
     best = peaks.measure(machine.device, quick=options.quick)
     result = {"peaks": best._asdict()} | measure(options, config, machine, best)
+    if not options.quick:
+        check_parts(result["step"])
     heading = "\n".join([title_of(options), conditions.describe(where), as_sentence(result["step"])])
     report.publish(
         options,
@@ -127,14 +131,16 @@ def measure(options: Options, config: ResNetConfig, machine: runtime.Runtime, be
         distinct = dict.fromkeys(op for _, op in steps)
         calls = ((op, make_call(op, options.dtype, machine)) for op in distinct)  # one alive at a time
         times = {op: median_seconds(call, 0.0 if options.quick else 0.3) for op, call in calls}
-    seconds = (before + median_seconds(step, enough)) / 2  # the machine may have drifted meanwhile
+    after = median_seconds(step, enough)
+    seconds = (before + after) / 2  # the machine may have drifted meanwhile
     counts, first = Counter(op for _, op in steps), dict(reversed([(op, path) for path, op in steps]))
     rows = [row_of(op, counts[op], first[op], times[op], seconds, options.dtype, best) for op in times]
     stages: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(KINDS, 0.0))
     for path, op in steps:
         stages[stage_of(path, config)][kind_of(op)] += times[op]
     rows.sort(key=lambda row: -row["share"])
-    return {"step": summary(options, steps, rows, seconds, best), "operations": rows, "stages": stages}
+    whole = summary(options, steps, rows, seconds, best) | {"noise_seconds": abs(after - before)}
+    return {"step": whole, "operations": rows, "stages": stages}
 
 
 def stage_of(path: str, config: ResNetConfig) -> str:
@@ -217,9 +223,34 @@ def as_sentence(step: Mapping[str, Any]) -> str:
     return (
         f"{step['seconds'] * 1e3:.4g} ms a step: {step['images_per_second']:,.4g} images/s, "
         f"{step['flops_per_second'] / 1e12:.3g} TFLOP/s of the model "
-        f"({step['gemm_share']:.0%} of the GEMM peak, {step['conv_share']:.0%} of the conv peak), "
+        f"({peak_share(step)}), "
         f"{step['bytes_per_second'] / 1e9:.3g} GB/s at least"
     )
+
+
+def peak_share(step: Mapping[str, Any]) -> str:
+    """The step's share of the higher of the two peaks, which is the one that can be reached.
+
+    >>> peak_share({"gemm_share": 1.79, "conv_share": 0.76})
+    '76% of the conv peak, the higher of the two'
+    """
+    share, name = min((step["gemm_share"], "GEMM"), (step["conv_share"], "conv"))
+    return f"{share:.0%} of the {name} peak, the higher of the two"
+
+
+def check_parts(step: Mapping[str, Any]) -> None:
+    """Refuse parts that come to more than the whole: they do not run in the step as they do alone.
+
+    Raises:
+        Disagreement: the remainder is below 0 by more than the step's own times differ.
+    """
+    noise = max(step["noise_seconds"], 0.02 * step["seconds"])
+    if step["rest_seconds"] < -noise:
+        raise Disagreement(
+            f"the operations, each timed alone, come to {step['parts_seconds'] / step['seconds']:.0%} of the "
+            f"step, whose own times differ by {noise / step['seconds']:.0%}: they do not run in it as they "
+            "do alone. The shares are of no use, and nothing is written"
+        )
 
 
 def as_table(options: Options, result: dict[str, Any]) -> Table:

@@ -25,34 +25,56 @@ class Expected(NamedTuple):
     """By the loop: norms `[N]`, and the leaves of the mean and of the clipped sum of the gradients.
 
     `distance` is how far the per-sample gradients in question are from the loop's; None if there are none.
+    `narrow` holds the same of the loop under bf16 autocast, where that was asked for.
     """
 
     norms: Tensor
     mean: list[Tensor]
     clipped: list[Tensor]
     distance: Tensor | None
+    narrow: Expected | None = None
 
 
-def check(steps: dict[str, Callable[[], Any]], case: Case, allowed: float) -> None:
+def check(steps: dict[str, Callable[[], Any]], case: Case, allowed: float, *, narrow: bool = False) -> None:
     """All variants of `benchmarks.per_sample` against the loop in fp32.
+
+    With `narrow`, for variants under bf16 autocast, the loop is in float64, and a variant may be `allowed`
+    times as far from it as the loop under the same autocast is: as ordinary gradients are.
 
     Raises:
         Disagreement: a relative error is larger than `allowed`. A ReLU whose input rounds across zero moves
             one sample's gradient by a thousandth of its norm.
     """
     results = {name: step() for name, step in steps.items()}
-    expected = by_loop(case, results.get("grads", (None, None))[0])
+    expected = by_loop(case, results.get("grads", (None, None))[0], narrow=narrow)
     for name, (gradients, norms) in results.items():
-        errors = {}
+        errors, limits = {}, dict.fromkeys(("gradients", "norms"), allowed)
         if gradients is not None:
             errors["gradients"] = _gradient_error(name, gradients, expected)
         if norms is not None:
             errors["norms"] = distance([norms], [expected.norms]) / expected.norms.norm()
+        if expected.narrow is not None:
+            ordinary = _errors_of_the_loop(name, expected, expected.narrow)
+            limits = {what: allowed * float(error) for what, error in ordinary.items()}
         for what, error in errors.items():
-            if not error <= allowed:  # NaN is not
+            if not error <= limits[what]:  # NaN is not
                 raise Disagreement(
-                    f"{name} is wrong: relative error of its {what} {error:.2g}; nothing is timed"
+                    f"{name} is wrong: relative error of its {what} {error:.2g}, allowed {limits[what]:.2g}; "
+                    "nothing is timed"
                 )
+
+
+def _errors_of_the_loop(name: str, expected: Expected, narrow: Expected) -> dict[str, Tensor]:
+    """What `check` compares, of the loop under autocast."""
+    by_sample = narrow.distance if narrow.distance is not None else torch.tensor(0.0)
+    by_sample = by_sample / expected.norms.norm()
+    summed = _gradient_error("clipped_sum", narrow.clipped, expected)
+    mean = distance(narrow.mean, expected.mean) / expected.norms.mean()
+    gradients = {"grads": by_sample, "plain": mean, "plain again": mean}.get(name, summed)
+    return {
+        "gradients": gradients,
+        "norms": distance([narrow.norms], [expected.norms]) / expected.norms.norm(),
+    }
 
 
 def _gradient_error(name: str, gradients: Any, expected: Expected) -> Tensor:
@@ -65,31 +87,47 @@ def _gradient_error(name: str, gradients: Any, expected: Expected) -> Tensor:
     return distance(gradients, expected.mean) / expected.norms.mean()
 
 
-def by_loop(case: Case, each: Any) -> Expected:
+def by_loop(case: Case, each: Any, *, narrow: bool = False) -> Expected:
     """What is expected, and how far the per-sample gradients `each` (or None) are from it."""
     grads = rf.per_sample.grads(case.model, cross_entropy, method="loop")
-    parts = []
+    parts, narrow_parts = [], []
     for start in range(0, len(case.x), SLICE):
-        samples = slice(start, start + SLICE)
-        leaves = tree.leaves(grads(case.params, case.state, case.x[samples], case.y[samples]))
-        norms = torch.stack([vector_norm(leaf.flatten(1), dim=1, dtype=torch.float64) for leaf in leaves])
-        norms = norms.norm(dim=0)
-        clipped = partial(torch.einsum, "n,n...->...", (MAX_NORM / norms).clamp(max=1).to(case.x.dtype))
-        here = None if each is None else [leaf[samples] for leaf in tree.leaves(each)]
-        parts.append(
-            Expected(
-                norms,
-                [leaf.sum(0, dtype=torch.float64) / len(case.x) for leaf in leaves],
-                [clipped(leaf) for leaf in leaves],
-                None if here is None else distance(here, leaves),
-            )
+        here = slice(start, start + SLICE)
+        params, x = (
+            tree.map(Tensor.double, (case.params, case.x[here])) if narrow else (case.params, case.x[here])
         )
-    norms, means, sums, distances = zip(*parts, strict=True)
+        leaves = tree.leaves(grads(params, case.state, x, case.y[here]))
+        given = None if each is None else [leaf[here] for leaf in tree.leaves(each)]
+        parts.append(_part(leaves, given, leaves))
+        if narrow:
+            with torch.autocast(x.device.type, torch.bfloat16):
+                rounded = tree.leaves(grads(case.params, case.state, case.x[here], case.y[here]))
+            narrow_parts.append(_part(rounded, rounded, leaves))
+    total = _joined(parts)
+    return total._replace(narrow=_joined(narrow_parts)) if narrow else total
+
+
+def _part(leaves: list[Tensor], each: list[Tensor] | None, want: list[Tensor]) -> Expected:
+    """Of some samples' gradients; the mean is still a sum, and `each` is compared with what is wanted."""
+    norms = torch.stack([vector_norm(leaf.flatten(1), dim=1, dtype=torch.float64) for leaf in leaves])
+    norms = norms.norm(dim=0)
+    clipped = partial(torch.einsum, "n,n...->...", (MAX_NORM / norms).clamp(max=1).to(leaves[0].dtype))
     return Expected(
-        torch.cat(norms),
-        [torch.stack(leaves).sum(0) for leaves in zip(*means, strict=True)],
-        [torch.stack(leaves).sum(0) for leaves in zip(*sums, strict=True)],
-        None if each is None else torch.stack(distances).norm(),
+        norms,
+        [leaf.sum(0, dtype=torch.float64) for leaf in leaves],
+        [clipped(leaf) for leaf in leaves],
+        None if each is None else distance(each, want),
+    )
+
+
+def _joined(parts: list[Expected]) -> Expected:
+    norms, sums, clipped, distances, _ = zip(*parts, strict=True)
+    together = torch.cat(norms)
+    return Expected(
+        together,
+        [torch.stack(leaves).sum(0) / len(together) for leaves in zip(*sums, strict=True)],
+        [torch.stack(leaves).sum(0) for leaves in zip(*clipped, strict=True)],
+        None if distances[0] is None else torch.stack(distances).norm(),
     )
 
 

@@ -85,7 +85,9 @@ def capture(task: Task, batch: Batch) -> Captured:
         ValueError: the loss is not per-sample, samples are coupled, or a leaf is used in a way that cannot be
             followed.
     """
-    passed = _by_taps(task, batch) if torch.compiler.is_compiling() else _by_edges(task, batch)
+    passed = (
+        _run_with_taps(task, batch) if torch.compiler.is_compiling() else run_under_interception(task, batch)
+    )
     factors = _collect(task, batch, passed)
     return Captured(passed.losses, passed.logits, batch.y, factors, batch.views)
 
@@ -125,8 +127,9 @@ def _make_calls(task: Task, batch: Batch, trained: dict[str, Tensor], **more: An
     return Calls(trained, constants, batch.samples * batch.views, **more)
 
 
-def _by_edges(task: Task, batch: Batch) -> _Pass:
-    """By the gradient edges of the calls' outputs: nothing is added to the network."""
+def run_under_interception(task: Task, batch: Batch) -> _Pass:
+    """A forward and a backward pass to the gradient edges of the calls' outputs; nothing is added to the
+    network."""
     made: list[Calls] = []
 
     def run(trained: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -180,7 +183,7 @@ def _gradients(value: Tensor, wanted: list[Any]) -> tuple[Tensor | None, ...]:
     return torch.autograd.grad(value, wanted, allow_unused=True, create_graph=differentiable)
 
 
-def _by_taps(task: Task, batch: Batch) -> _Pass:
+def _run_with_taps(task: Task, batch: Batch) -> _Pass:
     """By zeros added to the calls' outputs, which a compiler can trace; their shapes come from a forward pass
     of which nothing else is used, so that no code is generated for it."""
     trained = {

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.commands import contractions, per_sample
+from benchmarks.commands import contractions, per_sample, phases
 from benchmarks.forms import loop_check
 from benchmarks.harness import measure, memory
-from resnet_func import calibration
+from resnet_func import calibration, tree
 from resnet_func.app import runtime
 
 
@@ -48,6 +48,46 @@ def test_regret_is_chosen_over_best() -> None:
     assert contractions.regret(rows, "clipped_sum", "typical") == pytest.approx(1)
 
 
+def test_bf16_is_held_against_ordinary_gradients_in_bf16() -> None:
+    options = per_sample.Options(model="resnet8", batch=3, size=8, dtype="bf16")
+    case = per_sample.make_case(options, "cpu")  # type: ignore[arg-type]
+    names = ("plain", "norms", "clipped_sum", "grads")
+    steps = {name: per_sample.make_step(name, options, case) for name in names}
+    loop_check.check(steps, case, allowed=per_sample.NARROW_ERROR, narrow=True)
+    gradients, norms = steps["grads"]()
+    wrong = tree.map(lambda leaf: 2 * leaf, gradients), norms
+    with pytest.raises(measure.Disagreement, match="grads is wrong"):
+        loop_check.check({"grads": lambda: wrong}, case, allowed=per_sample.NARROW_ERROR, narrow=True)
+
+
+def test_the_parts_of_a_step(tmp_path: Path) -> None:
+    assert main(["per-sample", "--quick", "--phases", "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("phases-resnet8-*.json")
+    shares = json.loads(path.read_text())["shares"]
+    parts = [name for name in shares if name.startswith("norms:")]
+    assert [name for name in shares if ":" not in name][:4] == [
+        "forward",
+        "backward without weight gradients",
+        "interception",
+        "factors of small leaves",
+    ]
+    assert f"norms: {phases.REST}" in parts
+    assert sum(int(name.split()[-3]) for name in parts if name.endswith("of them")) == 7 + 1 + 15
+
+
+def test_parts_that_exceed_the_whole_are_refused() -> None:
+    names = [phases.FORWARD, phases.BACKWARD, phases.INTERCEPTED, phases.CAPTURED]
+    seconds = {phases.PLAIN: [1.0, 1.0], phases.AGAIN: [1.0, 1.01]}
+    seconds |= {name: [0.3 + 0.2 * i] * 2 for i, name in enumerate(names)}
+    seconds |= {"norms": [1.3, 1.3], "clipped_sum": [1.4, 1.4], "norms: conv, ghost, 3 of them": [0.3, 0.3]}
+    shares = phases.split(seconds)
+    assert shares[f"norms: {phases.REST}"].median == pytest.approx(0.1)
+    phases.check_rest(shares, seconds)
+    seconds["norms: conv, ghost, 3 of them"] = [0.5, 0.5]
+    with pytest.raises(measure.Disagreement, match="parts of norms come to more than the whole, by 0.10"):
+        phases.check_rest(phases.split(seconds), seconds)
+
+
 @pytest.mark.parametrize(
     "look",
     [
@@ -70,6 +110,7 @@ def test_peak_memory_of_a_variant_is_looked_at(
     [
         (["--without", "nothing"], "no variant has nothing in its name"),
         (["--peers", "--dtype", "bf16"], "eager and in fp32"),
+        (["--phases", "--dtype", "bf16"], "eager step in fp32"),
         (["--model", "resnet9"], "no network is called 'resnet9'"),
         (["--batch", "0"], "batch and size must be 1 or more"),
     ],

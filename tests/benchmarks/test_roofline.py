@@ -16,6 +16,7 @@ import resnet_func as rf
 from benchmarks.commands import roofline
 from benchmarks.commands.roofline import Options
 from benchmarks.harness import operations, peaks
+from benchmarks.harness.measure import Disagreement
 from benchmarks.harness.operations import Operation
 from benchmarks.harness.peaks import Peaks
 from resnet_func.models import summary
@@ -255,3 +256,11 @@ def test_nothing_is_written_unless_asked(tmp_path: Path, monkeypatch: pytest.Mon
 def test_wrong_options_are_refused(changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roofline.run(dataclasses.replace(TOY, **changes))
+
+
+def test_parts_that_exceed_the_step_fail_with_a_line() -> None:
+    step = {"seconds": 1.0, "parts_seconds": 1.015, "rest_seconds": -0.015, "noise_seconds": 0.0}
+    roofline.check_parts(step)
+    roofline.check_parts({**step, "parts_seconds": 1.3, "rest_seconds": -0.3, "noise_seconds": 0.4})
+    with pytest.raises(Disagreement, match="come to 176% of the step, whose own times differ by 2%"):
+        roofline.check_parts({**step, "parts_seconds": 1.76, "rest_seconds": -0.76})
