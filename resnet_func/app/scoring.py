@@ -54,8 +54,9 @@ class TrainingBatches:
 
 
 def exact(machine: Runtime) -> Runtime:
-    """The machine for looking at gradients: plain algorithms, rows in order."""
-    return replace(machine, winograd=False, compile=False, memory_format=torch.contiguous_format)
+    """The machine for looking at gradients: plain algorithms in float32, rows in order."""
+    plain = replace(machine, winograd=False, compile=False, precision="fp32")
+    return replace(plain, memory_format=torch.contiguous_format)
 
 
 def load_checkpoints(folder: Path, machine: Runtime) -> tuple[Trained, list[tuple[Any, Any]], list[str]]:
