@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.commands import allocator, curvature, ensembles, per_sample, roofline, scaling, throughput
+from benchmarks.commands import (
+    allocator,
+    curvature,
+    ensembles,
+    lds,
+    per_sample,
+    roofline,
+    scaling,
+    scores,
+    throughput,
+)
 from benchmarks.harness import report
 from benchmarks.harness.markdown import command_of, interval, machine_of, table
 from benchmarks.harness.options import RESULTS
@@ -31,6 +41,8 @@ MODULES = {
     "scaling": scaling,
     "curvature": curvature,
     "roofline": roofline,
+    "scores": scores,
+    "lds": lds,
 }
 TITLES = {
     "per-sample": "Gradients one sample at a time",
@@ -40,6 +52,8 @@ TITLES = {
     "scaling": "Batch size and threads",
     "curvature": "Curvature",
     "roofline": "The roofline",
+    "scores": "Scores of every sample",
+    "lds": "Attribution against retraining",
 }
 
 
@@ -255,6 +269,7 @@ def roofline_tables(group: Sequence[Result]) -> list[str]:
 SECTIONS: dict[str, Callable[[Sequence[Result]], list[str]]] = {
     "scaling": scaling_tables,
     "roofline": roofline_tables,
+    "lds": lambda group: lds.section([(result.machine, result.content) for result in group]),
 }
 
 
