@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.commands import allocator, curvature, ensembles, per_sample, roofline, scaling, throughput
+from benchmarks.commands import (
+    allocator,
+    curvature,
+    ensembles,
+    per_sample,
+    private,
+    roofline,
+    scaling,
+    throughput,
+)
 from benchmarks.harness import report
 from benchmarks.harness.markdown import command_of, interval, machine_of, table
 from benchmarks.harness.options import RESULTS
@@ -25,6 +34,7 @@ PAGE = RESULTS.parent / "RESULTS.md"
 OPERATIONS = 12  # rows of a roofline
 MODULES = {
     "per-sample": per_sample,
+    "private": private,
     "allocator": allocator,
     "throughput": throughput,
     "ensembles": ensembles,
@@ -34,6 +44,7 @@ MODULES = {
 }
 TITLES = {
     "per-sample": "Gradients one sample at a time",
+    "private": "The private step against the ordinary one",
     "allocator": "The training step against a stock loop",
     "throughput": "Every form of a step",
     "ensembles": "Several networks at once",
