@@ -21,6 +21,8 @@ COMMANDS = {
     "roofline": "benchmarks.commands.roofline",
     "ensembles": "benchmarks.commands.ensembles",
     "scaling": "benchmarks.commands.scaling",
+    "scores": "benchmarks.commands.scores",
+    "lds": "benchmarks.commands.lds",
     "curvature": "benchmarks.commands.curvature",
     "here": "benchmarks.commands.here",
     "all": "benchmarks.commands.everything",

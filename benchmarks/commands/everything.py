@@ -33,6 +33,7 @@ FULL = (
     "roofline --model resnet18 --batch 32",
     "ensembles --model resnet20 --members 4 16 --without matrix",  # those alone take half an hour
     "scaling --model resnet20",
+    "scores --model resnet20 --batch 128 --peers",
     "curvature --model resnet20 --batch 64",
     "curvature --model resnet18 --batch 32",
 )
@@ -45,6 +46,8 @@ QUICK = (
     "roofline --quick",
     "ensembles --quick",
     "scaling --quick",
+    "scores --quick",
+    "lds --quick",
     "curvature --quick",
 )
 

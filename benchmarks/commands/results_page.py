@@ -19,10 +19,12 @@ from benchmarks.commands import (
     allocator,
     curvature,
     ensembles,
+    lds,
     per_sample,
     private,
     roofline,
     scaling,
+    scores,
     throughput,
 )
 from benchmarks.harness import report
@@ -41,6 +43,8 @@ MODULES = {
     "scaling": scaling,
     "curvature": curvature,
     "roofline": roofline,
+    "scores": scores,
+    "lds": lds,
 }
 TITLES = {
     "per-sample": "Gradients one sample at a time",
@@ -51,6 +55,8 @@ TITLES = {
     "scaling": "Batch size and threads",
     "curvature": "Curvature",
     "roofline": "The roofline",
+    "scores": "Scores of every sample",
+    "lds": "Attribution against retraining",
 }
 
 
@@ -266,6 +272,7 @@ def roofline_tables(group: Sequence[Result]) -> list[str]:
 SECTIONS: dict[str, Callable[[Sequence[Result]], list[str]]] = {
     "scaling": scaling_tables,
     "roofline": roofline_tables,
+    "lds": lambda group: lds.section([(result.machine, result.content) for result in group]),
 }
 
 
