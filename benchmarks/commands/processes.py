@@ -84,16 +84,15 @@ def run(options: Options) -> None:
         for name, (count, work) in turns.items():
             found[name].append(start(count, work))
     baseline = next(iter(turns))
-    seconds = {name: np.array([timed.step for timed in timings]) for name, timings in found.items()}
+    seconds = {name: [timed.step for timed in timings] for name, timings in found.items()}
     rows = report.rows(seconds, baseline, images=options.batch)
     more = {name: _communication(timings) for name, timings in found.items()}
     bytes_sent = max(timed.bytes for timings in found.values() for timed in timings)
     step = options.step_seconds or float(np.median(seconds[baseline]))
     simulated = [simulate(options, gpus, step, bytes_sent) for gpus in options.gpus]
     title = f"{options.model}, training step, batch {options.batch}, {options.size} px{options.toy_note}"
-    columns = {
-        head: {name: texts[head] for name, texts in more.items()} for head in next(iter(more.values()))
-    }
+    heads = next(iter(more.values()))
+    columns = {head: {name: texts[head] for name, texts in more.items()} for head in heads}
     figures = {name: {**row, **_figures(found[name])} for name, row in report.as_json(rows).items()}
     report.publish(
         options,
@@ -172,9 +171,7 @@ def _ring(members: int, size: float, link: float, latency: float) -> float:
 
 def as_table(simulated: list[Simulated], step: float, bytes_sent: int) -> Table:
     """What the simulation says, with what it assumes in the title."""
-    title = (
-        f"simulated: a step of {step * 1e3:,.1f} ms, {bytes_sent / 1e6:,.1f} MB to sum, nothing overlapped"
-    )
+    title = f"simulated: a step of {step * 1e3:,.1f} ms, {bytes_sent / 1e6:,.1f} MB to sum, no overlap"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for head in ("GPUs", "communication ms", "efficiency", "private"):
         table.add_column(head, justify="right")
@@ -246,14 +243,13 @@ def section(contents: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
             f"Simulated on a step of {content['simulated_step'] * 1e3:,.1f} ms, {options['per_node']} GPUs a "
             f"node, {options['node_link']:g} GB/s within and {options['net_link']:g} GB/s between nodes and "
             f"{options['latency'] * 1e6:g} us a message, a private step taking {options['private_ratio']:g} "
-            "times as long: a ring within each node, then one between nodes; nothing is hidden behind the backward "
-            "pass, and no rank waits for a slower one.",
+            "times as long: a ring within each node, then one between nodes; nothing is hidden behind the "
+            "backward pass, and no rank waits for a slower one.",
             "",
         ]
-        shown = [
-            [str(row["gpus"]), f"{row['communication'] * 1e3:.2f}", f"{row['efficiency']:.1%}"]
-            + [f"{row['private_efficiency']:.1%}"]
-            for row in content["simulated"]
-        ]
+        shown = []
+        for row in content["simulated"]:
+            shares = f"{row['efficiency']:.1%}", f"{row['private_efficiency']:.1%}"
+            shown.append([str(row["gpus"]), f"{row['communication'] * 1e3:.2f}", *shares])
         lines += markdown.table(["GPUs", "communication ms", "efficiency", "private"], shown)
     return lines

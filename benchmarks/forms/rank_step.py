@@ -61,7 +61,8 @@ def _median(call: Callable[[], object], seconds: float, ranks: distributed.Ranks
     """Of calls after two that warm up; as many on every rank, by the clock of the slowest."""
     times: list[float] = []
     end = torch.zeros(1)
-    call(), call()
+    call()
+    call()
     started = time.perf_counter()
     while not end.item() or len(times) < 2:
         before = time.perf_counter()
