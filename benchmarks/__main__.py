@@ -16,6 +16,7 @@ from benchmarks.harness.measure import Disagreement
 COMMANDS = {
     "throughput": "benchmarks.commands.throughput",
     "per-sample": "benchmarks.commands.per_sample",
+    "private": "benchmarks.commands.private",
     "allocator": "benchmarks.commands.allocator",
     "roofline": "benchmarks.commands.roofline",
     "ensembles": "benchmarks.commands.ensembles",

@@ -21,6 +21,7 @@ from benchmarks.commands import (
     ensembles,
     lds,
     per_sample,
+    private,
     processes,
     roofline,
     scaling,
@@ -36,6 +37,7 @@ PAGE = RESULTS.parent / "RESULTS.md"
 OPERATIONS = 12  # rows of a roofline
 MODULES = {
     "per-sample": per_sample,
+    "private": private,
     "allocator": allocator,
     "throughput": throughput,
     "ensembles": ensembles,
@@ -48,6 +50,7 @@ MODULES = {
 }
 TITLES = {
     "per-sample": "Gradients one sample at a time",
+    "private": "The private step against the ordinary one",
     "allocator": "The training step against a stock loop",
     "throughput": "Every form of a step",
     "ensembles": "Several networks at once",
