@@ -15,7 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.commands import allocator, curvature, ensembles, per_sample, roofline, scaling, throughput
+from benchmarks.commands import (
+    allocator,
+    curvature,
+    ensembles,
+    lds,
+    per_sample,
+    private,
+    roofline,
+    scaling,
+    scores,
+    throughput,
+)
 from benchmarks.harness import report
 from benchmarks.harness.markdown import command_of, interval, machine_of, table
 from benchmarks.harness.options import RESULTS
@@ -25,21 +36,27 @@ PAGE = RESULTS.parent / "RESULTS.md"
 OPERATIONS = 12  # rows of a roofline
 MODULES = {
     "per-sample": per_sample,
+    "private": private,
     "allocator": allocator,
     "throughput": throughput,
     "ensembles": ensembles,
     "scaling": scaling,
     "curvature": curvature,
     "roofline": roofline,
+    "scores": scores,
+    "lds": lds,
 }
 TITLES = {
     "per-sample": "Gradients one sample at a time",
+    "private": "The private step against the ordinary one",
     "allocator": "The training step against a stock loop",
     "throughput": "Every form of a step",
     "ensembles": "Several networks at once",
     "scaling": "Batch size and threads",
     "curvature": "Curvature",
     "roofline": "The roofline",
+    "scores": "Scores of every sample",
+    "lds": "Attribution against retraining",
 }
 
 
@@ -255,6 +272,7 @@ def roofline_tables(group: Sequence[Result]) -> list[str]:
 SECTIONS: dict[str, Callable[[Sequence[Result]], list[str]]] = {
     "scaling": scaling_tables,
     "roofline": roofline_tables,
+    "lds": lambda group: lds.section([(result.machine, result.content) for result in group]),
 }
 
 

@@ -88,9 +88,10 @@ def _join(add: Callable[[Any, Any], Any], parts: list[Totals]) -> Totals:
 
 def _factor_sums(approximation: Approximation, path: str, factors: Captures, way: Way) -> Sums:
     if isinstance(factors, LinearFactors):
-        a, g = (split_views(widen(t), factors.views) for t in (factors.inputs, factors.cotangents))
-        if _fits(a.shape[-1], g.shape[-1]):
-            return _outer_products(a.transpose(0, 1), g.transpose(0, 1), approximation, groups=1)
+        a, g = (widen(t).unsqueeze(2) for t in (factors.inputs, factors.cotangents))
+        if _fits(a.shape[1], g.shape[1]):
+            a, g = (_by_sample(t, factors.views) for t in (a, g))
+            return _outer_products(a, g, approximation, groups=1)
     if isinstance(factors, ConvFactors) and len(factors.spec.kernel) == 2:
         out, *inputs = factors.spec.weight_shape
         if _fits(prod(inputs), out // factors.spec.groups):
@@ -129,19 +130,26 @@ def _patches(factors: ConvFactors) -> Tensor:
 
 
 def _by_sample(x: Tensor, views: int) -> Tensor:
-    """`[views * N, D, T]` as `[N, views * T, D]`."""
-    return split_views(x, views).permute(1, 0, 3, 2).flatten(1, 2)
+    """`[views * N, C, T]` as `[N, C, views * T]`."""
+    return x if views == 1 else split_views(x, views).permute(1, 2, 0, 3).flatten(2)
 
 
 def _outer_products(a: Tensor, g: Tensor, approximation: Approximation, groups: int) -> Sums:
-    """From inputs `[N, T, in]` and cotangents `[N, T, out]`, of which T positions share the weight."""
-    positions = a.shape[1]
+    """From inputs `[N, in, T]` and cotangents `[N, out, T]`, of which T positions share the weight."""
+    positions = a.shape[2]
     if approximation == "reduce":
-        a, g, positions = a.mean(1, keepdim=True), g.sum(1, keepdim=True), 1
-    left, right = (
-        t.flatten(0, 1).reshape(t.shape[0] * t.shape[1], groups, -1).transpose(0, 1) for t in (g, a)
-    )
-    return Sums(left.mT @ left, right.mT @ right / max(positions, 1))
+        a, g, positions = a.mean(2, keepdim=True), g.sum(2, keepdim=True), 1
+    return Sums(_gram(g, groups), _gram(a, groups) / max(positions, 1))
+
+
+def _gram(x: Tensor, groups: int) -> Tensor:
+    """The sum of `x_nt x_nt'` over samples and positions of `[N, C, T]`, for each group of channels."""
+    n, channels, positions = x.shape
+    x = x.reshape(n, groups, channels // groups, positions)
+    if positions >= channels // groups:  # what comes of a sample is small: nothing is copied
+        return (x @ x.mT).sum(0)
+    rows = x.permute(1, 2, 0, 3).reshape(groups, channels // groups, n * positions)
+    return rows @ rows.mT
 
 
 def _gradient_sums(factors: Captures) -> Sums:
