@@ -16,10 +16,12 @@ from benchmarks.harness.measure import Disagreement
 COMMANDS = {
     "throughput": "benchmarks.commands.throughput",
     "per-sample": "benchmarks.commands.per_sample",
+    "private": "benchmarks.commands.private",
     "allocator": "benchmarks.commands.allocator",
     "roofline": "benchmarks.commands.roofline",
     "ensembles": "benchmarks.commands.ensembles",
     "scaling": "benchmarks.commands.scaling",
+    "processes": "benchmarks.commands.processes",
     "scores": "benchmarks.commands.scores",
     "lds": "benchmarks.commands.lds",
     "curvature": "benchmarks.commands.curvature",

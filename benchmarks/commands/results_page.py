@@ -21,6 +21,8 @@ from benchmarks.commands import (
     ensembles,
     lds,
     per_sample,
+    private,
+    processes,
     roofline,
     scaling,
     scores,
@@ -35,10 +37,12 @@ PAGE = RESULTS.parent / "RESULTS.md"
 OPERATIONS = 12  # rows of a roofline
 MODULES = {
     "per-sample": per_sample,
+    "private": private,
     "allocator": allocator,
     "throughput": throughput,
     "ensembles": ensembles,
     "scaling": scaling,
+    "processes": processes,
     "curvature": curvature,
     "roofline": roofline,
     "scores": scores,
@@ -46,10 +50,12 @@ MODULES = {
 }
 TITLES = {
     "per-sample": "Gradients one sample at a time",
+    "private": "The private step against the ordinary one",
     "allocator": "The training step against a stock loop",
     "throughput": "Every form of a step",
     "ensembles": "Several networks at once",
     "scaling": "Batch size and threads",
+    "processes": "Processes, and a simulation of many GPUs",
     "curvature": "Curvature",
     "roofline": "The roofline",
     "scores": "Scores of every sample",
@@ -268,6 +274,7 @@ def roofline_tables(group: Sequence[Result]) -> list[str]:
 
 SECTIONS: dict[str, Callable[[Sequence[Result]], list[str]]] = {
     "scaling": scaling_tables,
+    "processes": lambda group: processes.section([(result.machine, result.content) for result in group]),
     "roofline": roofline_tables,
     "lds": lambda group: lds.section([(result.machine, result.content) for result in group]),
 }
