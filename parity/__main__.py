@@ -4,6 +4,7 @@
 `python -m parity machines`: check the quick cells as several machines, exit 1 when any fails on any.
 `python -m parity laws NETWORK`: check what holds for any network.
 `python -m parity compare A B`: compare two networks.
+`python -m parity audit`: train with canaries, exit 1 where they betray more than epsilon.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from parity import environment, laws, machines, museum, runner, suite
+from parity import audit, environment, laws, machines, museum, runner, suite
 from parity.compare import command as compare_command
 from resnet_func.app.names import printable
 from resnet_func.machine import cpu_flags
@@ -79,8 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when no cell failed, 1 when one did, 2 for options that cannot be."""
     arguments = sys.argv[1:] if arguments is None else arguments
     complaints = Console(stderr=True, soft_wrap=True, highlight=False)
-    if arguments[:1] in (["compare"], ["laws"]):
-        command = compare_command.main if arguments[0] == "compare" else laws.main
+    own = {"compare": compare_command.main, "laws": laws.main, "audit": audit.main}
+    if arguments and arguments[0] in own:
+        command = own[arguments[0]]
         console = Console(width=None if sys.stdout.isatty() else WIDE)
         return command(arguments[1:], console, complaints)
     if arguments[:1] == ["museum"]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from parity import museum, properties
 from parity.cell import Cell, Result, markdown_table
-from parity.sections import bitwise, graphs, oracles, per_sample, second_order, shadow, trajectory
+from parity.sections import bitwise, graphs, oracles, per_sample, privacy, second_order, shadow, trajectory
 
 SECTIONS = {
     "bitwise": bitwise,
@@ -23,6 +23,7 @@ SECTIONS = {
     "fp64-shadow": shadow,
     "per-sample": per_sample,
     "properties": properties,
+    "privacy": privacy,
     "museum": museum,
 }
 

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 DEVICES_WITHOUT_FLOAT64 = frozenset({"mps"})
+# asked here once: torch 2.11 cannot compile the question
+DEVICES_WITHOUT_AUTOCAST = frozenset(
+    kind for kind in ("meta", "lazy", "vulkan", "fpga", "ve") if not torch.amp.is_autocast_available(kind)
+)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ def is_autocast_enabled(device_type: str) -> bool:
     ...     is_autocast_enabled("cpu"), is_autocast_enabled("meta")
     (True, False)
     """
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type not in DEVICES_WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -79,7 +83,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
     torch.float32
     """
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type in DEVICES_WITHOUT_AUTOCAST:
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 

@@ -252,7 +252,7 @@ def publish(options: Options, where: dict[str, Any], rows: list[Row], turns: dic
     report.publish(
         options,
         where,
-        f"allocator-{options.model}-n{options.batch}-{options.size}px",
+        f"allocator-{networks.slug(options.model)}-n{options.batch}-{options.size}px",
         {
             "figures": report.as_json(rows),
             "page_faults": faults,

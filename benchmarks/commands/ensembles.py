@@ -140,7 +140,7 @@ def publish(
     report.publish(
         replace(options, members=(count,)),
         where,
-        f"ensembles-{options.model}-k{count}-n{options.batch}-{options.size}px",
+        f"ensembles-{networks.slug(options.model)}-k{count}-n{options.batch}-{options.size}px",
         {"figures": report.as_json(rows), **raw},
         tables=[report.as_table(title, rows, "one by one")],
         notes=report.left_out(raw["skipped"]),

@@ -26,11 +26,16 @@ FULL = (
     "per-sample --model resnet18 --batch 32 --peers",
     "per-sample --model resnet18 --batch 128 --without loop vmap",
     "per-sample --model resnet50 --batch 8 --size 160 --without loop",
+    "private --model resnet20 --batch 64 --peers",
+    "private --model resnet18 --batch 32 --peers",
     "allocator --model resnet20 --batch 128",
     "allocator --model resnet18 --batch 32",
     "roofline --model resnet18 --batch 32",
     "ensembles --model resnet20 --members 4 16 --without matrix",  # those alone take half an hour
     "scaling --model resnet20",
+    "processes --model resnet20 --batch 128",
+    "processes --model resnet18 --batch 32",
+    "scores --model resnet20 --batch 128 --peers",
     "curvature --model resnet20 --batch 64",
     "curvature --model resnet18 --batch 32",
 )
@@ -38,10 +43,13 @@ QUICK = (
     "throughput --quick",
     "throughput --quick --task inference --no-memory",
     "per-sample --quick",
+    "private --quick",
     "allocator --quick",
     "roofline --quick",
     "ensembles --quick",
     "scaling --quick",
+    "scores --quick",
+    "lds --quick",
     "curvature --quick",
 )
 

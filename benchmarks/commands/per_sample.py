@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,6 @@ from benchmarks.harness import conditions, measure, memory, pictures, report
 from benchmarks.harness.options import Compared, check_without, toy
 from benchmarks.harness.peaks import DTYPES
 from benchmarks.harness.report import Row
-from benchmarks.harness.statistics import Seconds
 from resnet_func import calibration, tree
 from resnet_func.calibration import Speeds
 from resnet_func.losses import cross_entropy
@@ -87,9 +87,8 @@ def run(options: Options) -> None:
         whole = {name: make_step(name, options, case) for name in phases.WHOLE}
         phases.run(options, case, where, whole, speeds_of(options, machine.device))
         return
-    steps = {name: make_step(name, options, case) for name in names}
-    narrow = options.dtype == "bf16"
-    loop_check.check(steps, case, allowed=NARROW_ERROR if narrow else 5e-3, narrow=narrow)
+    steps, skipped = make_steps(names, options, case)
+    errors = check_steps(steps, skipped, options, case)
     seconds = measure.time_steps(
         steps,
         BASELINE,
@@ -98,10 +97,10 @@ def run(options: Options) -> None:
         turn_seconds=options.turn_seconds,
     )
     # JAX compiles where the others allocate: what its process takes at most says nothing of the step
-    looked_at = [name for name in names if "JAX" not in name] if options.memory else []
+    looked_at = [name for name in steps if "JAX" not in name] if options.memory else []
     peaks = {name: memory.peak_bytes(alone, options, name, device=machine.device.type) for name in looked_at}
     rows = report.rows(seconds, BASELINE, images=options.batch, peak_bytes=peaks)
-    publish(options, where, rows, seconds)
+    publish(options, where, rows, {"seconds": seconds, "errors": errors, "skipped": skipped})
 
 
 def select(options: Options) -> list[str]:
@@ -133,7 +132,52 @@ def speeds_of(options: Options, device: torch.device) -> Speeds:
 
 
 def make_case(options: Options, device: torch.device) -> Case:
+    """The network: one of the zoo with GroupNorm, another as it is."""
     return networks.make_case(options.model, options.batch, options.size, device, norm="group")
+
+
+def make_steps(
+    names: list[str], options: Options, case: Case
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The steps by name, and why a peer is left out that cannot run this network."""
+    steps, skipped = {}, {}
+    for name in names:
+        try:
+            steps[name] = make_step(name, options, case)
+            if name in OTHERS and case.model.config is None:
+                steps[name]()
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # whatever another library says of a network that it does not take
+            if name not in OTHERS or case.model.config is not None:
+                raise
+            steps.pop(name, None)
+            skipped[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            measure.progress.print(f"{name}: left out, {skipped[name]}", markup=False)
+    return steps, skipped
+
+
+def check_steps(
+    steps: dict[str, Callable[[], Any]], skipped: dict[str, str], options: Options, case: Case
+) -> dict[str, float]:
+    """The relative error of every variant; a peer that is wrong about somebody's own network is left out.
+
+    Raises:
+        Disagreement: another variant is wrong.
+    """
+    narrow = options.dtype == "bf16"
+    allowed = NARROW_ERROR if narrow else loop_check.allowed_error(case)
+    check = partial(loop_check.check, case=case, allowed=allowed, narrow=narrow)
+    others = [name for name in steps if name in OTHERS and case.model.config is None]
+    errors = check({name: steps[name] for name in steps if name not in others})
+    for name in others:
+        try:
+            errors |= check({name: steps[name]})
+        except measure.Disagreement as error:
+            skipped[name] = str(error).partition(";")[0]
+            del steps[name]
+            measure.progress.print(f"left out: {skipped[name]}", markup=False)
+    return errors
 
 
 # --------------------------------------------------------------------------- the variants
@@ -142,10 +186,11 @@ def make_case(options: Options, device: torch.device) -> Case:
 def make_step(name: str, options: Options, case: Case) -> Callable[[], Any]:
     """The step of a variant; what it returns is `(gradients or None, norms or None)`."""
     params, x, y = case.params, case.x, case.y
-    assert case.model.config is not None
     if name in PEERS:
-        return make_peer(name, case.model.config, params, x, y, MAX_NORM)
+        return make_peer(name, case, MAX_NORM)
     if name == JAX_PLAIN:
+        if case.model.config is None:
+            raise measure.Skipped("in JAX there are the zoo's networks only")
         step = make_jax_plain(case.model.config, params, x, y)
         return lambda: (step(), None)
     function = make_function(name, case, speeds_of(options, case.x.device))
@@ -159,16 +204,17 @@ def make_step(name: str, options: Options, case: Case) -> Callable[[], Any]:
 def make_function(name: str, case: Case, speeds: Speeds = calibration.TYPICAL) -> Callable[..., Any]:
     """A variant as a function of parameters, images and targets."""
     model, state, ps = case.model, case.state, rf.per_sample
+    options: Any = {"train": False, "speeds": speeds}
     if name in (BASELINE, AGAIN):
         return plain(case)
     if name == "norms":
-        norms = ps.norms(model, cross_entropy, speeds=speeds)
+        norms = ps.norms(model, cross_entropy, **options)
         return lambda params, x, y: (None, norms(params, state, x, y))
     if name == "grads":
-        grads = ps.grads(model, cross_entropy, speeds=speeds)
+        grads = ps.grads(model, cross_entropy, **options)
         return lambda params, x, y: (grads(params, state, x, y), None)
     method: Any = name.partition(", ")[2] or "auto"
-    clipped = ps.clipped_sum(model, cross_entropy, max_norm=MAX_NORM, method=method, speeds=speeds)
+    clipped = ps.clipped_sum(model, cross_entropy, max_norm=MAX_NORM, method=method, **options)
     return lambda params, x, y: clipped(params, state, x, y)
 
 
@@ -177,7 +223,8 @@ def plain(case: Case) -> Callable[..., Any]:
 
     def function(params: Any, x: Tensor, y: Tensor) -> Any:
         leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
-        loss = cross_entropy(case.model.apply(leaves, case.state, x, train=True)[0], y).mean()
+        # not training mode, whose BatchNorm couples the samples; with GroupNorm it is the same
+        loss = cross_entropy(case.model.apply(leaves, case.state, x, train=False)[0], y).mean()
         return torch.autograd.grad(loss, tree.leaves(leaves)), None
 
     return function
@@ -202,22 +249,27 @@ def alone(options: Options, name: str) -> Callable[[], Any]:
 # --------------------------------------------------------------------------- results
 
 
-def publish(options: Options, where: dict[str, Any], rows: list[Row], seconds: Seconds) -> None:
-    """Table, result file and picture."""
+def publish(options: Options, where: dict[str, Any], rows: list[Row], found: dict[str, Any]) -> None:
+    """Table, result file and picture; `found` goes into the file, too."""
     kind = f"{options.dtype}, {'compiled' if options.compile else 'eager'}"
+    network = options.model if ":" in options.model else f"{options.model} with GroupNorm"
     title = (
-        f"{options.model} with GroupNorm, batch {options.batch}, {options.size} px, {kind}, "
+        f"{network}, batch {options.batch}, {options.size} px, {kind}, "
         f"{options.allocator} allocator{options.toy_note}"
     )
-    words = [options.model, f"n{options.batch}", f"{options.size}px"]
+    words = [networks.slug(options.model), f"n{options.batch}", f"{options.size}px"]
     words += ["bf16"] * (options.dtype == "bf16") + ["compiled"] * options.compile
     words += ["stock"] * (options.allocator == "stock")
     report.publish(
         options,
         where,
         f"per-sample-{'-'.join(words)}",
-        {"figures": report.as_json(rows), "seconds": seconds},
+        {"figures": report.as_json(rows), **found},
         tables=[report.as_table(title, rows, BASELINE)],
+        notes=[
+            *report.left_out(found["skipped"]),
+            "errors against the loop: " + ", ".join(f"{name} {e:.0e}" for name, e in found["errors"].items()),
+        ],
         draw=lambda path: report.draw_bars(path, title, where, rows, STYLE),
     )
 

@@ -89,7 +89,7 @@ def make_parts(case: Case) -> dict[str, Step]:
 
     def forward() -> Tensor:
         leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), case.params)
-        return cross_entropy(model.apply(leaves, state, x, train=True)[0], y).mean()
+        return cross_entropy(model.apply(leaves, state, x, train=False)[0], y).mean()
 
     def backward() -> Any:
         with _FirstConvolution() as first:

@@ -15,7 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.commands import allocator, curvature, ensembles, per_sample, roofline, scaling, throughput
+from benchmarks.commands import (
+    allocator,
+    curvature,
+    ensembles,
+    lds,
+    per_sample,
+    private,
+    processes,
+    roofline,
+    scaling,
+    scores,
+    throughput,
+)
 from benchmarks.harness import report
 from benchmarks.harness.markdown import command_of, interval, machine_of, table
 from benchmarks.harness.options import RESULTS
@@ -25,21 +37,29 @@ PAGE = RESULTS.parent / "RESULTS.md"
 OPERATIONS = 12  # rows of a roofline
 MODULES = {
     "per-sample": per_sample,
+    "private": private,
     "allocator": allocator,
     "throughput": throughput,
     "ensembles": ensembles,
     "scaling": scaling,
+    "processes": processes,
     "curvature": curvature,
     "roofline": roofline,
+    "scores": scores,
+    "lds": lds,
 }
 TITLES = {
     "per-sample": "Gradients one sample at a time",
+    "private": "The private step against the ordinary one",
     "allocator": "The training step against a stock loop",
     "throughput": "Every form of a step",
     "ensembles": "Several networks at once",
     "scaling": "Batch size and threads",
+    "processes": "Processes, and a simulation of many GPUs",
     "curvature": "Curvature",
     "roofline": "The roofline",
+    "scores": "Scores of every sample",
+    "lds": "Attribution against retraining",
 }
 
 
@@ -254,7 +274,9 @@ def roofline_tables(group: Sequence[Result]) -> list[str]:
 
 SECTIONS: dict[str, Callable[[Sequence[Result]], list[str]]] = {
     "scaling": scaling_tables,
+    "processes": lambda group: processes.section([(result.machine, result.content) for result in group]),
     "roofline": roofline_tables,
+    "lds": lambda group: lds.section([(result.machine, result.content) for result in group]),
 }
 
 

@@ -101,6 +101,8 @@ def prepare(options: Options) -> tuple[ResNetConfig, runtime.Runtime]:
     for name in ("batch", "size"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be 1 or more; got {getattr(options, name)}. Leave it out for 32")
+    if ":" in options.model:
+        raise ValueError(f"roofline knows the operations of the zoo's networks only; got {options.model}")
     classes = 10 if options.stem == "cifar" else 1000
     config = rf.zoo.config(options.model, stem=options.stem, norm=options.norm, num_classes=classes)
     ops = [op for _, op in operations(config, options.batch, options.size)]

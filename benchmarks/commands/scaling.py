@@ -136,7 +136,7 @@ def publish(options: Options, where: dict[str, Any], by_batch: Points, by_thread
     report.publish(
         options,
         where,
-        f"scaling-{options.model}-{options.size}px",
+        f"scaling-{networks.slug(options.model)}-{options.size}px",
         {"figures": figures, "seconds": {"by_batch": by_batch, "by_threads": by_threads}},
         tables=tables,
         draw=lambda path: draw(path, options, where, title, by_batch, by_threads),

@@ -155,7 +155,7 @@ def publish(
     report.publish(
         options,
         where,
-        f"throughput-{options.model}-n{options.batch}-{options.size}px-{options.task}",
+        f"throughput-{networks.slug(options.model)}-n{options.batch}-{options.size}px-{options.task}",
         {
             "figures": report.as_json(rows),
             "best": [best | {"ratio": best["ratio"]._asdict()} for best in bests],

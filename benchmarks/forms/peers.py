@@ -1,8 +1,8 @@
 """Clipped sums as other libraries compute them, of the same network with the same parameters.
 
-Needs the extra `bench`. Opacus gets the model as a plain module with `GroupNorm`, JAX its parameters as
-arrays. BackPACK is not here: it passes over GroupNorm's parameters without a word, so that its norms lack
-them.
+Needs the extra `bench`. Opacus gets the model as a plain module with `GroupNorm`, or somebody's own network
+as it is, where it takes it; JAX gets a network of the zoo, its parameters as arrays. BackPACK is not here: it
+passes over GroupNorm's parameters without a word, so that its norms lack them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet
 
+import resnet_func as rf
+from benchmarks.forms.networks import Case
+from benchmarks.harness.measure import Skipped
 from parity.reference import CifarResNet
 from parity.steps import loaded
 from resnet_func import tree
@@ -66,22 +69,41 @@ def make_module(config: ResNetConfig, params: Params) -> nn.Module:
     return loaded(construct, params, {})
 
 
-def make_peer(name: str, config: ResNetConfig, params: Params, x: Tensor, y: Tensor, max_norm: float) -> Step:
+def make_peer(name: str, case: Case, max_norm: float) -> Step:
     """The clipped sum and the norms of a batch by the peer of that name.
 
     Raises:
         ModuleNotFoundError: the extra `bench` is not installed.
+        Skipped: JAX, for a network that is not of the zoo.
     """
+    config, x, y = case.model.config, case.x, case.y
     if name == "JAX, vmap":
-        return _jax(config, params, x, y, max_norm)
+        if config is None:
+            raise Skipped("in JAX there are the zoo's networks only")
+        return _jax(config, case.params, x, y, max_norm)
     opacus = import_module("opacus.grad_sample")
-    params = tree.map(lambda leaf: leaf.detach().clone(), params)
-    module = make_module(config, params)
+    module = _own_module(case) if config is None else make_module(config, tree.map(_copied, case.params))
     if name == "Opacus, ghost":
         return _two_passes(module, x, y, max_norm)
     stored = name == "Opacus, hooks"
     wrap = opacus.GradSampleModule if stored else opacus.GradSampleModuleExpandedWeights
     return _stored(wrap(module, loss_reduction="sum"), x, y, max_norm)
+
+
+def _copied(leaf: Tensor) -> Tensor:
+    return leaf.detach().clone()
+
+
+def _own_module(case: Case) -> nn.Module:
+    """Somebody's module with nothing in place, since hooks refuse outputs that change.
+
+    In training mode, without which Opacus sees no layer; what has statistics of the batch it refuses.
+    """
+    module = rf.to_module(case.model, case.params, case.state).train()
+    for part in module.modules():
+        if isinstance(getattr(part, "inplace", None), bool):
+            part.inplace = False  # type: ignore[assignment]
+    return module
 
 
 def make_jax_plain(config: ResNetConfig, params: Params, x: Tensor, y: Tensor) -> Callable[[], Params]:

@@ -47,6 +47,8 @@ def make_variant(spec: Spec, case: Case, setting: Setting) -> Variant:
     """
     if "compiled" in spec.form and (obstacle := runtime.compile_obstacle(case.x.device)):
         raise Skipped(obstacle)
+    if spec.form == JAX and case.model.config is None:
+        raise Skipped("in JAX there are the zoo's networks only")
     if spec.form == JAX:
         from benchmarks.forms import jax_step  # not everybody has JAX
 

@@ -52,7 +52,7 @@ class Step(Output):
     """The network, its batch, and where it runs."""
 
     model: str = "resnet20"
-    """A network of the zoo."""
+    """A network of the zoo, torchvision:NAME, timm:NAME, FILE.py:CALLABLE or pkg.mod:CALLABLE."""
     batch: int = 128
     """Images a step."""
     size: int = 32
@@ -82,8 +82,14 @@ class Compared(Threaded):
 
 
 def toy(options: T, **changes: Any) -> T:
-    """The options as they are, or with a toy's network and batch where a `quick` run is asked for."""
-    return replace(options, **{"model": TOY, "batch": 4, "size": 8, **changes}) if options.quick else options
+    """The options as they are, or with a toy's network and batch where a `quick` run is asked for.
+
+    A network that is not of the zoo stays, and takes images of the size that is asked for.
+    """
+    if not options.quick:
+        return options
+    own = {} if ":" in getattr(options, "model", "") else {"model": TOY, "size": 8}
+    return replace(options, **{"batch": 4, **own, **changes})
 
 
 def check_words(name: str, given: tuple[str, ...], allowed: tuple[str, ...]) -> None:

@@ -12,14 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from parity.cell import Cell
-from parity.museum import borders, curvature, layers, network, per_sample, training
+from parity.museum import borders, curvature, layers, network, per_sample, privacy, training
 from parity.museum.exhibit import Exhibit, Proof, prove
 
 __all__ = ["EXHIBITS", "Exhibit", "Proof", "as_table", "cells", "chosen", "describe", "prove", "summary"]
 
 EXHIBITS: dict[str, Exhibit] = {
     exhibit.name: exhibit
-    for subject in (layers, network, training, per_sample, curvature, borders)
+    for subject in (layers, network, training, per_sample, curvature, privacy, borders)
     for exhibit in subject.EXHIBITS
 }
 

@@ -18,7 +18,8 @@ from hypothesis import Phase, settings
 
 from parity import properties
 from parity.cell import Cell
-from parity.sections import bitwise, trajectory
+from parity.sections import bitwise, privacy, trajectory
+from resnet_func.privacy import accounting
 
 REIMPLEMENTATIONS = "reimplementations"
 
@@ -110,12 +111,18 @@ def _all(mutations: tuple[Mutation, ...]) -> Iterator[None]:
 @contextmanager
 def applied(mutation: Mutation) -> Iterator[None]:
     """The library with the bug: nothing built without it stays, nothing built with it is left."""
-    bitwise.pair.cache_clear()
+    _forget()
     try:
         with mutation():
             yield
     finally:
-        bitwise.pair.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    """Empty the caches whose values a mutation changes."""
+    bitwise.pair.cache_clear()
+    accounting._epsilon.cache_clear()
 
 
 # --------------------------------------------------------------------------- proofs
@@ -128,6 +135,7 @@ def checks() -> dict[str, Cell]:
     cells = [
         *bitwise.cells(quick=True),
         *trajectory.cells(quick=True),
+        *privacy.cells(quick=True),
         *(Cell("properties", n, partial(p.check, profile)) for n, p in properties.PROPERTIES.items()),
     ]
     return {cell.path: cell for cell in cells}

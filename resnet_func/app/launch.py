@@ -190,7 +190,11 @@ def group(device: str = "cpu", *, timeout: float = 300.0) -> Iterator[Group]:
     from resnet_func import distributed
 
     end_with_launcher()
-    ranks, store = distributed.join(local_device(device), timeout=timeout)
+    try:
+        ranks, store = distributed.join(local_device(device), timeout=timeout)
+    except RuntimeError as error:
+        failure = RankError(f"the ranks do not come together: {str(error).splitlines()[0]}")
+        raise failure if is_first() else Unspoken(failure) from error
     joined = Group(ranks, store, timeout)
     try:
         yield joined

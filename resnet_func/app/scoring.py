@@ -14,14 +14,23 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from resnet_func import files
-from resnet_func.app import data, run_folder, training_record
+from resnet_func.app import data, dealing, run_folder, training_record
 from resnet_func.app.batches import Preparer
 from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment
 from resnet_func.app.inference import Trained, load_trained
+from resnet_func.app.launch import ONE_PROCESS, Group
 from resnet_func.app.runtime import Runtime
 from resnet_func.app.training_set import Training, image_name
-from resnet_func.attribution import Scores, forgetting, found_share, ranks, score_dataset, suspicion_order
+from resnet_func.attribution import (
+    Scores,
+    fingerprint,
+    forgetting,
+    found_share,
+    ranks,
+    score_dataset,
+    suspicion_order,
+)
 from resnet_func.losses import cross_entropy
 
 
@@ -38,10 +47,16 @@ class TrainingBatches:
         for images, labels in data.batches(self.source, self.batch_size):
             yield self.prepare(images), labels.to(self.prepare.runtime.device)
 
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The images `start:stop` as one batch."""
+        ((images, labels),) = self.source.read([torch.arange(start, stop, dtype=torch.int64, device="cpu")])
+        return self.prepare(images), labels.to(self.prepare.runtime.device)
+
 
 def exact(machine: Runtime) -> Runtime:
-    """The machine for looking at gradients: plain algorithms, rows in order."""
-    return replace(machine, winograd=False, compile=False, memory_format=torch.contiguous_format)
+    """The machine for looking at gradients: plain algorithms in float32, rows in order."""
+    plain = replace(machine, winograd=False, compile=False, precision="fp32")
+    return replace(plain, memory_format=torch.contiguous_format)
 
 
 def load_checkpoints(folder: Path, machine: Runtime) -> tuple[Trained, list[tuple[Any, Any]], list[str]]:
@@ -78,8 +93,14 @@ def check_same_data(experiments: Sequence[Experiment]) -> None:
 
 
 def score_runs(
-    folders: Sequence[Path], training: Training, names: Sequence[str], machine: Runtime, **options: Any
-) -> tuple[Scores, list[str]]:
+    folders: Sequence[Path],
+    training: Training,
+    names: Sequence[str],
+    machine: Runtime,
+    *,
+    group: Group = ONE_PROCESS,
+    **options: Any,
+) -> tuple[Scores, list[str]] | None:
     """The scores of the training images, averaged over runs, each over its checkpoints; and warnings.
 
     Args:
@@ -87,25 +108,64 @@ def score_runs(
         training: Their training images.
         names: Of scores, also "forgetting", which takes runs with a record.
         machine: Where to compute.
+        group: The ranks that the images are dealt to, a batch at a time; rank 0 alone gets the scores, those
+            of one process to the bit.
         **options: `batch_size`, and those of `score_dataset`.
 
     Raises:
-        AppError: a run has no record where "forgetting" is wanted.
+        AppError: a run has no record where "forgetting" is wanted, or a rank does not do its part.
     """
     batch_size, found, warnings = options.pop("batch_size"), [], []
     own = [name for name in names if name != "forgetting"]
     for folder in folders:
         trained, checkpoints, notes = load_checkpoints(folder, machine)
         batches = TrainingBatches(training.source, Preparer(trained.task, machine), batch_size)
-        scores = score_dataset(trained.model, cross_entropy, own, train=False, **options)(
-            checkpoints, batches
-        )
+        if group.ranks is None:
+            score = score_dataset(trained.model, cross_entropy, own, train=False, **options)
+            scores = score(checkpoints, batches)
+        else:
+            scores = _dealt_scores(folder, trained, checkpoints, batches, training, own, group)
+        if scores is None:
+            continue
         if "forgetting" in names:
             scores.values["forgetting"] = _forgetting(folder)
         found.append(scores)
         warnings += notes
+    if not found:
+        return None
     means = {name: torch.stack([scores.values[name] for scores in found]).mean(0) for name in found[0].values}
     return found[-1]._replace(values=means), warnings
+
+
+def _dealt_scores(
+    folder: Path,
+    trained: Trained,
+    checkpoints: list[tuple[Any, Any]],
+    batches: TrainingBatches,
+    training: Training,
+    names: list[str],
+    group: Group,
+) -> Scores | None:
+    """This rank's part of a run's scores, in a store; all of them on rank 0, None on the others."""
+    source = training.source
+    key = {
+        "scores": names,
+        "batch_size": batches.batch_size,
+        "checkpoints": [fingerprint(*checkpoint) for checkpoint in checkpoints],
+        "images": fingerprint({"places": training.places, "labels": source.labels}),
+        "experiment": repr(replace(trained.experiment, data_dir=None)),
+    }
+    store = dealing.open_dealt(
+        folder, "scores", key, rows=source.num_samples, width=len(names) + 2, chunk=batches.batch_size
+    )
+    checks = iter([None])  # one chunk's scores are compared with those of a loop: the transforms are the same
+
+    def compute(start: int, stop: int) -> Tensor:
+        score = score_dataset(trained.model, cross_entropy, names, train=False, check=next(checks, False))
+        return dealing.as_rows(score(checkpoints, [batches.rows(start, stop)]))
+
+    dealing.fill(store, compute, group)
+    return None if group.rank else dealing.from_rows(dealing.take(store), names)
 
 
 def _forgetting(folder: Path) -> Tensor:

@@ -119,7 +119,8 @@ def score_dataset(
 
 
 def _by_block(estimate: KroneckerEstimate, damping: float | None) -> Callable[[str, Tensor], Tensor]:
-    return lambda path, leaf: estimate.blocks[path].inverse_product(leaf, damping)
+    by_path = estimate.dampings(damping)
+    return lambda path, leaf: estimate.blocks[path].inverse_product(leaf, by_path[path])
 
 
 def _quantities(names: Sequence[str]) -> dict[str, str | Quantity]:

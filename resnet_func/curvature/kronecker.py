@@ -112,7 +112,7 @@ class KroneckerEstimate:
         Raises:
             ValueError: a block's leaf is missing, or has another shape.
         """
-        return self._by_block(of, Block.product)
+        return self._by_block(of, lambda path, leaf: self.blocks[path].product(leaf))
 
     def inverse_product(self, of: Params, *, damping: float | None = None) -> Params:
         """`(curvature + damping * identity)^-1` times a tree.
@@ -130,17 +130,22 @@ class KroneckerEstimate:
         Raises:
             ValueError: as in `product`; the damping is negative or not finite.
         """
+        added = self.dampings(damping)
+        return self._by_block(of, lambda path, leaf: self.blocks[path].inverse_product(leaf, added[path]))
+
+    def dampings(self, damping: float | None = None) -> dict[str, float | Tensor]:
+        """What `inverse_product` adds to the eigenvalues of each block, by its path.
+
+        Raises:
+            ValueError: the damping is negative or not finite.
+        """
         if damping is not None and not 0 <= damping < float("inf"):
             raise ValueError(f"damping must be 0 or more, and finite; got {damping}")
-        default = self.trace() / sum(block.eigenvalues.numel() for block in self.blocks.values())
-
-        def apply(block: Block, leaf: Tensor) -> Tensor:
-            if damping is not None:
-                return block.inverse_product(leaf, damping)
-            mean = block.eigenvalues.mean()
-            return block.inverse_product(leaf, DEFAULT_DAMPING * torch.where(mean == 0, default, mean))
-
-        return self._by_block(of, apply)
+        if damping is not None:
+            return dict.fromkeys(self.blocks, damping)
+        mean = self.trace() / sum(block.eigenvalues.numel() for block in self.blocks.values())
+        means = {path: block.eigenvalues.mean() for path, block in self.blocks.items()}
+        return {path: DEFAULT_DAMPING * torch.where(own == 0, mean, own) for path, own in means.items()}
 
     def eigenvalues(self) -> Float[Tensor, "d"]:
         """All eigenvalues in ascending order, one for each trainable entry."""
@@ -150,7 +155,7 @@ class KroneckerEstimate:
         """The sum of the eigenvalues, 0-d."""
         return torch.stack([block.eigenvalues.sum() for block in self.blocks.values()]).sum()
 
-    def _by_block(self, of: Params, apply: Callable[[Block, Tensor], Tensor]) -> Params:
+    def _by_block(self, of: Params, apply: Callable[[str, Tensor], Tensor]) -> Params:
         flat = tree.flatten(of)
         for path, block in self.blocks.items():
             shape = tuple(flat[path].shape) if path in flat else None
@@ -159,4 +164,4 @@ class KroneckerEstimate:
                     f"expected a tree like the trainable parameters, or a batch of them, with {path} of "
                     f"{list(block.shape)} or [N, ...]; got {'no such leaf' if shape is None else list(shape)}"
                 )
-        return tree.unflatten({path: apply(block, flat[path]) for path, block in self.blocks.items()})
+        return tree.unflatten({path: apply(path, flat[path]) for path in self.blocks})

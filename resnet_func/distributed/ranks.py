@@ -94,6 +94,7 @@ def join(device: torch.device | str = "cpu", *, timeout: float = 300.0) -> Joine
         backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=limit
     )
     assert dist.group.WORLD is not None  # it was made just now
+    dist.barrier()  # whoever fails at once would else break the others' connecting
     return Joined(Ranks(rank, world, dist.group.WORLD.group_name), store)
 
 

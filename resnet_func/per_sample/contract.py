@@ -168,8 +168,9 @@ def group_norm_grads(
     n, c, pixels = *inputs.shape[:2], prod(inputs.shape[2:])
     g, a = (tensor.reshape(1, n * c, pixels) for tensor in (cotangents, inputs))
     mean, rstd = (tensor.reshape(1, n * groups) for tensor in statistics)
+    ones = a.new_ones(n * c)  # not None, which torch 2.11 does not take here
     _, weight, bias = torch.ops.aten.native_group_norm_backward(
-        g, a, mean, rstd, None, 1, n * c, pixels, n * groups, [False, True, True]
+        g, a, mean, rstd, ones, 1, n * c, pixels, n * groups, [False, True, True]
     )
     return weight.reshape(n, c), bias.reshape(n, c)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resnet_func import tree
 from resnet_func.autodiff import can_read
@@ -157,11 +158,12 @@ def directional_derivatives(
     if batch.samples == 0:
         return tree.leaves(x)[0].new_zeros(0, dtype=_float_dtype(params))
     along = tree.flatten(direction)
-    return torch.func.jvp(
-        lambda trained: losses_of(task, batch, trained),
-        (task.trained,),
-        ({path: along[path] for path in task.trained},),
-    )[1]
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no forward mode
+        return torch.func.jvp(
+            lambda trained: losses_of(task, batch, trained),
+            (task.trained,),
+            ({path: along[path] for path in task.trained},),
+        )[1]
 
 
 def plan_ways(

@@ -67,7 +67,7 @@ class Plan:
     quantity: str
     input_shape: tuple[int, ...]
     entries: tuple[Entry, ...]
-    speeds: Speeds = TYPICAL
+    speeds: Speeds
 
     @property
     def ways(self) -> dict[str, Way]:

@@ -16,6 +16,7 @@ hyper-parameters, the step's metrics), and a noise seed that somebody learns.
 
 from resnet_func.privacy.accounting import NoiseMultiplier, epsilon, epsilon_curve, noise_multiplier
 from resnet_func.privacy.adaptive import AdaptiveNorm, init_private_state
+from resnet_func.privacy.audit import epsilon_lower_bound, insert_canaries, run_audit
 from resnet_func.privacy.noise import gaussian_noise
 from resnet_func.privacy.over_ranks import join_over_ranks
 from resnet_func.privacy.sampling import fixed_size_batches, part, poisson_batches
@@ -27,9 +28,11 @@ __all__ = [
     "NoiseMultiplier",
     "epsilon",
     "epsilon_curve",
+    "epsilon_lower_bound",
     "fixed_size_batches",
     "gaussian_noise",
     "init_private_state",
+    "insert_canaries",
     "join",
     "join_over_ranks",
     "make_private_parts",
@@ -37,5 +40,6 @@ __all__ = [
     "noise_multiplier",
     "part",
     "poisson_batches",
+    "run_audit",
     "sensitivity",
 ]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -72,14 +73,16 @@ def test_an_interrupted_rank_alone_saves(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- under torchrun itself
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """`torchrun -m resnet_func train` of two ranks in a folder, its output in `log`."""
-    words = ["--epochs", "8", "--batch-size", "64", "--seed", "1", "--run-dir", "run", "--rank-timeout", "60"]
+TRAIN = ["train", "--epochs", "8", "--batch-size", "64", "--seed", "1", "--run-dir", "run"]
+
+
+def start(folder: Path, *options: str, words: Sequence[str] = TRAIN) -> subprocess.Popen[str]:
+    """`torchrun -m resnet_func` of two ranks in a folder, its output in `log`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
     folder.mkdir(exist_ok=True)
     with open(folder / "log", "a", encoding="utf-8") as log:
         return subprocess.Popen(
-            [*launcher, "-m", "resnet_func", "train", *words],
+            [*launcher, "-m", "resnet_func", *words],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=log,
@@ -108,22 +111,34 @@ def test_twenty_kills_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path) -> Non
     """A random rank at a random time, twenty times; torchrun starts the group again."""
     whole = start(tmp_path / "whole", "--standalone")
     assert whole.wait(timeout=300) == 0
-    wanted, draw, kills, round_ = newest(tmp_path / "whole/run"), random.Random(0), 0, 0
+    wanted, draw, kills, launches = newest(tmp_path / "whole/run"), random.Random(0), 0, 0
     while kills < 20:
-        folder, round_ = tmp_path / f"broken-{round_}", round_ + 1
-        process = start(folder, "--standalone", "--max-restarts", "20")
-        seen: set[int] = set()
-        while process.poll() is None and kills < 20:
-            ranks = children(process)
-            time.sleep(draw.uniform(2, 9))
-            if ranks and not seen & set(ranks) and is_running(victim := draw.choice(ranks)):
-                os.kill(victim, signal.SIGKILL)
-                kills += 1
-            seen |= set(ranks)
-        assert process.wait(timeout=300) == 0, (folder / "log").read_text()
-        assert newest(folder / "run") == wanted, (folder / "log").read_text()
+        folder, launches = tmp_path / f"broken-{launches}", launches + 1
+        process, log, victims = start(folder, "--standalone", "--max-restarts", "20"), folder / "log", []
+        try:
+            while kills < 20 and trains(process, log, starts=len(victims) + 1):
+                time.sleep(draw.uniform(0, 4))
+                if ranks := children(process):
+                    victims.append(draw.choice(ranks))
+                    os.kill(victims[-1], signal.SIGKILL)
+                    kills += 1
+            assert process.wait(timeout=300) == 0, log.read_text()
+        finally:
+            process.kill()  # where something failed: its ranks end with it
+        assert newest(folder / "run") == wanted, log.read_text()
         assert not [*folder.rglob("*.tmp"), *folder.rglob("launch.txt")]
-        assert not any(map(is_running, seen))
+        assert not any(map(is_running, victims))
+
+
+def trains(process: subprocess.Popen[str], log: Path, starts: int) -> bool:
+    """Waits until the group has begun to train for so many times; False where the run ends before."""
+    end = time.monotonic() + 200
+    while process.poll() is None:
+        if log.read_text().count("ranks: 2") >= starts:
+            return True
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+    return False
 
 
 @pytest.mark.nightly
@@ -140,3 +155,30 @@ def test_a_signal_to_the_launcher_saves_and_leaves_nobody(tmp_path: Path, number
     assert "interrupted: the run is saved; go on with: torchrun" in said[0]
     assert (tmp_path / "run/checkpoints/last.json").is_file()
     assert not any(map(is_running, ranks))
+
+
+@pytest.mark.nightly
+def test_scores_of_ranks_that_are_killed_are_those_of_one_process(tmp_path: Path) -> None:
+    """Two kills at random times; the rows that were written stay."""
+    words = ["train", "--epochs", "1", "--batch-size", "64", "--norm", "group", "--run-dir", "run"]
+    assert start(tmp_path, "--standalone", words=words).wait(timeout=300) == 0
+    scores, scored = ["scores", "run", "--batch-size", "16"], tmp_path / "run/scores.csv"
+    draw = random.Random(0)
+    alone = [sys.executable, "-m", "resnet_func", *scores]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(alone, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=300)
+    wanted = scored.read_bytes()
+    scored.unlink()
+    process = start(tmp_path, "--standalone", "--max-restarts", "2", words=scores)
+    for _ in range(2):
+        ranks, written, end = children(process), set(tmp_path.glob("run/*.zarr/c/*")), time.monotonic() + 120
+        while set(tmp_path.glob("run/*.zarr/c/*")) == written and process.poll() is None:
+            assert time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 1))
+        if ranks and process.poll() is None:
+            os.kill(draw.choice(ranks), signal.SIGKILL)
+            time.sleep(1)
+    assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert scored.read_bytes() == wanted
+    assert not list(tmp_path.glob("run/*.zarr*"))

@@ -9,6 +9,7 @@ import resnet_func as rf
 from resnet_func import losses
 from resnet_func import per_sample as ps
 from resnet_func.attribution import (
+    diagonal_fisher,
     forgetting,
     found_share,
     ranks,
@@ -47,6 +48,22 @@ def test_every_score_is_its_definition_averaged_over_checkpoints() -> None:
     for name, parts in expected.items():
         close(scores.values[name], torch.stack(parts).mean(0))
     assert torch.equal(scores.predictions, logits.argmax(1))
+
+
+def test_ekfac_and_the_diagonal_choose_their_damping() -> None:
+    model, params, state = tiny()
+    data = batches(5, 1)
+    x, y = joined(data)
+    names = ["self_influence_ekfac", "self_influence_diagonal"]
+    scores = score_dataset(model, CE, names)([(params, state)], data)
+    gradients = ps.grads(model, CE)(params, state, x, y)
+    for name, curvature in (
+        ("self_influence_ekfac", sampled_ekfac(model, CE)(params, state, data)),
+        ("self_influence_diagonal", diagonal_fisher(model, CE)(params, state, data)),
+    ):
+        close(
+            scores.values[name], (rows_of(gradients) * rows_of(curvature.inverse_product(gradients))).sum(1)
+        )
 
 
 def test_ranks_put_the_most_suspicious_first_and_nan_before_all() -> None:

@@ -7,6 +7,7 @@ import torch
 
 import resnet_func as rf
 from benchmarks.forms import peers
+from benchmarks.forms.networks import Case
 from resnet_func import tree
 from resnet_func.losses import cross_entropy
 from tests.per_sample.cases import generator
@@ -26,7 +27,7 @@ def test_peers_agree_in_float64(name: str, peer: str) -> None:
     _, norms = rf.per_sample.clipped_sum(model, cross_entropy, max_norm=1.0)(params, state, x, y)
     max_norm = float(norms.median())  # clips some samples, and leaves others alone
     total, _ = rf.per_sample.clipped_sum(model, cross_entropy, max_norm=max_norm)(params, state, x, y)
-    got, got_norms = peers.make_peer(peer, model.config, params, x, y, max_norm)()
+    got, got_norms = peers.make_peer(peer, Case(name, model, params, state, x, y), max_norm)()
     torch.testing.assert_close(got_norms, norms, rtol=1e-10, atol=0)
     # Opacus adds 1e-6 to each norm before it divides
     error = tree.norm(tree.map(torch.sub, got, total)) / tree.norm(total)

@@ -130,7 +130,81 @@ def test_what_is_wrong_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) 
     options = per_sample.Options(model="resnet8", batch=3, size=8)
     case = per_sample.make_case(options, "cpu")  # type: ignore[arg-type]
     step = per_sample.make_step(name, options, case)
-    loop_check.check({name: step}, case, allowed=5e-3)
+    allowed = loop_check.allowed_error(case)
+    loop_check.check({name: step}, case, allowed)
     other = case._replace(y=(case.y + 1) % 10)
     with pytest.raises(measure.Disagreement, match=f"{name} is wrong"):
-        loop_check.check({name: step}, other, allowed=5e-3)
+        loop_check.check({name: step}, other, allowed)
+
+
+NETWORK = """
+from torch import nn
+
+
+def net():
+    norm = nn.BatchNorm2d(4)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(NETWORK)
+    return f"{tmp_path / 'mine.py'}:net"
+
+
+def test_a_network_of_ones_own_is_measured_as_it_is(own: str, tmp_path: Path) -> None:
+    words = ["--model", own, "--size", "8", "--quick", "--no-memory", "--results", str(tmp_path)]
+    assert main(["per-sample", *words]) == 0
+    (path,) = tmp_path.glob("per-sample-mine-net-n4-8px-*.json")
+    result = json.loads(path.read_text())
+    assert set(result["errors"]) == {per_sample.BASELINE, per_sample.AGAIN, *per_sample.OURS}
+    assert max(result["errors"].values()) < 1e-4
+
+
+def test_peers_that_do_not_take_a_network_are_left_out_with_their_reason(
+    own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, case: Any, max_norm: float) -> Any:
+        raise NotImplementedError("BatchNorm")
+
+    monkeypatch.setattr(per_sample, "make_peer", refuse)
+    options = per_sample.Options(model=own, batch=2, size=8, peers=True)
+    case = per_sample.make_case(options, "cpu")  # type: ignore[arg-type]
+    steps, skipped = per_sample.make_steps(["norms", *per_sample.OTHERS], options, case)
+    assert list(steps) == ["norms"]
+    assert list(skipped) == list(per_sample.OTHERS)
+    assert skipped["Opacus, hooks"] == "NotImplementedError: BatchNorm"
+    assert "the zoo's networks only" in skipped[per_sample.JAX_PLAIN]
+
+
+def test_peers_that_are_wrong_about_a_network_are_left_out_with_their_error(own: str) -> None:
+    options = per_sample.Options(model=own, batch=2, size=8)
+    case = per_sample.make_case(options, "cpu")  # type: ignore[arg-type]
+    right = per_sample.make_step("clipped_sum", options, case)
+
+    def twice() -> Any:
+        total, norms = right()
+        return total, 2 * norms
+
+    steps, skipped = {"clipped_sum": right, "Opacus, ghost": right, "Opacus, hooks": twice}, {}
+    assert set(per_sample.check_steps(steps, skipped, options, case)) == {"clipped_sum", "Opacus, ghost"}
+    assert set(steps) == {"clipped_sum", "Opacus, ghost"}
+    assert skipped["Opacus, hooks"].startswith("Opacus, hooks is wrong: relative error of its norms 1,")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("torchvision:resnet19", "torchvision has no model 'resnet19'"),
+        ("no_such.py:net", "no Python file at no_such.py"),
+        ("torch.nn:Identity", "must return logits"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    model: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["per-sample", "--model", model]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -250,3 +250,9 @@ def test_a_worker_with_another_loss_is_not_timed(
     monkeypatch.setattr(allocator, "start_worker", start_thread)
     assert main(["allocator", "--quick", "--threads", "1", "--no-write", "--without", "ours", "tuned"]) == 1
     assert "computes another loss, 1.1, than" in capsys.readouterr().err
+
+
+def test_private_steps(tmp_path: Path) -> None:
+    result = toy_run("private --threads 1 --views 2 --no-memory", tmp_path)
+    names = {"plain", "plain again", "plain, views", "private", "private, adaptive", "private, views"}
+    check_figures(result["figures"], names)

@@ -79,7 +79,15 @@ def test_the_museum_has_the_bugs_it_was_built_for() -> None:
 
 
 def test_no_two_exhibits_share_a_name() -> None:
-    subjects = (museum.layers, museum.network, museum.training, museum.per_sample, museum.borders)
+    subjects = (
+        museum.layers,
+        museum.network,
+        museum.training,
+        museum.per_sample,
+        museum.curvature,
+        museum.privacy,
+        museum.borders,
+    )
     assert len(museum.EXHIBITS) == sum(len(subject.EXHIBITS) for subject in subjects)
 
 

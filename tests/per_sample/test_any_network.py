@@ -205,6 +205,35 @@ def test_torchvisions_module_and_our_config_give_the_same(norm: str) -> None:
         assert_trees_near(make(model)(params, state, x, y), make(config)(params, state, x, y), 1e-12)
 
 
+class Attention(nn.Module):
+    """Fused attention, whose kernels have no forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 24), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.first(x).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (Attention(), torch.randn(N, 5, 8, generator=generator(0), dtype=torch.float64)),
+        (nn.Sequential(nn.Embedding(5, 3, padding_idx=1), *head(6)), torch.tensor([[0, 1], [1, 1]] * 2)),
+    ],
+    ids=["attention", "embedding"],
+)
+def test_dot_where_forward_mode_is_not_what_reverse_mode_is(module: nn.Module, x: Tensor) -> None:
+    model, params, state = rf.from_module(module.double())
+    y = torch.arange(N) % CLASSES
+    grads = ps.grads(model, losses.cross_entropy, method="loop")(params, state, x, y)
+    products = [(g * p).flatten(1).sum(1) for g, p in zip(*map(tree.leaves, (grads, params)), strict=True)]
+    got = ps.dot(model, losses.cross_entropy)(params, state, x, y, params)
+    assert_trees_near(got, torch.stack(products).sum(0))
+
+
 WRAPPERS: dict[str, Callable[[Model], Model]] = {
     "flips": rf.train.average_flips,
     "winograd": rf.winograd.wrap,
@@ -269,6 +298,23 @@ def test_hidden_batch_statistics_are_refused() -> None:
 
 def test_coupled_samples_are_refused() -> None:
     refused(Mean(), images(7), "Are samples coupled")
+
+
+class Flattened(nn.Module):
+    """Positions of all samples as one batch, `[N * T, C]`, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(7, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x.flatten(0, 1)))
+        return self.head(y.unflatten(0, x.shape[:2]).mean(1))
+
+
+def test_positions_folded_into_the_batch_are_refused() -> None:
+    x = torch.randn(N, 6, 7, generator=generator(0), dtype=torch.float64)
+    refused(Flattened(), x, r"linear takes a trainable leaf.*batch dimension in front, or use method='vmap'")
 
 
 def test_a_lost_batch_dimension_is_refused() -> None:

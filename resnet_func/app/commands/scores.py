@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from resnet_func.app import batches, run_folder, scoring, training_record
+from resnet_func.app import batches, dealing, launch, run_folder, scoring, training_record
 from resnet_func.app.commands.common import configure, plain_console, say
 from resnet_func.app.errors import UsageError, warn
 from resnet_func.app.options import Scores
@@ -21,22 +21,41 @@ SHOWN = 64
 
 
 def main(options: Scores) -> None:
-    """Write scores.csv, suspects.png, and found.png where wrong labels were planted; give advice."""
-    output, folders = plain_console(), options.runs or (run_folder.latest(),)
+    """Write scores.csv, suspects.png, and found.png where wrong labels were planted; give advice.
+
+    Under torchrun every rank scores its part of the images.
+    """
+    with launch.group(options.machine.device, timeout=options.machine.rank_timeout) as group:
+        _score(options, group)
+
+
+def _score(options: Scores, group: launch.Group) -> None:
+    output, folders = plain_console(quiet=group.rank > 0), options.runs or (run_folder.latest(),)
     machine = scoring.exact(configure(options.machine))
     experiments = [run_folder.read_config(folder)[0] for folder in folders]
     scoring.check_same_data(experiments)
     experiment, folder = experiments[0], folders[0]
     names = _names(options, folders)
+    if group.ranks:
+        dealing.check_dealt(names)
     rank_by = options.rank_by or ("margin" if "margin" in names else names[0])
     if options.data_dir is not None:
         experiment = replace(experiment, data_dir=str(options.data_dir))
-    training, _ = batches.load_training(experiment)
+    training, _ = group.first_on_node(lambda: batches.load_training(experiment))
     for each in folders:
         batches.check_classes(run_folder.read_config(each)[1], training.source)
-    scores, warnings = scoring.score_runs(
-        folders, training, names, machine, batch_size=options.batch_size, progress=output.is_terminal
+    scored = scoring.score_runs(
+        folders,
+        training,
+        names,
+        machine,
+        group=group,
+        batch_size=options.batch_size,
+        progress=output.is_terminal,
     )
+    if scored is None:
+        return
+    scores, warnings = scored
     for warning in warnings:
         warn(warning)
     title = f"{experiment.recipe.model} on {experiment.dataset}"
