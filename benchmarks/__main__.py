@@ -21,6 +21,7 @@ COMMANDS = {
     "roofline": "benchmarks.commands.roofline",
     "ensembles": "benchmarks.commands.ensembles",
     "scaling": "benchmarks.commands.scaling",
+    "processes": "benchmarks.commands.processes",
     "scores": "benchmarks.commands.scores",
     "lds": "benchmarks.commands.lds",
     "curvature": "benchmarks.commands.curvature",

@@ -11,9 +11,7 @@ from torch import Tensor
 DEVICES_WITHOUT_FLOAT64 = frozenset({"mps"})
 # asked here once: torch 2.11 cannot compile the question
 DEVICES_WITHOUT_AUTOCAST = frozenset(
-    kind
-    for kind in ("meta", "lazy", "vulkan", "fpga", "ve")
-    if not torch.amp.is_autocast_available(kind)
+    kind for kind in ("meta", "lazy", "vulkan", "fpga", "ve") if not torch.amp.is_autocast_available(kind)
 )
 
 

@@ -37,6 +37,7 @@ PROMISED = """
     per_sample.grads per_sample.norms per_sample.layer_norms per_sample.clipped_sum per_sample.gram
     per_sample.layer_grams per_sample.ntk per_sample.sketch per_sample.moments per_sample.plan
     per_sample.Quantity per_sample.sketch_quantity per_sample.detect_nonfinite
+    attribution.score_dataset attribution.trak attribution.tracin attribution.influence attribution.lds
     winograd.wrap zoo.config zoo.by_name zoo.ZOO
 """.split()  # noqa: SIM905
 

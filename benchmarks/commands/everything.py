@@ -33,6 +33,8 @@ FULL = (
     "roofline --model resnet18 --batch 32",
     "ensembles --model resnet20 --members 4 16 --without matrix",  # those alone take half an hour
     "scaling --model resnet20",
+    "processes --model resnet20 --batch 128",
+    "processes --model resnet18 --batch 32",
     "scores --model resnet20 --batch 128 --peers",
     "curvature --model resnet20 --batch 64",
     "curvature --model resnet18 --batch 32",

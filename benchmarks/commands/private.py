@@ -132,8 +132,7 @@ def private_step(case: Case, x: Tensor, sigma: float, name: str) -> Step:
 
 def peer_step(name: str, case: Case, sigma: float) -> Step:
     """Opacus's clipped sum with its noise, and the same step of SGD."""
-    assert case.model.config is not None
-    summed = make_peer(name, case.model.config, case.params, case.x, case.y, MAX_NORM)
+    summed = make_peer(name, case, MAX_NORM)
     optimizer, generator = optim.sgd(LR), torch.Generator(case.x.device).manual_seed(0)
     opt_state = optimizer.init(case.params)
 

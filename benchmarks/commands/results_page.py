@@ -22,6 +22,7 @@ from benchmarks.commands import (
     lds,
     per_sample,
     private,
+    processes,
     roofline,
     scaling,
     scores,
@@ -41,6 +42,7 @@ MODULES = {
     "throughput": throughput,
     "ensembles": ensembles,
     "scaling": scaling,
+    "processes": processes,
     "curvature": curvature,
     "roofline": roofline,
     "scores": scores,
@@ -53,6 +55,7 @@ TITLES = {
     "throughput": "Every form of a step",
     "ensembles": "Several networks at once",
     "scaling": "Batch size and threads",
+    "processes": "Processes, and a simulation of many GPUs",
     "curvature": "Curvature",
     "roofline": "The roofline",
     "scores": "Scores of every sample",
@@ -271,6 +274,7 @@ def roofline_tables(group: Sequence[Result]) -> list[str]:
 
 SECTIONS: dict[str, Callable[[Sequence[Result]], list[str]]] = {
     "scaling": scaling_tables,
+    "processes": lambda group: processes.section([(result.machine, result.content) for result in group]),
     "roofline": roofline_tables,
     "lds": lambda group: lds.section([(result.machine, result.content) for result in group]),
 }

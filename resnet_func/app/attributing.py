@@ -35,7 +35,7 @@ from resnet_func.attribution.store import CHUNK_ROWS
 from resnet_func.losses import cross_entropy
 
 FOLDER = "attribution"
-DAMPING = 1e-3
+DAMPING = 0.1
 
 # `progress(what, rows)` gives a function that is told the rows done
 Progress: TypeAlias = Callable[[str, int], Callable[[int], object]]

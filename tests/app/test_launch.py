@@ -115,13 +115,16 @@ def test_twenty_kills_end_in_the_bytes_of_an_unbroken_run(tmp_path: Path) -> Non
     while kills < 20:
         folder, launches = tmp_path / f"broken-{launches}", launches + 1
         process, log, victims = start(folder, "--standalone", "--max-restarts", "20"), folder / "log", []
-        while kills < 20 and trains(process, log, starts=len(victims) + 1):
-            time.sleep(draw.uniform(0, 4))
-            if ranks := children(process):
-                victims.append(draw.choice(ranks))
-                os.kill(victims[-1], signal.SIGKILL)
-                kills += 1
-        assert process.wait(timeout=300) == 0, log.read_text()
+        try:
+            while kills < 20 and trains(process, log, starts=len(victims) + 1):
+                time.sleep(draw.uniform(0, 4))
+                if ranks := children(process):
+                    victims.append(draw.choice(ranks))
+                    os.kill(victims[-1], signal.SIGKILL)
+                    kills += 1
+            assert process.wait(timeout=300) == 0, log.read_text()
+        finally:
+            process.kill()  # where something failed: its ranks end with it
         assert newest(folder / "run") == wanted, log.read_text()
         assert not [*folder.rglob("*.tmp"), *folder.rglob("launch.txt")]
         assert not any(map(is_running, victims))

@@ -300,6 +300,23 @@ def test_coupled_samples_are_refused() -> None:
     refused(Mean(), images(7), "Are samples coupled")
 
 
+class Flattened(nn.Module):
+    """Positions of all samples as one batch, `[N * T, C]`, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(7, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x.flatten(0, 1)))
+        return self.head(y.unflatten(0, x.shape[:2]).mean(1))
+
+
+def test_positions_folded_into_the_batch_are_refused() -> None:
+    x = torch.randn(N, 6, 7, generator=generator(0), dtype=torch.float64)
+    refused(Flattened(), x, r"linear takes a trainable leaf.*batch dimension in front, or use method='vmap'")
+
+
 def test_a_lost_batch_dimension_is_refused() -> None:
     x = torch.randn(N, 6, 7, generator=generator(0), dtype=torch.float64)
     refused(SequenceFirst(), x, "batch dimension in front, or use method='vmap'")

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
+
 from resnet_func import calibration
 from resnet_func.app import batches, budget, data, guarantee, launch, parts, run, run_folder, runtime
 from resnet_func.app.commands.common import configure, describe_data, plain_console, say
@@ -78,10 +80,15 @@ def _train(options: Train, folder: Path, group: launch.Group, *, resume: bool, s
             run_folder.forget_launch(folder)  # on purpose: no start after it goes on by itself
         command = "torchrun ... -m resnet_func" if group.ranks else "resnet-func"
         raise Interrupted(f"the run is saved; go on with: {command} train --resume {folder}") from None
-    if group.rank:
-        return
-    run_folder.forget_launch(folder)
-    title = f"{recipe.model} on {options.dataset}"
+    # the others wait: were one killed meanwhile, the group would start again, and find the run by its mark
+    group.from_first(lambda: _finish(experiment, splits, result, folder, output))
+
+
+def _finish(
+    experiment: Experiment, splits: data.Splits, result: run.Result, folder: Path, output: Console
+) -> str:
+    """Draw the pictures and say how it went."""
+    title = f"{experiment.recipe.model} on {experiment.dataset}"
     plots.curves(result.records, folder / "curves.png", title)
     report.write_pictures(result.evaluation, splits.test, result.trained.task.classes, folder, title)
     say(
@@ -92,6 +99,8 @@ def _train(options: Train, folder: Path, group: launch.Group, *, resume: bool, s
     if experiment.privacy is not None:
         spent = result.records[-1]["epsilon"] if result.records else 0.0
         say(output, f"spent: epsilon {spent:.4g} of {experiment.privacy.epsilon:g}")
+    run_folder.forget_launch(folder)
+    return "finished"
 
 
 def _budget(experiment: Experiment, splits: data.Splits) -> guarantee.Budget:
