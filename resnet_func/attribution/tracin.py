@@ -16,7 +16,7 @@ from resnet_func.attribution.quantities import Checkpoint
 from resnet_func.numerics import widen
 from resnet_func.per_sample import grads, over_dataset
 from resnet_func.per_sample.dataset import Batches
-from resnet_func.per_sample.factors import grad_rows
+from resnet_func.per_sample.layers.factors import grad_rows
 from resnet_func.per_sample.options import Options
 from resnet_func.types import LossFn, Model, Params
 

@@ -17,8 +17,6 @@ from torch.func import debug_unwrap
 from resnet_func import tree
 from resnet_func.autodiff import hangs_on_others, is_differentiated, is_ordinary, nodes_of
 from resnet_func.losses import check_per_sample
-from resnet_func.per_sample import layer_factors
-from resnet_func.per_sample.factors import ConvFactors, Derived, Direct, Factors, Several
 from resnet_func.per_sample.intercept import (
     Call,
     Calls,
@@ -28,6 +26,8 @@ from resnet_func.per_sample.intercept import (
     substitute,
     tensors_of,
 )
+from resnet_func.per_sample.layers import layer_factors
+from resnet_func.per_sample.layers.factors import ConvFactors, Derived, Direct, Factors, Several
 from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State, Trainable
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from resnet_func import curvature, files
-from resnet_func.app import batches, run_folder, scoring
+from resnet_func.app import batches, run_folder
+from resnet_func.app.answers import scoring
 from resnet_func.app.batches import Preparer
 from resnet_func.app.commands.common import configure, load, plain_console, say
 from resnet_func.app.errors import UsageError
