@@ -17,7 +17,7 @@ from rich.table import Table
 from parity.steps import perturbed
 from resnet_func.app import checkpoint
 from resnet_func.app.names import printable
-from resnet_func.models.load import load_network
+from resnet_func.models.interop.load import load_network
 from resnet_func.testing import LAWS, LawResult, assert_trees_equal, check_laws, randn
 from resnet_func.testing.laws import check_law
 from resnet_func.testing.shadow import Case, bounded_loss

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     )
     from resnet_func.models import winograd, zoo
     from resnet_func.models.config import ResNetConfig
-    from resnet_func.models.load import load_network
-    from resnet_func.models.modules import from_function, from_module
-    from resnet_func.models.pretrained import pretrained
+    from resnet_func.models.interop.load import load_network
+    from resnet_func.models.interop.modules import from_function, from_module
+    from resnet_func.models.interop.pretrained import pretrained
+    from resnet_func.models.interop.state_dicts import from_state_dict, to_state_dict
+    from resnet_func.models.interop.to_module import to_module
     from resnet_func.models.resnet import build
-    from resnet_func.models.state_dicts import from_state_dict, to_state_dict
-    from resnet_func.models.to_module import to_module
     from resnet_func.models.zoo import (
         resnet18,
         resnet20,
@@ -76,13 +76,13 @@ _NAMES = {
     "ResNetConfig": "models.config",
     "TrainState": "types",
     "build": "models.resnet",
-    "from_function": "models.modules",
-    "from_module": "models.modules",
-    "from_state_dict": "models.state_dicts",
-    "load_network": "models.load",
-    "pretrained": "models.pretrained",
-    "to_module": "models.to_module",
-    "to_state_dict": "models.state_dicts",
+    "from_function": "models.interop.modules",
+    "from_module": "models.interop.modules",
+    "from_state_dict": "models.interop.state_dicts",
+    "load_network": "models.interop.load",
+    "pretrained": "models.interop.pretrained",
+    "to_module": "models.interop.to_module",
+    "to_state_dict": "models.interop.state_dicts",
     **dict.fromkeys(variants.ZOO, "models.zoo"),
 }
 """Names of other modules that are the library's own, too."""

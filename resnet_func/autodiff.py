@@ -6,7 +6,7 @@ be differentiated in place of faster ones, where nobody asks for a second deriva
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -27,7 +27,7 @@ class Gradient(NamedTuple):
     aux: Any
 
 
-def value_and_grad(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree) -> Gradient:
+def value_and_grad(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree, others: Any = None) -> Gradient:
     """The gradient of `fn(primals)[0].sum()` with respect to `primals`.
 
     Where the value is being differentiated, in reverse or forward mode, by an outer transform too, and with
@@ -36,17 +36,93 @@ def value_and_grad(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree) -> G
     Args:
         fn: Returns `(value, aux)`; aux is a pytree of tensors.
         primals: Any pytree of tensors.
+        others: A pytree of the other tensors that `fn` looks at. Where it is given, and no transform is
+            around this call, ordinary autograd does the same by the same kernels, without `vjp`'s price.
 
     >>> value, grad, _ = value_and_grad(lambda p: ((p["a"] ** 2).sum(), ()), {"a": torch.tensor([1.0, 3.0])})
     >>> value, grad
     (tensor(10.), {'a': tensor([2., 6.])})
     """
+    if others is not None and is_ordinary(primals, others):
+        found = _by_autograd(fn, primals)
+        if found is not None:
+            return found
     value, pullback, aux = cast(
         tuple[Tensor, Callable[..., Any], Any], torch.func.vjp(fn, primals, has_aux=True)
     )
     differentiable = is_differentiated(value)
     (grad,) = pullback(torch.ones_like(value), retain_graph=differentiable, create_graph=differentiable)
     return Gradient(value, grad, aux)
+
+
+def is_ordinary(*trees: Any) -> bool:
+    """Whether all leaves are tensors with values that no transform looks on, and nobody differentiates.
+
+    >>> is_ordinary({"w": torch.ones(2)}), is_ordinary(torch.ones(2, requires_grad=True))
+    (True, False)
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or _is_inside_a_transform():
+        return False
+    leaves = [leaf for leaf in tree.leaves(trees) if isinstance(leaf, Tensor)]
+    return not any(leaf.is_inference() or not can_read(leaf) or is_differentiated(leaf) for leaf in leaves)
+
+
+def _is_inside_a_transform() -> bool:
+    """Whether a `torch.func` transform is around this call: they all refuse this, and say so."""
+    try:
+        torch.empty(0, dtype=torch.float32, device="cpu").requires_grad_()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _by_autograd(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree) -> Gradient | None:
+    """Ordinary autograd; None where somebody looks on through a tensor that was not named."""
+    outside = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = tree.map(lambda leaf: leaf.detach().requires_grad_(), primals)
+        value, aux = fn(inputs)
+        leaves = tree.leaves(inputs)
+        if outside and hangs_on_others(value, leaves):
+            return None
+        found: list[Tensor | None] = [None] * len(leaves)
+        if value.requires_grad and leaves:
+            found = [*torch.autograd.grad(value, leaves, torch.ones_like(value), allow_unused=True)]
+    pairs = zip(leaves, found, strict=True)
+    grads = iter([torch.zeros_like(leaf) if grad is None else grad for leaf, grad in pairs])
+    grad = tree.map(lambda leaf: next(grads).detach(), inputs)
+    return Gradient(value.detach(), grad, tree.map(Tensor.detach, aux))
+
+
+def hangs_on_others(value: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Whether autograd's graph of a value has other leaves than these.
+
+    >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    >>> hangs_on_others(a * 2, [a]), hangs_on_others(a * b, [a])
+    (False, True)
+    """
+    known = {id(leaf) for leaf in leaves}
+    if value.grad_fn is None:
+        return value.requires_grad and id(value) not in known
+    variables = (getattr(node, "variable", None) for node in nodes_of(value))
+    return any(variable is not None and id(variable) not in known for variable in variables)
+
+
+def nodes_of(value: Tensor) -> Iterator[Any]:
+    """The nodes of autograd's graph of a value, each once.
+
+    >>> a = torch.ones(2, requires_grad=True)
+    >>> [node.name().rsplit("::")[-1] for node in nodes_of(a * a)]
+    ['MulBackward0', 'AccumulateGrad']
+    """
+    waiting = [value.grad_fn] if value.grad_fn is not None else []
+    seen: set[Any] = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        after = {one for one, _ in node.next_functions if one is not None} - seen
+        seen |= after
+        waiting.extend(after)
 
 
 def is_differentiated(value: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch.func import grad, jacrev, jvp, vmap
 from torch.profiler import ProfilerActivity, profile
 
 from resnet_func import tree
-from resnet_func.autodiff import detach_leaves, is_differentiated, value_and_grad
+from resnet_func.autodiff import detach_leaves, is_differentiated, is_ordinary, value_and_grad
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(2, 4, 3)
 AT = torch.tensor([0.3, -0.7, 1.1, 0.2], dtype=torch.float64)
@@ -165,3 +165,66 @@ def test_nobody_who_differentiates_is_noticed() -> None:
     with torch.no_grad():
         fn(RATE.clone().requires_grad_())
     assert answers == [False, False, False]
+
+
+# --- ordinary autograd, where nobody looks on ---
+
+
+def squares(params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    return (params["w"] * x).square().sum(), x * params["w"]
+
+
+@pytest.fixture
+def vjps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often `torch.func.vjp` was called."""
+    calls: list[int] = []
+    vjp = torch.func.vjp
+    monkeypatch.setattr(torch.func, "vjp", lambda *args, **kwargs: calls.append(1) or vjp(*args, **kwargs))
+    return calls
+
+
+def gradient_of_squares(w: Tensor, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def fn(params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        value, aux = squares(params, x)
+        return (value if hidden is None else value * hidden), aux
+
+    return value_and_grad(fn, {"w": w, "unused": w.clone()}, others=x).grad["w"]
+
+
+def test_ordinary_autograd_gives_the_same(vjps: list[int]) -> None:
+    w, x = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5])
+    value, grad, aux = value_and_grad(lambda p: squares(p, x), {"w": w, "unused": w}, others=x)
+    assert not vjps
+    assert torch.equal(grad["w"], 2 * w * x * x)
+    assert torch.equal(grad["unused"], torch.zeros(2))
+    assert not any(tensor.requires_grad for tensor in (value, grad["w"], grad["unused"], aux))
+    assert not w.requires_grad
+    with torch.no_grad():
+        assert torch.equal(gradient_of_squares(w, x), grad["w"])
+        assert torch.equal(gradient_of_squares(w, x.clone().requires_grad_()), grad["w"])
+    constant = value_and_grad(lambda p: (x.sum(), x), {"w": w}, others=x)
+    assert torch.equal(constant.grad["w"], torch.zeros(2))
+    assert not vjps
+
+
+def test_whoever_looks_on_gets_the_derivative(vjps: list[int]) -> None:
+    """Through the primals, through what was named, and through what was not."""
+    w, x, one = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5]), torch.ones(())
+    want = 4 * w * x
+    assert torch.equal(torch.func.jacrev(lambda x: gradient_of_squares(w, x).sum())(x), want)
+    assert torch.equal(torch.func.jvp(lambda x: gradient_of_squares(w, x), (x,), (x,))[1], want * x)
+    assert torch.equal(torch.func.grad(lambda w: gradient_of_squares(w, x).sum())(w), 2 * x * x)
+    by_hidden = (2 * w * x * x).sum()
+    assert torch.equal(torch.func.grad(lambda h: gradient_of_squares(w, x, h).sum())(one), by_hidden)
+    leaf, hidden = x.clone().requires_grad_(), one.clone().requires_grad_()
+    assert torch.equal(torch.autograd.grad(gradient_of_squares(w, leaf).sum(), leaf)[0], want)
+    assert torch.equal(torch.autograd.grad(gradient_of_squares(w, x, hidden).sum(), hidden)[0], by_hidden)
+    stacked = torch.func.vmap(lambda h: gradient_of_squares(w, x, h))(torch.tensor([1.0, 2.0]))
+    assert torch.equal(stacked, torch.stack([2 * w * x * x, 4 * w * x * x]))
+    assert len(vjps) >= 7
+
+
+def test_inference_tensors_are_left_to_vjp() -> None:
+    with torch.inference_mode():
+        w = torch.ones(2)
+    assert not is_ordinary(w)

@@ -18,10 +18,17 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "resnet_func"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-ATEN = {"per_sample/contract.py"}
+ATEN = {"per_sample/layers/contract.py"}
 # Only names, words and data; `python -m resnet_func`; what the folder as a whole is tested for.
 UNTESTED = {"types.py", "__main__.py", "app/errors.py", "models/variants.py"}
-TESTED_AS_A_WHOLE = {"per_sample", "optim", "testing", "app/commands"}
+TESTED_AS_A_WHOLE = {
+    "per_sample",
+    "per_sample/layers",
+    "per_sample/quantities",
+    "optim",
+    "testing",
+    "app/commands",
+}
 
 # What README.md and the design promise, and where from.
 PROMISED = """
@@ -37,6 +44,7 @@ PROMISED = """
     per_sample.grads per_sample.norms per_sample.layer_norms per_sample.clipped_sum per_sample.gram
     per_sample.layer_grams per_sample.ntk per_sample.sketch per_sample.moments per_sample.plan
     per_sample.Quantity per_sample.sketch_quantity per_sample.detect_nonfinite
+    attribution.score_dataset attribution.trak attribution.tracin attribution.influence attribution.lds
     winograd.wrap zoo.config zoo.by_name zoo.ZOO
 """.split()  # noqa: SIM905
 

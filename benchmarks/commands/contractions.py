@@ -15,9 +15,10 @@ from benchmarks.harness.options import Step
 from resnet_func import calibration
 from resnet_func.calibration import Speeds
 from resnet_func.losses import cross_entropy
-from resnet_func.per_sample import contract, plan
+from resnet_func.per_sample import plan
 from resnet_func.per_sample.capture import Batch, capture, make_task
-from resnet_func.per_sample.factors import ConvFactors, Direct, num_samples
+from resnet_func.per_sample.layers import contract
+from resnet_func.per_sample.layers.factors import ConvFactors, Direct, num_samples
 
 HOPELESS = 20  # times the other way's estimated cost: not tried, and more memory than there is
 WAYS = {"norms": ("ghost", "materialize"), "clipped_sum": ("ghost", "materialize", "keep")}

@@ -73,7 +73,7 @@ class Options(Output):
     """Networks trained on all images, which the methods look at."""
     dim: int = 4096
     """Numbers in a sketch."""
-    damping: float = 1e-3
+    damping: float = 0.1
     """Of TRAK, as a share of the mean diagonal entry."""
     peers: bool = False
     """Measure traker and dattri, too; needs the extra `bench`."""

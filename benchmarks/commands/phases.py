@@ -26,9 +26,9 @@ from benchmarks.harness.statistics import Ratio, Seconds, ratio
 from resnet_func import tree
 from resnet_func.calibration import Speeds
 from resnet_func.losses import cross_entropy
-from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Batch, capture, make_task, run_under_interception
-from resnet_func.per_sample.factors import Direct, Factors
+from resnet_func.per_sample.layers import contract
+from resnet_func.per_sample.layers.factors import Direct, Factors
 from resnet_func.per_sample.plan import plan_factors
 
 Step = Callable[[], Any]

@@ -23,8 +23,8 @@ from parity.sections.isomorphism import assert_isomorphic
 from parity.steps import function_step, perturbed
 from resnet_func import tree
 from resnet_func.app.names import printable
+from resnet_func.models.interop.load import load_network
 from resnet_func.models.layer_calls import record_values
-from resnet_func.models.load import load_network
 from resnet_func.testing import randn
 from resnet_func.testing.assertions import describe_difference
 from resnet_func.testing.shadow import cast_floating, first_line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, both, constant, edit
-from resnet_func.models import checkpoint_names, modules, state_dicts
+from resnet_func.models.interop import checkpoint_names, modules, state_dicts
 from resnet_func.testing import assertions
 
 EXHIBITS = [

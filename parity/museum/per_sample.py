@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, both, edit
-from resnet_func.per_sample import (
-    capture,
-    contract,
-    ghost,
-    intercept,
-    layer_factors,
-    noise_scale,
-    options,
-    quantity,
-    reference,
-)
+from resnet_func.per_sample import capture, intercept, options, reference
+from resnet_func.per_sample.layers import contract, ghost, layer_factors
+from resnet_func.per_sample.quantities import noise_scale, quantity
 
 INSTANCE_NORM = edit(
     reference._gradient_of_one,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, edit
-from resnet_func.app import guarantee, seeds
-from resnet_func.per_sample import quantity
+from resnet_func.app.private import guarantee, seeds
+from resnet_func.per_sample.quantities import quantity
 from resnet_func.privacy import accounting, adaptive, noise, sampling, step
 
 AUDIT = "privacy/an-audit-refutes-no-true-claim"

@@ -16,7 +16,7 @@ from parity.properties.per_sample import grads, of
 from parity.properties.table import needs, prop
 from resnet_func import tree
 from resnet_func.losses import cross_entropy
-from resnet_func.per_sample.quantity import by_layer
+from resnet_func.per_sample.quantities.quantity import by_layer
 from resnet_func.testing import Batch, Network, assert_trees_near
 from resnet_func.types import Params
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from parity.cell import Cell
 from parity.reference import module as reference
 from parity.steps import function_step, loaded, module_step, perturbed
-from resnet_func.models import modules, zoo
+from resnet_func.models import zoo
+from resnet_func.models.interop import modules
 from resnet_func.testing import assert_trees_equal, generator, randn
 from resnet_func.train import to_memory_format
 from resnet_func.types import Model, Params, State

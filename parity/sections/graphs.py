@@ -39,7 +39,8 @@ from parity.reference import module as reference
 from parity.sections.isomorphism import Trace, assert_isomorphic
 from parity.steps import function_step
 from resnet_func import tree
-from resnet_func.models import modules, zoo
+from resnet_func.models import zoo
+from resnet_func.models.interop import modules
 from resnet_func.testing import generator
 from resnet_func.types import Params, State
 

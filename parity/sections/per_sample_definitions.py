@@ -11,9 +11,9 @@ from torch import Tensor
 from parity.sections.per_sample_networks import Case
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
-from resnet_func.per_sample import quantity
-from resnet_func.per_sample.factors import Direct
-from resnet_func.per_sample.projections import Projection
+from resnet_func.per_sample.layers.factors import Direct
+from resnet_func.per_sample.quantities import quantity
+from resnet_func.per_sample.quantities.projections import Projection
 from resnet_func.types import LossFn
 
 loss_fn = losses.cross_entropy

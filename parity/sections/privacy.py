@@ -19,8 +19,8 @@ import resnet_func as rf
 from parity import audit
 from parity.cell import Cell
 from resnet_func import optim, privacy, tree
-from resnet_func.app import guarantee, seeds
 from resnet_func.app.experiment import Privacy
+from resnet_func.app.private import guarantee, seeds
 from resnet_func.app.recipes import Recipe
 from resnet_func.privacy import sampling
 from resnet_func.testing import generator, randn

@@ -10,14 +10,14 @@ from resnet_func import optim, tree
 from resnet_func.app import data
 from resnet_func.app.batches import make_generator
 from resnet_func.app.experiment import Experiment, Task
-from resnet_func.app.private import PrivateTrainer, begin
+from resnet_func.app.private.trainer import PrivateTrainer, begin
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
 from resnet_func.distributed import Ranks
 from resnet_func.losses import smoothed_cross_entropy
 from resnet_func.models import summary, winograd, zoo
-from resnet_func.models.load import load_network
-from resnet_func.models.state_dicts import from_state_dict
+from resnet_func.models.interop.load import load_network
+from resnet_func.models.interop.state_dicts import from_state_dict
 from resnet_func.train import Step, autocast, make_train_step, to_memory_format
 from resnet_func.types import Model, Params, State, TrainState
 

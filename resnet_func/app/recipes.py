@@ -101,7 +101,9 @@ class Recipe:
                 f"got {self.early_scales}. Try 0.5 0.6 0.75 0.2"
             )
         if ":" in self.model:
-            from resnet_func.models.load import find_callable  # imports torch, and the network's package
+            from resnet_func.models.interop.load import (
+                find_callable,  # imports torch, and the network's package
+            )
 
             find_callable(self.model)
         else:

@@ -13,10 +13,10 @@ from resnet_func import tree
 from resnet_func.attribution.quantities import log_odds
 from resnet_func.per_sample import over_dataset, sketch_quantity
 from resnet_func.per_sample.dataset import Batches
-from resnet_func.per_sample.factors import Direct
+from resnet_func.per_sample.layers.factors import Direct
 from resnet_func.per_sample.options import Options
-from resnet_func.per_sample.projections import Projection
-from resnet_func.per_sample.quantity import loss as loss_quantity
+from resnet_func.per_sample.quantities.projections import Projection
+from resnet_func.per_sample.quantities.quantity import loss as loss_quantity
 from resnet_func.types import Model, Params, State
 
 

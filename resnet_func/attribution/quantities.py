@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resnet_func.numerics import widen
-from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Captured
-from resnet_func.per_sample.contract import Way
-from resnet_func.per_sample.factors import Direct, Factors, grad_rows, sample_slices, split_views
-from resnet_func.per_sample.quantity import Quantity, check_class_indices, of_logits
+from resnet_func.per_sample.layers import contract
+from resnet_func.per_sample.layers.contract import Way
+from resnet_func.per_sample.layers.factors import Direct, Factors, grad_rows, sample_slices, split_views
+from resnet_func.per_sample.quantities.quantity import Quantity, check_class_indices, of_logits
 from resnet_func.types import Logits, Params, PerSample, State, Targets
 
 Checkpoint: TypeAlias = tuple[Params, State]

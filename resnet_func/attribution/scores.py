@@ -16,7 +16,7 @@ from resnet_func.curvature import KroneckerEstimate
 from resnet_func.per_sample import over_dataset
 from resnet_func.per_sample.dataset import Batches
 from resnet_func.per_sample.options import Options
-from resnet_func.per_sample.quantity import Quantity
+from resnet_func.per_sample.quantities.quantity import Quantity
 from resnet_func.types import LossFn, Model
 
 # The scores there are, and whether a large value or a small one is suspicious.

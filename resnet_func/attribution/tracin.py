@@ -16,7 +16,7 @@ from resnet_func.attribution.quantities import Checkpoint
 from resnet_func.numerics import widen
 from resnet_func.per_sample import grads, over_dataset
 from resnet_func.per_sample.dataset import Batches
-from resnet_func.per_sample.factors import grad_rows
+from resnet_func.per_sample.layers.factors import grad_rows
 from resnet_func.per_sample.options import Options
 from resnet_func.types import LossFn, Model, Params
 
@@ -184,6 +184,10 @@ def cosine_scores(blocks: Blocks, test: Features) -> Float[Tensor, "train test"]
             [0.6000, 1.0000]])
     """
     # both gradients of the loss are minus those of the log-odds, times a slack that is not negative
-    unit = torch.nn.functional.normalize
-    directions = unit(test.sketches, dim=1).T
-    return torch.cat([unit(block.sketches, dim=1) @ directions for block in blocks])
+    directions = torch.nn.functional.normalize(test.sketches, dim=1).T
+    tiny = torch.finfo(directions.dtype).tiny
+    parts = []
+    for block in blocks:
+        lengths = torch.linalg.vector_norm(block.sketches, dim=1, keepdim=True)
+        parts.append(block.sketches @ directions / lengths.clamp(min=tiny))
+    return torch.cat(parts)

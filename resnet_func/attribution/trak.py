@@ -20,7 +20,7 @@ def trak(
     model: Model,
     sketch: Sketch | None = None,
     *,
-    damping: float = 1e-3,
+    damping: float = 0.1,
     progress: bool = False,
     **options: Unpack[Options],
 ) -> Callable[[Sequence[Checkpoint], Batches, Batches], Tensor]:
@@ -66,7 +66,7 @@ def trak(
 def trak_scores(
     pairs: Iterable[tuple[Blocks, Features]],
     *,
-    damping: float = 1e-3,
+    damping: float = 0.1,
     factors: Iterable[Tensor] | None = None,
 ) -> Float[Tensor, "train test"]:
     """TRAK scores from features.
@@ -103,7 +103,7 @@ def trak_scores(
     return (total / count) * (slack / count)[:, None]
 
 
-def gram_factor(blocks: Blocks, damping: float = 1e-3) -> Float64[Tensor, "dim dim"]:
+def gram_factor(blocks: Blocks, damping: float = 0.1) -> Float64[Tensor, "dim dim"]:
     """The Cholesky factor of `X^T X + damping * mean(diagonal) * 1`, X the training set's sketches.
 
     Args:
@@ -130,6 +130,6 @@ def gram_factor(blocks: Blocks, damping: float = 1e-3) -> Float64[Tensor, "dim d
     if failed:
         raise ValueError(
             f"the sketches of {rows} samples do not span {len(gram)} dimensions: raise damping (it is "
-            f"{damping:g}; 1e-3 is common), or take a sketch of at most {max(1, rows // 2)} dimensions"
+            f"{damping:g}; 0.1 is the default), or take a sketch of at most {max(1, rows // 2)} dimensions"
         )
     return factor

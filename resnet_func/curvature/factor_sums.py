@@ -13,10 +13,10 @@ from torch import Tensor
 
 from resnet_func.curvature.kronecker import Block, KroneckerEstimate
 from resnet_func.numerics import widen
-from resnet_func.per_sample import contract, ghost
 from resnet_func.per_sample.capture import Captured
-from resnet_func.per_sample.contract import Way
-from resnet_func.per_sample.factors import (
+from resnet_func.per_sample.layers import contract, ghost
+from resnet_func.per_sample.layers.contract import Way
+from resnet_func.per_sample.layers.factors import (
     MAX_ELEMENTS,
     ConvFactors,
     Direct,
@@ -26,8 +26,8 @@ from resnet_func.per_sample.factors import (
     samples,
     split_views,
 )
-from resnet_func.per_sample.factors import Factors as Captures
-from resnet_func.per_sample.quantity import Quantity
+from resnet_func.per_sample.layers.factors import Factors as Captures
+from resnet_func.per_sample.quantities.quantity import Quantity
 
 Approximation: TypeAlias = Literal["expand", "reduce"]
 # Of a leaf without an input and a cotangent, the block is full up to this many entries, diagonal beyond.

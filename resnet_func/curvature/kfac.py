@@ -28,7 +28,7 @@ from resnet_func.curvature.kronecker import Factors, KroneckerEstimate, decompos
 from resnet_func.curvature.products import Options, check_curvature_options
 from resnet_func.per_sample.engine import evaluate
 from resnet_func.per_sample.options import Settings
-from resnet_func.per_sample.quantity import Quantity
+from resnet_func.per_sample.quantities.quantity import Quantity
 from resnet_func.types import LossFn, Model, Params, State
 
 Batches: TypeAlias = Iterable[tuple[Any, Any]]

@@ -20,7 +20,8 @@ from torch import Tensor
 from resnet_func.numerics import to_float64
 
 Vector: TypeAlias = Float[Tensor, "d"]
-ROUNDING = 1e-4  # of the largest eigenvalue: nearer to zero, the sign of one is float32's noise
+# Of the largest eigenvalue in size. Nearer to zero, one node stands for many eigenvalues of either sign.
+NEAR_ZERO = 0.01
 
 
 class Estimate(NamedTuple):
@@ -57,12 +58,16 @@ class Spectrum(NamedTuple):
         return self.nodes[self.nodes.amin(1).argmin()][:count]
 
     def negative_part(self) -> Spectrum:
-        """The eigenvalues below zero alone, beyond rounding: the weights of the others are zero."""
-        rounding = ROUNDING * self.nodes.abs().max()
-        return self._replace(weights=torch.where(self.nodes < -rounding, self.weights, 0))
+        """The eigenvalues clearly below zero alone: the weights of the others are zero.
+
+        Clearly is by more than a hundredth of the largest in size: in the bulk around zero a node stands for
+        many eigenvalues of either sign.
+        """
+        bound = NEAR_ZERO * self.nodes.abs().max()
+        return self._replace(weights=torch.where(self.nodes < -bound, self.weights, 0))
 
     def negative_share(self) -> float:
-        """The share of eigenvalues below zero, beyond rounding."""
+        """The share of eigenvalues clearly below zero, as in `negative_part`."""
         return float(self.negative_part().weights.sum(1).mean())
 
     def trace(self) -> Estimate:

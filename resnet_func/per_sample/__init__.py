@@ -12,10 +12,10 @@ layer's input and cotangent what is wanted, as `plan` says.
 from resnet_func.per_sample.dataset import over_dataset
 from resnet_func.per_sample.engine import detect_nonfinite
 from resnet_func.per_sample.inner_products import gram, layer_grams, ntk
-from resnet_func.per_sample.noise_scale import Moments, NoiseScale
 from resnet_func.per_sample.plan import Plan, plan
-from resnet_func.per_sample.projections import sketch_quantity
-from resnet_func.per_sample.quantity import Quantity
+from resnet_func.per_sample.quantities.noise_scale import Moments, NoiseScale
+from resnet_func.per_sample.quantities.projections import sketch_quantity
+from resnet_func.per_sample.quantities.quantity import Quantity
 from resnet_func.per_sample.transforms import clipped_sum, dot, grads, layer_norms, moments, norms, sketch
 
 __all__ = [

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.func import debug_unwrap
 
 from resnet_func import tree
-from resnet_func.autodiff import is_differentiated
+from resnet_func.autodiff import hangs_on_others, is_differentiated, is_ordinary, nodes_of
 from resnet_func.losses import check_per_sample
-from resnet_func.per_sample import layer_factors
-from resnet_func.per_sample.factors import ConvFactors, Derived, Direct, Factors, Several
 from resnet_func.per_sample.intercept import (
     Call,
     Calls,
@@ -27,6 +26,8 @@ from resnet_func.per_sample.intercept import (
     substitute,
     tensors_of,
 )
+from resnet_func.per_sample.layers import layer_factors
+from resnet_func.per_sample.layers.factors import ConvFactors, Derived, Direct, Factors, Several
 from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State, Trainable
 
 
@@ -132,8 +133,8 @@ def run_under_interception(task: Task, batch: Batch) -> _Pass:
     network."""
     made: list[Calls] = []
 
-    def run(trained: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        calls = _make_calls(task, batch, trained)
+    def run(trained: dict[str, Tensor], *, ordinary: bool = False) -> tuple[Tensor, list[Tensor]]:
+        calls = _make_calls(task, batch, trained, ordinary=ordinary)
         made.append(calls)
         losses, logits = _forward(task, batch, trained, calls)
         met = _met(calls)
@@ -141,7 +142,10 @@ def run_under_interception(task: Task, batch: Batch) -> _Pass:
         value = losses.sum()
         outputs = calls.outputs()
         statistics = [kept_statistics(output.edge) for output in outputs]  # the backward pass frees them
-        found = _gradients(value, [*[output.edge for output in outputs], *unmet])
+        if ordinary and not _is_transparent(value, [*trained.values()], calls, grad_mode):
+            return value, []
+        differentiable = not ordinary and is_differentiated(debug_unwrap(value, recurse=False))
+        found = _gradients(value, [*[output.edge for output in outputs], *unmet], differentiable)
         unseen = zip(_unmet(trained, met), found[len(outputs) :], strict=True)
         hidden = [path for path, grad in unseen if grad is not None]
         if hidden:
@@ -159,11 +163,27 @@ def run_under_interception(task: Task, batch: Batch) -> _Pass:
         return value, [losses, logits, *cotangents, *_joined(tensors), *_joined(statistics)]
 
     lengths: list[list[int]] = []
-    _, _, (losses, logits, *rest) = torch.func.vjp(run, task.trained, has_aux=True)  # type: ignore[misc]
+    grad_mode, left = torch.is_grad_enabled(), []
+    if is_ordinary(task.trained, task.frozen, task.state, batch.x, batch.y):  # vjp has its price
+        with torch.enable_grad():
+            inside = {path: leaf.detach().requires_grad_() for path, leaf in task.trained.items()}
+            left = [tensor.detach() for tensor in run(inside, ordinary=True)[1]]
+    if not left:
+        _, _, left = torch.func.vjp(run, task.trained, has_aux=True)  # type: ignore[misc]
+    losses, logits, *rest = left
     tensors, statistics = lengths
     count = len(rest) - sum(tensors) - sum(statistics)
     cotangents, *lists = _cut(rest, [count, *tensors, *statistics])
-    return _Pass(made[0], losses, logits, lists[: len(tensors)], cotangents, lists[len(tensors) :])
+    return _Pass(made[-1], losses, logits, lists[: len(tensors)], cotangents, lists[len(tensors) :])
+
+
+def _is_transparent(value: Tensor, leaves: list[Tensor], calls: Calls, grad_mode: bool) -> bool:
+    """Whether ordinary autograd sees what `vjp` does: nobody else differentiates the value, and there are no
+    `autograd.Function`s, which only `vjp` shows as one call."""
+    if grad_mode and hangs_on_others(value, leaves):
+        return False
+    functions = any(isinstance(node, BackwardCFunction) for node in nodes_of(value))
+    return not functions and all(output.edge is not None for output in calls.outputs())
 
 
 def _joined(lists: list[list[Tensor]]) -> list[Tensor]:
@@ -176,10 +196,9 @@ def _cut(tensors: list[Tensor], lengths: list[int]) -> list[list[Tensor]]:
     return [list(islice(rest, length)) for length in lengths]
 
 
-def _gradients(value: Tensor, wanted: list[Any]) -> tuple[Tensor | None, ...]:
+def _gradients(value: Tensor, wanted: list[Any], differentiable: bool) -> tuple[Tensor | None, ...]:
     if not wanted or not value.requires_grad:
         return (None,) * len(wanted)
-    differentiable = is_differentiated(debug_unwrap(value, recurse=False))
     return torch.autograd.grad(value, wanted, allow_unused=True, create_graph=differentiable)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.autodiff import can_read
-from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Batch, Captured, Task, capture
-from resnet_func.per_sample.factors import split_views
+from resnet_func.per_sample.layers import contract
+from resnet_func.per_sample.layers.factors import split_views
 from resnet_func.per_sample.reference import reference
 
 SAMPLES = 2

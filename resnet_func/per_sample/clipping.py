@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from resnet_func.per_sample import quantity
 from resnet_func.per_sample.engine import detect_nonfinite, evaluate
 from resnet_func.per_sample.options import Settings
-from resnet_func.per_sample.quantity import Clipping
+from resnet_func.per_sample.quantities import quantity
+from resnet_func.per_sample.quantities.quantity import Clipping
 from resnet_func.types import Logits, LossFn, Params, PerSample, State
 
 NonFinite = Literal["raise", "zero"]

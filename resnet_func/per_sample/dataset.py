@@ -10,11 +10,11 @@ import torch
 from rich.progress import track
 
 from resnet_func import tree
-from resnet_func.per_sample import quantity
 from resnet_func.per_sample.engine import evaluate
-from resnet_func.per_sample.noise_scale import moments_quantity
 from resnet_func.per_sample.options import Options, Settings, check_options
-from resnet_func.per_sample.quantity import Quantity
+from resnet_func.per_sample.quantities import quantity
+from resnet_func.per_sample.quantities.noise_scale import moments_quantity
+from resnet_func.per_sample.quantities.quantity import Quantity
 from resnet_func.types import LossFn, Model, Params, State
 
 Batches: TypeAlias = Iterable[tuple[Any, Any]]

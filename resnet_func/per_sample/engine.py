@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from resnet_func import tree
 from resnet_func.autodiff import can_read
 from resnet_func.numerics import without_autocast
-from resnet_func.per_sample import contract
 from resnet_func.per_sample.capture import Batch, Captured, capture, losses_of, make_task
-from resnet_func.per_sample.contract import Way
-from resnet_func.per_sample.factors import Direct, Factors, sample_slices
+from resnet_func.per_sample.layers import contract
+from resnet_func.per_sample.layers.contract import Way
+from resnet_func.per_sample.layers.factors import Direct, Factors, sample_slices
 from resnet_func.per_sample.options import Settings, refuse_batch_statistics
 from resnet_func.per_sample.plan import check_plan, plan_factors
-from resnet_func.per_sample.quantity import Quantity
+from resnet_func.per_sample.quantities.quantity import Quantity
 from resnet_func.per_sample.reference import reference
 from resnet_func.types import Params, State
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from resnet_func import tree
 from resnet_func.losses import logit
 from resnet_func.numerics import without_autocast
-from resnet_func.per_sample import contract
-from resnet_func.per_sample.contract import Way
 from resnet_func.per_sample.engine import capture_batch, parts, plan_ways
-from resnet_func.per_sample.factors import Direct, Factors, num_samples
+from resnet_func.per_sample.layers import contract
+from resnet_func.per_sample.layers.contract import Way
+from resnet_func.per_sample.layers.factors import Direct, Factors, num_samples
 from resnet_func.per_sample.options import Options, Settings, check_options
-from resnet_func.per_sample.quantity import by_layer
+from resnet_func.per_sample.quantities.quantity import by_layer
 from resnet_func.types import LossFn, Model, Params, State
 
 Batch: TypeAlias = tuple[Any, Any]

@@ -80,6 +80,7 @@ class Calls:
         batch: Samples times views: the first dimension of every tensor that carries samples.
         taps: Zeros to add to the calls' outputs, one each; None keeps the outputs' gradient edges instead.
         edges: Whether to keep those: not where only shapes are asked for.
+        ordinary: Whether outputs may have none, as inside of an `autograd.Function` without `vjp`.
     """
 
     leaves: Mapping[str, Tensor]
@@ -87,6 +88,7 @@ class Calls:
     batch: int
     taps: list[Tensor] | None = None
     edges: bool = True
+    ordinary: bool = False
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     sources: dict[Tensor, Source] = field(default_factory=dict)
@@ -133,7 +135,7 @@ class Calls:
         edge = None
         if self.taps is not None:
             output = outputs[index] = output + self.taps[self.count]
-        elif self.edges:
+        elif self.edges and (output.requires_grad or not self.ordinary):
             edge = get_gradient_edge(output)  # not the tensor: a later call may overwrite it
         self.count += 1
         return Output(edge, tuple(output.shape), output.dtype)

@@ -12,8 +12,8 @@ from rich.table import Table
 from resnet_func import tree
 from resnet_func.calibration import TYPICAL, Speeds
 from resnet_func.per_sample.capture import Batch, capture, make_task
-from resnet_func.per_sample.contract import Way
-from resnet_func.per_sample.costs import (
+from resnet_func.per_sample.layers.contract import Way
+from resnet_func.per_sample.layers.costs import (
     Layer,
     ghost_bytes,
     ghost_cost,
@@ -23,7 +23,7 @@ from resnet_func.per_sample.costs import (
     materialize_flops,
     weighted_sum_cost,
 )
-from resnet_func.per_sample.factors import Factors
+from resnet_func.per_sample.layers.factors import Factors
 from resnet_func.types import Logits, Model, Params, PerSample, State, Trainable
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")

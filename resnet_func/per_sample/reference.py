@@ -14,7 +14,7 @@ from torch import Tensor
 from resnet_func import tree
 from resnet_func.losses import check_per_sample
 from resnet_func.per_sample.capture import Batch, Captured, Task
-from resnet_func.per_sample.factors import Direct, Factors, split_views
+from resnet_func.per_sample.layers.factors import Direct, Factors, split_views
 
 # `(trained, x, y) -> (gradients, (loss, logits))` of one sample; the leaves of x lead with its views.
 GradientOfOne: TypeAlias = Callable[

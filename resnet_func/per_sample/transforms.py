@@ -9,13 +9,13 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from resnet_func.per_sample import quantity
 from resnet_func.per_sample.clipping import ClippedSum, NonFinite
 from resnet_func.per_sample.engine import directional_derivatives, evaluate, parts
-from resnet_func.per_sample.noise_scale import Moments, moments_quantity
 from resnet_func.per_sample.options import Options, Settings, check_options
-from resnet_func.per_sample.projections import Projection, sketch_quantity
-from resnet_func.per_sample.quantity import Clipping, Quantity
+from resnet_func.per_sample.quantities import quantity
+from resnet_func.per_sample.quantities.noise_scale import Moments, moments_quantity
+from resnet_func.per_sample.quantities.projections import Projection, sketch_quantity
+from resnet_func.per_sample.quantities.quantity import Clipping, Quantity
 from resnet_func.types import LossFn, Model, Params, State
 
 

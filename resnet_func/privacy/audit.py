@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.models.modules import from_function
+from resnet_func.models.interop.modules import from_function
 from resnet_func.types import LossFn, Model, Params, State, TrainState
 
 CANARY_LOSS = 1e3  # times an output: its gradient is longer than any bound that is used

@@ -15,7 +15,7 @@ from resnet_func.numerics import to_float64, widen
 from resnet_func.optim import Optimizer, ema
 from resnet_func.per_sample import clipped_sum
 from resnet_func.per_sample.options import Method
-from resnet_func.per_sample.quantity import Clipping
+from resnet_func.per_sample.quantities.quantity import Clipping
 from resnet_func.per_sample.transforms import ClippedSum
 from resnet_func.privacy.accounting import Neighbours, check_calibrated_for, check_neighbours
 from resnet_func.privacy.adaptive import AdaptiveNorm, AdaptiveState

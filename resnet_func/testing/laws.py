@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from resnet_func import per_sample, tree
-from resnet_func.models.state_dicts import from_state_dict, to_state_dict
+from resnet_func.models.interop.state_dicts import from_state_dict, to_state_dict
 from resnet_func.testing.assertions import assert_pure, assert_trees_equal, named_leaves
 from resnet_func.testing.seeded import generator
 from resnet_func.testing.shadow import EPS, SLACK, Case, Shadow, bounded_loss, first_line

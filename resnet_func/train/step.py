@@ -150,7 +150,8 @@ def make_train_step(
         divisor = len(x) if ranks is None else 1  # over ranks sums are divided last: exact where sums are
         for x_part, y_part in _pieces(x, y, microbatches):
             part_of = partial(objective, params=params, state=state, x=x_part, y=y_part, batch_size=divisor)
-            _, grads, (state, measured) = value_and_grad(part_of, trained)
+            others = (params, state, x_part, y_part)
+            _, grads, (state, measured) = value_and_grad(part_of, trained, others)
             part = (grads, measured)
             total = part if total is None else tree.map(_add_wide, total, part)
         assert total is not None  # _check_batch refuses an empty batch

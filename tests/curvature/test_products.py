@@ -44,7 +44,7 @@ def test_hessian_products_are_those_of_the_dense_hessian(loss: str, norm: str) -
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gauss_newton_products_are_those_of_the_dense_matrix(loss: str, norm: str) -> None:
     model, params, state = oracles.tiny(**NORMS[norm])
-    x, y = oracles.images(3)
+    x, y = oracles.images(4)
     v = oracles.random_like(params, 1)
     dense = oracles.ggn(model, LOSSES[loss], params, state, x, y)
     product = curvature.ggn_vp(model, LOSSES[loss], train=False)(params, state, x, y, v)

@@ -12,7 +12,8 @@ from torch import Tensor
 from parity.cell import Cell, run
 from parity.sections import per_sample
 from parity.sections.per_sample_networks import HAND_WRITTEN, TIMM, TORCHVISION
-from resnet_func.per_sample import capture, contract, layer_factors
+from resnet_func.per_sample import capture
+from resnet_func.per_sample.layers import contract, layer_factors
 
 CELLS = {cell.name: cell for cell in per_sample.cells(quick=False)}
 FAST = [name for name in CELLS if name in HAND_WRITTEN or name.startswith("wrapped-")]

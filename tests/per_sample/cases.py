@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import resnet_func as rf
-from resnet_func.per_sample.ghost import ConvSpec
+from resnet_func.per_sample.layers.ghost import ConvSpec
 from resnet_func.testing import generator, random_network
 from resnet_func.types import Model, Params, State
 

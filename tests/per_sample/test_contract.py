@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resnet_func.per_sample import contract
-from resnet_func.per_sample.factors import (
+from resnet_func.per_sample.layers import contract
+from resnet_func.per_sample.layers.factors import (
     ConvFactors,
     Derived,
     Direct,
@@ -21,7 +21,7 @@ from resnet_func.per_sample.factors import (
     num_samples,
     sample_slices,
 )
-from resnet_func.per_sample.ghost import ConvSpec
+from resnet_func.per_sample.layers.ghost import ConvSpec
 from tests.per_sample.cases import convolutions, generator
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import resnet_func as rf
 from resnet_func import tree
-from resnet_func.per_sample import contract, layer_factors
+from resnet_func.per_sample.layers import contract, layer_factors
 from resnet_func.testing import assert_trees_near, randn
 
 FP64 = torch.float64

@@ -14,7 +14,7 @@ from torch import Tensor
 import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
-from resnet_func.per_sample.projections import leaf_seed, signs, split_dim
+from resnet_func.per_sample.quantities.projections import leaf_seed, signs, split_dim
 from resnet_func.testing import assert_trees_near
 from resnet_func.types import Params
 from tests.per_sample.cases import CLASSES, batch, configs, network, small

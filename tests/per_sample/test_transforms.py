@@ -19,7 +19,7 @@ from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample.engine import evaluate
 from resnet_func.per_sample.options import check_options
-from resnet_func.per_sample.quantity import Quantity, clip_factors
+from resnet_func.per_sample.quantities.quantity import Quantity, clip_factors
 from resnet_func.testing import assert_trees_equal, assert_trees_near
 from resnet_func.types import Model, Params, State
 from tests.per_sample.cases import (

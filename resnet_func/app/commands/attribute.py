@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from resnet_func.app import attributing, batches, data, inference, run_folder, scoring
-from resnet_func.app.attributing import Network, Ranked
+from resnet_func.app import batches, data, inference, run_folder
+from resnet_func.app.answers import attributing, scoring
+from resnet_func.app.answers.attributing import Network, Ranked
 from resnet_func.app.commands.common import configure, plain_console, say
 from resnet_func.app.errors import UsageError, warn
 from resnet_func.app.names import printable

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from resnet_func import curvature, files
-from resnet_func.app import batches, run_folder, scoring
+from resnet_func.app import batches, run_folder
+from resnet_func.app.answers import scoring
 from resnet_func.app.batches import Preparer
 from resnet_func.app.commands.common import configure, load, plain_console, say
 from resnet_func.app.errors import UsageError
@@ -73,7 +74,7 @@ def describe(spectrum: Spectrum, trace: Estimate, matrix: str) -> list[str]:
     lines = [
         f"largest eigenvalues: {', '.join(f'{value:.4g}' for value in largest)}; smallest: {smallest:.4g}",
         f"trace: {trace.value:.4g}{error}, over {spectrum.dim:,} parameters; "
-        f"{spectrum.negative_share():.1%} of the eigenvalues are below zero",
+        f"{spectrum.negative_share():.1%} of the eigenvalues are clearly below zero",
     ]
     if largest[0] <= 0:
         return [*lines, "no direction curves upwards: the network has not begun to learn, or is flat here"]

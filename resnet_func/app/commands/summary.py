@@ -7,7 +7,7 @@ from typing import Any
 from resnet_func.app.commands.common import plain_console
 from resnet_func.app.options import Summary
 from resnet_func.models import summary, zoo
-from resnet_func.models.load import check_zoo_name, load_network
+from resnet_func.models.interop.load import check_zoo_name, load_network
 from resnet_func.models.resnet import build
 
 

@@ -71,4 +71,4 @@ def _label_extremes(axes: Axes, spectrum: Spectrum, span: float) -> None:
             last = value
     share = spectrum.negative_share()
     colour = NEGATIVE if share > 0 else GREY
-    axes.text(0, height / 1.6, f" {share:.1%} below zero", color=colour, fontsize=10, va="top")
+    axes.text(0, height / 1.6, f" {share:.1%} clearly below zero", color=colour, fontsize=10, va="top")

@@ -13,7 +13,7 @@ from torch import nn
 import resnet_func as rf
 from parity.__main__ import main
 from parity.compare.command import MODES, compare_step, explain, make_pair
-from resnet_func.models.load import load_network
+from resnet_func.models.interop.load import load_network
 from resnet_func.testing import randn
 
 X = randn(2, 3, 33, 33, seed=1, dtype=torch.float64)

@@ -1,0 +1,217 @@
+"""The training images behind a prediction: features kept in the run folder, scores by four methods."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from resnet_func.app.answers import scoring
+from resnet_func.app.batches import Preparer
+from resnet_func.app.inference import Trained
+from resnet_func.app.runtime import Runtime
+from resnet_func.app.training_set import Training, fingerprint
+from resnet_func.attribution import (
+    Features,
+    Sketch,
+    Store,
+    cosine_scores,
+    gram_factor,
+    influence,
+    make_features,
+    open_store,
+    sampled_ekfac,
+    tracin_scores,
+    trak_scores,
+)
+from resnet_func.attribution import fingerprint as tree_fingerprint
+from resnet_func.attribution.store import CHUNK_ROWS
+from resnet_func.losses import cross_entropy
+
+FOLDER = "attribution"
+DAMPING = 0.1
+
+# `progress(what, rows)` gives a function that is told the rows done
+Progress: TypeAlias = Callable[[str, int], Callable[[int], object]]
+
+
+class Network(NamedTuple):
+    """A run's network at its checkpoints, and the training images: what every method starts from."""
+
+    folder: Path
+    trained: Trained
+    checkpoints: list[tuple[Any, Any]]
+    training: Training
+    data_key: str
+    machine: Runtime
+    batch_size: int
+
+
+def open_network(
+    folder: Path, training: Training, machine: Runtime, batch_size: int
+) -> tuple[Network, list[str]]:
+    """The network of a run and its training images, and warnings."""
+    trained, checkpoints, warnings = scoring.load_checkpoints(folder, machine)
+    key = hashlib.sha256(f"{fingerprint(training.source)} {trained.task}".encode()).hexdigest()
+    return Network(folder, trained, checkpoints, training, key, machine, batch_size), warnings
+
+
+def scores(
+    network: Network, method: str, x: Tensor, y: Int64[Tensor, "t"], dim: int, progress: Progress
+) -> Float[Tensor, "train t"]:
+    """Scores of every training image for the classes `y` of images `x`: high where it helped.
+
+    Args:
+        network: From `open_network`.
+        method: "trak", "cosine", "tracin" or "influence".
+        x: Images as the network takes them.
+        y: The class to explain of each.
+        dim: Numbers in a sketch.
+        progress: Told how far a pass over the training images is.
+
+    Raises:
+        StoreError: what is kept in the run folder is of another network or other data.
+    """
+    if method == "influence":
+        return _influence(network, x, y, progress)
+    sketch = Sketch(dim=dim)
+    stores = [_features(network, checkpoint, sketch, progress) for checkpoint in network.checkpoints]
+    extract = make_features(network.trained.model, sketch, train=False)
+    pairs = [
+        (Blocks(store), extract(*checkpoint, [(x, y)]))
+        for store, checkpoint in zip(stores, network.checkpoints, strict=True)
+    ]
+    match method:
+        case "cosine":
+            return cosine_scores(*pairs[-1])
+        case "tracin":
+            return tracin_scores(pairs, [1.0] * len(pairs))
+        case "trak":
+            factors = [
+                _factor(network, c, sketch, pair[0])
+                for c, pair in zip(network.checkpoints, pairs, strict=True)
+            ]
+            return trak_scores(pairs, factors=factors)
+    raise ValueError(f"method must be trak, cosine, tracin or influence; got {method!r}")
+
+
+class Blocks:
+    """The features in a store, chunk by chunk; to be gone through repeatedly."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __iter__(self) -> Iterator[Features]:
+        return (Features.from_rows(rows) for rows in self.store.blocks())
+
+
+def _rows(network: Network, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+    """The training images from start to stop, prepared, in batches."""
+    prepare = Preparer(network.trained.task, network.machine)
+    places = torch.arange(start, stop, dtype=torch.int64, device="cpu").split(network.batch_size)
+    read = network.training.source.read(places)
+    return [(prepare(images), labels.to(network.machine.device)) for images, labels in read]
+
+
+def _key(network: Network, checkpoint: tuple[Any, Any]) -> dict[str, Any]:
+    return {"checkpoint": tree_fingerprint(*checkpoint), "data": network.data_key}
+
+
+def _path(network: Network, kind: str, key: dict[str, Any]) -> Path:
+    """A folder of its own for each network, data set and sketch: nothing is ever taken for something else."""
+    name = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()[:16]
+    return network.folder / FOLDER / f"{kind}-{name}"
+
+
+def _features(network: Network, checkpoint: tuple[Any, Any], sketch: Sketch, progress: Progress) -> Store:
+    """The features of the training images at a checkpoint, computed where they are missing."""
+    key = {**_key(network, checkpoint), **sketch._asdict()}
+    n = network.training.source.num_samples
+    store = open_store(_path(network, "features", key), key, rows=n, width=sketch.dim + 1)
+    extract = make_features(network.trained.model, sketch, train=False)
+
+    def compute(start: int, stop: int) -> Tensor:
+        return extract(*checkpoint, _rows(network, start, stop)).rows()
+
+    _fill(store, compute, "gradients of the training images", progress)
+    return store
+
+
+def _fill(store: Store, compute: Callable[[int, int], Tensor], what: str, progress: Progress) -> None:
+    missing = store.missing()
+    if missing:
+        rows = sum(stop - start for start, stop in map(store.row_range, missing))
+        store.fill(compute, done=progress(what, rows))
+
+
+def _factor(network: Network, checkpoint: tuple[Any, Any], sketch: Sketch, blocks: Blocks) -> Tensor:
+    """The Cholesky factor of TRAK, kept beside the features."""
+    key = {**_key(network, checkpoint), **sketch._asdict(), "damping": DAMPING}
+    path = _path(network, "gram", key)
+    store = open_store(path, key, rows=sketch.dim, width=sketch.dim, chunk_rows=sketch.dim)
+    if store.missing():
+        store.write(0, gram_factor(blocks, DAMPING))
+    return torch.cat(list(store.blocks())).double()
+
+
+def _influence(network: Network, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+    """Influence by EKFAC at the last checkpoint: a pass over the training images, kept for these images."""
+    checkpoint = network.checkpoints[-1]
+    images = tree_fingerprint({"x": x, "y": y})
+    key = {**_key(network, checkpoint), "images": images, "curvature": "ekfac"}
+    n = network.training.source.num_samples
+    rows = min(CHUNK_ROWS * 8, n)
+    store = open_store(_path(network, "influence", key), key, rows=n, width=len(y), chunk_rows=rows)
+    if store.missing():
+        model, done = network.trained.model, progress("curvature of the training loss", 4 * n)
+        batches = scoring.TrainingBatches(
+            network.training.source, Preparer(network.trained.task, network.machine), network.batch_size
+        )
+        estimate = sampled_ekfac(model, cross_entropy, train=False)(*checkpoint, _Counted(batches, done))
+        run = partial(influence(model, cross_entropy, estimate, train=False), checkpoint)
+        _fill(store, lambda start, stop: run(_rows(network, start, stop), [(x, y)]), "influence", progress)
+    return torch.cat(list(store.blocks()))
+
+
+class _Counted:
+    """Batches that tell how many images went by, twice each: forward and backward."""
+
+    def __init__(self, batches: scoring.TrainingBatches, done: Callable[[int], object]) -> None:
+        self.batches, self.done = batches, done
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in self.batches:
+            yield x, y
+            self.done(2 * len(x))
+
+
+class Ranked(NamedTuple):
+    """Training images for one image: places in the training set and scores, the strongest first."""
+
+    helpful: Int64[Tensor, "k"]
+    harmful: Int64[Tensor, "k"]
+    scores: Float[Tensor, "n"]
+
+
+def rank(of: Float[Tensor, "n"], shown: int) -> Ranked:
+    """The most helpful and the most harmful training images: at most as many as have that sign.
+
+    >>> rank(torch.tensor([0.5, -1.0, 2.0, 0.0]), 3).helpful
+    tensor([2, 0])
+    """
+    order = of.argsort(descending=True, stable=True)
+    helpful = order[: min(shown, int((of > 0).sum()))]
+    harmful = order.flip(0)[: min(shown, int((of < 0).sum()))]
+    return Ranked(helpful, harmful, of)
+
+
+def images_at(training: Training, places: Sequence[int] | Tensor) -> list[Tensor]:
+    """Training images as they are stored, uint8 `[C, H, W]` each."""
+    index = torch.as_tensor(places, dtype=torch.int64, device="cpu")
+    return [images[0].cpu() for images, _ in training.source.read(index.split(1))] if len(index) else []

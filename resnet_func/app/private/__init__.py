@@ -1,0 +1,1 @@
+"""Training with differential privacy: its guarantee, its secret seeds, its steps."""

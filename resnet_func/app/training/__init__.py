@@ -1,0 +1,1 @@
+"""A run of training: its loop, its budget of time, what it records."""

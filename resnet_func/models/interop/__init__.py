@@ -1,0 +1,1 @@
+"""The ways in and out: modules, `state_dict`s, checkpoints of others, networks by name."""

@@ -1,0 +1,1 @@
+"""What is made of per-sample gradients: norms, clipped sums, moments, sketches."""

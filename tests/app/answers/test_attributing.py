@@ -1,0 +1,177 @@
+"""Attribution from a run folder: what is kept is reused, resumed, never mistaken; the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_func import losses
+from resnet_func.app import batches, data, run_folder, runtime
+from resnet_func.app.answers import attributing, scoring
+from resnet_func.app.answers.attributing import Network
+from resnet_func.app.cli import main
+from resnet_func.attribution import (
+    Sketch,
+    cosine_scores,
+    influence,
+    make_features,
+    sampled_ekfac,
+    tracin_scores,
+    trak_scores,
+)
+from tests.app.image_folder import make_image_folder
+
+TINY = ("--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1", "--norm", "group")
+DIM = 12
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_image_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", str(run)]
+    assert main([*call, "--snapshots", "2", *TINY]) == 0
+    return run
+
+
+def opened(folder: Path) -> tuple[Network, Tensor, Tensor]:
+    experiment, task = run_folder.read_config(folder)
+    machine = scoring.exact(runtime.configure(device="cpu", threads=1, precision="fp32"))
+    training, test = batches.load_training(experiment)
+    network, warnings = attributing.open_network(folder, training, machine, 5)
+    assert not warnings
+    x, y = next(data.batches(test, 2))
+    return network, batches.Preparer(task, machine)(x), y
+
+
+class Told:
+    """A progress bar that counts."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}
+
+    def __call__(self, what: str, rows: int):
+        def done(k: int) -> None:
+            self.rows[what] = self.rows.get(what, 0) + k
+
+        return done
+
+
+@pytest.mark.parametrize("method", ["cosine", "tracin", "trak", "influence"])
+def test_scores_are_the_librarys_and_are_kept(trained, method):
+    network, x, y = opened(trained)
+    told = Told()
+    ours = attributing.scores(network, method, x, y, DIM, told)
+    whole = list(
+        scoring.TrainingBatches(
+            network.training.source, batches.Preparer(network.trained.task, network.machine), 5
+        )
+    )
+    model, sketch = network.trained.model, Sketch(dim=DIM)
+    extract = make_features(model, sketch, train=False)
+    pairs = [([extract(*c, whole)], extract(*c, [(x, y)])) for c in network.checkpoints]
+    assert len(pairs) == 2
+    if method == "cosine":
+        expected = cosine_scores(*pairs[-1])
+    elif method == "tracin":
+        expected = tracin_scores(pairs, [1.0, 1.0])
+    elif method == "trak":
+        expected = trak_scores(pairs, damping=attributing.DAMPING)
+    else:
+        checkpoint = network.checkpoints[-1]
+        estimate = sampled_ekfac(model, losses.cross_entropy, train=False)(*checkpoint, whole)
+        run = influence(model, losses.cross_entropy, estimate, train=False)
+        expected = run(checkpoint, whole, [(x, y)])
+    # stored in float32, and solved with a matrix that is nearly singular
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(ours, expected, rtol=0, atol=(1e-3 if method == "trak" else 1e-4) * scale)
+    again = Told()
+    assert torch.equal(attributing.scores(network, method, x, y, DIM, again), ours)
+    assert not again.rows
+
+
+def test_what_is_missing_is_computed_and_only_that(trained):
+    network, x, y = opened(trained)
+    first = attributing.scores(network, "tracin", x, y, DIM + 1, Told())
+    chunks = sorted((trained / attributing.FOLDER).glob("features-*/c/0/0"))
+    sizes = {chunk: chunk.stat().st_size for chunk in chunks}
+    cut = [chunk for chunk, size in sizes.items() if size == 24 * (DIM + 2) * 4]
+    cut[0].unlink()  # as if it had been killed before
+    told = Told()
+    assert torch.equal(attributing.scores(network, "tracin", x, y, DIM + 1, told), first)
+    assert list(told.rows.values()) == [24]
+
+
+def test_other_labels_are_other_data(trained):
+    network, x, y = opened(trained)
+    before = attributing.scores(network, "tracin", x, y, DIM, Told())
+    source = network.training.source
+    assert isinstance(source, data.Dataset)
+    from resnet_func.app import training_set
+
+    moved = network.training._replace(source=training_set.with_labels(source, (source.labels + 1) % 3))
+    machine = network.machine
+    other, _ = attributing.open_network(trained, moved, machine, 5)
+    told = Told()
+    after = attributing.scores(other, "tracin", x, y, DIM, told)
+    assert told.rows
+    assert not torch.allclose(before, after)
+
+
+def test_the_command_prints_a_table_and_draws_a_picture(trained, images, capsys):
+    file = str(images / "test" / "red" / "000.png")
+    call = ["attribute", file, "--test-index", "1", "--run-dir", str(trained), "--dim", str(DIM)]
+    assert main([*call, "--threads", "1", "--shown", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "cosine over 24 training images" in printed
+    assert printed.count("helped") + printed.count("harmed") >= 4
+    assert "test 1: " in printed
+    for name in ("000", "test-1"):
+        assert (trained / f"attribute-{name}-cosine.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*call, "--label", "blue", "--method", "tracin"]) == 0
+    assert "blue (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 2, "attribute needs an image file or more"),
+        (["--test-index", "9"], 2, "--test-index must be 0 to 8; got 9"),
+        (["--test-index", "0", "--label", "pink"], 2, "--label must be one of blue, green, red; got 'pink'"),
+        (["--test-index", "0", "--dim", "0"], 2, "--dim must be 1 or more; got 0"),
+        (["none.png"], 1, "none.png"),
+    ],
+)
+def test_wrong_options_get_one_line(trained, capsys, words, code, said):
+    assert main(["attribute", *words, "--run-dir", str(trained), "--threads", "1"]) == code
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_ranks_have_the_right_sign() -> None:
+    ranked = attributing.rank(torch.tensor([1.0, -2.0, 0.0, 3.0, -1.0]), 2)
+    assert ranked.helpful.tolist() == [3, 0]
+    assert ranked.harmful.tolist() == [1, 4]
+    assert not len(attributing.rank(torch.tensor([1.0]), 2).harmful)
+
+
+def test_an_unknown_method_is_refused(trained):
+    network, x, y = opened(trained)
+    with pytest.raises(ValueError, match="method must be trak, cosine, tracin or influence; got 'arnoldi'"):
+        attributing.scores(network, "arnoldi", x, y, DIM, Told())
