@@ -16,6 +16,7 @@ from unittest import mock
 
 from hypothesis import Phase, settings
 
+import resnet_func as rf
 from parity import properties
 from parity.cell import Cell
 from parity.sections import bitwise, privacy, trajectory
@@ -131,6 +132,8 @@ def _forget() -> None:
 @cache
 def checks() -> dict[str, Cell]:
     """The quick checks of the suite by their paths; properties do not shrink what kills a mutant."""
+    for name in rf.__all__:  # imported when first asked for: a bug must not be what is kept
+        getattr(rf, name)
     profile = settings(settings.get_profile("ci"), phases=(Phase.generate,))
     cells = [
         *bitwise.cells(quick=True),

@@ -118,7 +118,7 @@ EXHIBITS = [
         "a broken sample has weight zero, and NaN times zero is NaN",
         "clipped sums that mask factors, not gradients",
         "properties/a-sample-that-is-not-finite-harms-no-other",
-        edit(quantity.clipped_sum, ("factors = masked(factors, kept)", "pass")),
+        edit(quantity._clip_and_sum, ("factors = masked(factors, kept)", "pass")),
     ),
     Exhibit(
         "clipped-sums-alias",
@@ -126,7 +126,7 @@ EXHIBITS = [
         "accumulators that alias p.grad",
         "properties/microbatches-change-no-clipped-sum-and-no-moment",
         edit(
-            quantity.clipped_sum,
+            quantity._join_sums,
             ("total[path].value + sums[path].value", "2 * total[path].value + sums[path].value"),
         ),
     ),
@@ -142,9 +142,7 @@ EXHIBITS = [
         "the second moment is the square of the summed gradient",
         "code for elastic weight consolidation that squares a batch's gradient",
         "properties/moments-are-means-over-gradients",
-        edit(
-            noise_scale.moments_quantity, ("grads.square().sum(0)", "grads.sum(0).square() / grads.shape[0]")
-        ),
+        edit(noise_scale._sums_of_leaf, ("grads.square().sum(0)", "grads.sum(0).square() / grads.shape[0]")),
     ),
     Exhibit(
         "silent-instance-norm",

@@ -15,7 +15,7 @@ EXHIBITS = [
         "reimplementations of label smoothing",
         "properties/smoothing-is-a-mixture-of-targets",
         edit(
-            losses.smoothed_cross_entropy,
+            losses._smoothed_cross_entropy,
             (
                 "label_smoothing=smoothing",
                 "label_smoothing=min(smoothing * logits.shape[1] / (logits.shape[1] - 1), 1.0)",

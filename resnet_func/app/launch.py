@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from resnet_func.app.errors import AppError, Interrupted, Unspoken
@@ -64,8 +65,20 @@ def name_of_launch() -> str:
     """One name for all starts of a group by one torchrun: those after a failure find their run by it."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     # without --rdzv-id all jobs are called "none"; rank 0's launcher is on one node then, and stays
-    own = f"{platform.node()} {os.getppid()}" if job == "none" else job
+    own = f"{platform.node()} {os.getppid()} {_began(os.getppid())}" if job == "none" else job
     return hashlib.sha256(own.encode()).hexdigest()[:32]
+
+
+def _began(process: int) -> str:
+    """When a process began, in ticks since the machine did: numbers of processes come again."""
+    try:
+        # the fields after the command's name, which may hold anything, in brackets
+        fields = (
+            Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        )
+        return fields.split()[19]
+    except (OSError, IndexError):  # no Linux
+        return ""
 
 
 def local_device(device: str) -> str:

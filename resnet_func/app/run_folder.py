@@ -105,7 +105,7 @@ def latest() -> Path:
 
 
 def mark_launch(folder: Path, launch: str) -> None:
-    """Note which launch trains the run, until it has ended: the next start of that launch goes on with it.
+    """Note which launch trains the run: the next start of that launch goes on with it.
 
     Raises:
         RunError: the disk refuses.
@@ -114,7 +114,7 @@ def mark_launch(folder: Path, launch: str) -> None:
 
 
 def find_launch(launch: str, folder: Path | None) -> Path | None:
-    """The run that a launch began and has not ended, without the temporary files that it may have left.
+    """The run that a launch began last, without the temporary files that it may have left.
 
     Args:
         launch: Its name, as `mark_launch` was told.
@@ -123,13 +123,14 @@ def find_launch(launch: str, folder: Path | None) -> Path | None:
     Returns:
         The run folder, with or without a checkpoint; None if there is none.
     """
-    for path in [folder] if folder else sorted(Path("runs").glob("*")):
-        mark = path / LAUNCH
-        if mark.is_file() and mark.read_text(encoding="utf-8").strip() == launch:
-            for left in [*path.glob("*.tmp"), *checkpoints(path).glob("*.tmp")]:
-                left.unlink(missing_ok=True)
-            return path
-    return None
+    marks = [path / LAUNCH for path in ([folder] if folder else Path("runs").glob("*"))]
+    own = [mark for mark in marks if mark.is_file() and mark.read_text(encoding="utf-8").strip() == launch]
+    if not own:
+        return None
+    path = max(own, key=lambda mark: mark.stat().st_mtime_ns).parent
+    for left in [*path.glob("*.tmp"), *checkpoints(path).glob("*.tmp")]:
+        left.unlink(missing_ok=True)
+    return path
 
 
 def can_resume(folder: Path) -> bool:
@@ -142,7 +143,7 @@ def can_resume(folder: Path) -> bool:
 
 
 def forget_launch(folder: Path) -> None:
-    """Remove the mark of `mark_launch`: the run has ended."""
+    """Remove the mark of `mark_launch`: the run was stopped on purpose."""
     (folder / LAUNCH).unlink(missing_ok=True)
 
 

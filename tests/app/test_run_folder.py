@@ -231,6 +231,11 @@ def test_a_launch_finds_the_run_it_has_begun_and_not_ended(
     assert run_folder.find_launch("mine", None) == Path("runs/b")
     assert run_folder.find_launch("mine", Path("runs/a")) is None
     assert [path.parent.parent.name for path in Path("runs").rglob("*.tmp")] == ["a"]
+    with run_folder.new(None, "0") as later:  # a name that comes before
+        run_folder.mark_launch(later, "mine")
+    os.utime(later / "launch.txt", (2**31, 2**31))
+    assert run_folder.find_launch("mine", None) == Path("runs/0")
+    run_folder.forget_launch(Path("runs/0"))
     run_folder.forget_launch(Path("runs/b"))
     assert run_folder.find_launch("mine", None) is None
 

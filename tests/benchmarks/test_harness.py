@@ -264,7 +264,8 @@ def test_rows_of_a_run() -> None:
 def test_every_command_of_all_is_understood(line: str) -> None:
     name = line.split()[0]
     assert name in COMMANDS
-    module, options = parse([*line.split(), "--threads", "1", "--no-write"])
+    threads = [] if name == "processes" else ["--threads", "1"]  # it decides them itself
+    module, options = parse([*line.split(), *threads, "--no-write"])
     assert isinstance(options, module.Options)
     assert not options.write
 

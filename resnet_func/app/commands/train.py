@@ -82,7 +82,8 @@ def _train(options: Train, folder: Path, group: launch.Group, *, resume: bool, s
             run_folder.forget_launch(folder)  # on purpose: no start after it goes on by itself
         command = "torchrun ... -m resnet_func" if group.ranks else "resnet-func"
         raise Interrupted(f"the run is saved; go on with: {command} train --resume {folder}") from None
-    # the others wait: were one killed meanwhile, the group would start again, and find the run by its mark
+    # The others wait, and the mark stays: were one killed meanwhile, or while it ends, the group would start
+    # again, find the run, and end it once more.
     group.from_first(lambda: _finish(experiment, splits, result, folder, output))
 
 
@@ -101,7 +102,6 @@ def _finish(
     if experiment.privacy is not None:
         spent = result.records[-1]["epsilon"] if result.records else 0.0
         say(output, f"spent: epsilon {spent:.4g} of {experiment.privacy.epsilon:g}")
-    run_folder.forget_launch(folder)
     return "finished"
 
 

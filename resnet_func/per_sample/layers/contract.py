@@ -166,7 +166,8 @@ def group_norm_grads(
         groups: Groups of channels.
     """
     n, c, pixels = *inputs.shape[:2], prod(inputs.shape[2:])
-    g, a = (tensor.reshape(1, n * c, pixels) for tensor in (cotangents, inputs))
+    # contiguous: of some layouts the reshaped tensor is a view that torch 2.11 reads as if it were
+    g, a = (tensor.reshape(1, n * c, pixels).contiguous() for tensor in (cotangents, inputs))
     mean, rstd = (tensor.reshape(1, n * groups) for tensor in statistics)
     ones = a.new_ones(n * c)  # not None, which torch 2.11 does not take here
     _, weight, bias = torch.ops.aten.native_group_norm_backward(
