@@ -199,8 +199,9 @@ def run_audit(
     ...     return TrainState(tree.map(torch.neg, torch.func.grad(loss)(canaries.params)), {}, None)
     >>> source = torch.Generator().manual_seed(0)
     >>> x, y = torch.zeros(4, 3), torch.zeros(4)
-    >>> run_audit(canaries, without_noise, x, y, delta=1e-5, generator=source)[1:]
-    (100, 100)
+    >>> audit = run_audit(canaries, without_noise, x, y, delta=1e-5, generator=source)
+    >>> audit.right == audit.guesses, audit.lower_bound > 1
+    (True, True)
     """
     count = canaries.params["zz_canaries"]["weight"].shape[1]
     included = torch.rand(count, generator=generator) < 0.5

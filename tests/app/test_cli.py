@@ -161,7 +161,9 @@ def test_wrong_usage_exits_2(call, says, capsys):
 
 def test_a_value_out_of_range_is_one_plain_line(capsys):
     assert exit_code(["train", "--epochs", "0"]) == 2
-    assert capsys.readouterr().err == "resnet-func: epochs must be 1 or more; got 0\n"
+    assert (
+        capsys.readouterr().err == "resnet-func: epochs must be 1 or more; got 0. Or give the run --minutes\n"
+    )
 
 
 def test_what_could_steer_a_terminal_is_escaped(capsys):

@@ -43,7 +43,7 @@ def test_what_is_printed_makes_it_again(made: testing.GeneratedModule) -> None:
 def test_modules_reach_every_choice() -> None:
     found: Counter[str] = Counter()
 
-    @settings(max_examples=400, database=None)
+    @settings(max_examples=800, database=None, derandomize=True)
     @given(testing.modules())
     def collect(made: testing.GeneratedModule) -> None:
         words = repr(made).replace("'", " ").replace(",", " ").replace("(", " ").split()

@@ -51,14 +51,15 @@ def test_configs_keep_to_what_is_asked(config: rf.ResNetConfig) -> None:
 def test_configs_reach_every_choice() -> None:
     seen: dict[str, set[Any]] = {}
 
-    @settings(max_examples=200, database=None)
+    @settings(max_examples=200, database=None, derandomize=True)
     @given(testing.configs())
     def collect(config: rf.ResNetConfig) -> None:
         for field in config.__dataclass_fields__:
             seen.setdefault(field, set()).add(getattr(config, field))
 
     collect()
-    fixed = {"num_classes", "in_channels"}
+    # what private training adds is drawn by the tests of blocks: the oracles do not know it
+    fixed = {"num_classes", "in_channels", "activation_order", "standardization_affine", "scale_norm"}
     assert {field for field, values in seen.items() if len(values) == 1} == fixed
     assert seen["block"] == {"basic", "bottleneck", "preact"}
     assert seen["norm"] == {"batch", "group", "none"}
