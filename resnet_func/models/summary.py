@@ -65,7 +65,8 @@ def summarize(model: Model, image_size: int) -> list[LayerRow]:
         )
     if image_size < 1:
         raise ValueError(f"image_size must be 1 pixel or more; got {image_size}. Try 32, or 224 for ImageNet")
-    images = torch.zeros(0, model.config.in_channels, image_size, image_size, device="meta")
+    shape = (0, model.config.in_channels, image_size, image_size)
+    images = torch.zeros(shape, dtype=torch.float32, device="meta")
     model = build(model.config)
     return _rows(model, *model.init(torch.Generator(), device="meta"), images)
 

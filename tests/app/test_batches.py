@@ -26,26 +26,10 @@ from resnet_func.app.batches import (
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.parts import make_network
 from resnet_func.app.recipes import ARTICLE, FAST
+from tests.app.conftest import RECIPE
 from tests.app.image_folder import CLASSES, global_defaults, make_image_folder
 
 SHAPES = {"square": (8, 8), "wide": (8, 13), "tall": (12, 7)}
-RECIPE = replace(FAST, epochs=4, batch_size=5, early_scales=((0.5, 0.5),))
-
-
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    images = make_image_folder(tmp_path_factory.mktemp("images"), train=6, test=3)
-    return Experiment("folder", str(images), 3, RECIPE)
-
-
-@pytest.fixture(scope="module")
-def splits(experiment: Experiment) -> data.Splits:
-    return load_data(experiment)
-
-
-@pytest.fixture(scope="module")
-def prepare(splits: data.Splits) -> Preparer:
-    return Preparer(make_task(RECIPE, splits), runtime.configure(device="cpu", threads=1, compile="off"))
 
 
 def collect(

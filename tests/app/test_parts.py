@@ -9,35 +9,14 @@ import pytest
 import torch
 
 from resnet_func import tree
-from resnet_func.app import data, runtime
+from resnet_func.app import data
 from resnet_func.app.batches import (
     Preparer,
-    load_data,
     make_generator,
-    make_task,
 )
 from resnet_func.app.experiment import Experiment
 from resnet_func.app.parts import make_network, make_optimizer, training_flops
-from resnet_func.app.recipes import FAST
-from tests.app.image_folder import make_image_folder
-
-RECIPE = replace(FAST, epochs=4, batch_size=5, early_scales=((0.5, 0.5),))
-
-
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    images = make_image_folder(tmp_path_factory.mktemp("images"), train=6, test=3)
-    return Experiment("folder", str(images), 3, RECIPE)
-
-
-@pytest.fixture(scope="module")
-def splits(experiment: Experiment) -> data.Splits:
-    return load_data(experiment)
-
-
-@pytest.fixture(scope="module")
-def prepare(splits: data.Splits) -> Preparer:
-    return Preparer(make_task(RECIPE, splits), runtime.configure(device="cpu", threads=1, compile="off"))
+from tests.app.conftest import RECIPE
 
 
 def test_the_network_fits_the_task(prepare: Preparer) -> None:

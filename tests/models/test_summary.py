@@ -239,3 +239,12 @@ def test_table_shows_every_row_and_the_totals_in_80_columns(name):
 )
 def test_counts_have_four_digits(count, text):
     assert format_count(count) == text
+
+
+def test_another_default_dtype_is_no_matter() -> None:
+    want = summarize(zoo.by_name("resnet20"), 32)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert summarize(zoo.by_name("resnet20"), 32) == want
+    finally:
+        torch.set_default_dtype(torch.float32)

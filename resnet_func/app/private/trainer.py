@@ -180,7 +180,9 @@ class PrivateTrainer:
                 found = parts.measure(train_state, clipped)
                 self.measured.append({name: float(value) for name, value in found.items()})
             noise = to_memory_format(noise, self.runtime.memory_format)
-            return finish(train_state, clipped, noise), {"loss": torch.zeros(())}
+            return finish(train_state, clipped, noise), {
+                "loss": torch.zeros((), dtype=torch.float32, device="cpu")
+            }
 
         return step
 

@@ -194,7 +194,9 @@ def _with_schedule(experiment: Experiment) -> Experiment:
 
 
 def _few_batches(source: data.Source, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    picks = torch.arange(source.num_samples).split(recipe.evaluation_batch)[:3]
+    picks = torch.arange(source.num_samples, dtype=torch.int64, device="cpu").split(recipe.evaluation_batch)[
+        :3
+    ]
     return iter(source.read(picks))
 
 
