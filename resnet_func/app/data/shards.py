@@ -126,7 +126,7 @@ def write_shards(folder: Path | str, to: Path | str, *, images: int = 10_000, se
 
 def _pack(listing: Listing, to: Path, images: int, seed: int) -> None:
     try:
-        import webdataset
+        from webdataset.writer import ShardWriter
     except ImportError as error:
         raise AppError(
             "writing shards needs webdataset, which is not installed: pip install 'resnet-func[shards]'"
@@ -134,7 +134,7 @@ def _pack(listing: Listing, to: Path, images: int, seed: int) -> None:
     draw = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(len(listing.files), generator=draw, device="cpu").tolist()
     pattern = str(to.absolute()).replace("%", "%%") + "/%06d.tar"
-    with webdataset.ShardWriter(pattern, maxcount=images, verbose=0, encoder=False, mtime=0) as writer:
+    with ShardWriter(pattern, maxcount=images, verbose=0, encoder=False, mtime=0) as writer:
         for number, place in enumerate(order):
             file = Path(listing.files[place])
             name = re.sub(r"[^A-Za-z0-9_-]", "_", file.stem)[:60]

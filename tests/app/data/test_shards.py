@@ -281,7 +281,7 @@ def test_packing_refuses_what_it_would_spoil(
         write_shards(folder, folder)
     with pytest.raises(AppError, match="images must be 1 or more in an archive; got 0"):
         write_shards(folder, tmp_path / "new", images=0)
-    monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
+    monkeypatch.setitem(__import__("sys").modules, "webdataset.writer", None)
     with pytest.raises(AppError, match=r"pip install 'resnet-func\[shards\]'"):
         write_shards(folder, tmp_path / "new")
 
