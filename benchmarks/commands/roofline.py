@@ -12,7 +12,7 @@ what goes in and out, once. Timed alone, a small layer finds its data in the cac
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
-import resnet_func as rf
+from benchmarks.forms import networks
 from benchmarks.harness import conditions, peaks, pictures, report
 from benchmarks.harness.measure import Disagreement
 from benchmarks.harness.operations import (
@@ -29,10 +29,8 @@ from benchmarks.harness.operations import (
     Operation,
     bytes_of,
     flops_of,
-    kind_of,
     make_call,
     operations,
-    what_of,
 )
 from benchmarks.harness.options import Threaded
 from benchmarks.harness.peaks import Peaks, median_seconds
@@ -40,8 +38,6 @@ from benchmarks.harness.roofline_picture import picture
 from resnet_func.app import runtime
 from resnet_func.autodiff import value_and_grad
 from resnet_func.losses import cross_entropy
-from resnet_func.models.config import ResNetConfig
-from resnet_func.models.layers import Conv, Linear
 from resnet_func.train import autocast, to_memory_format
 
 REST = "the rest: dispatch, the loss"
@@ -53,13 +49,13 @@ class Options(Threaded):
     """Time every layer of a training step, and draw it under the machine's roofs."""
 
     model: str = "resnet18"
-    """A network of the zoo."""
+    """A network of the zoo, torchvision:NAME, timm:NAME, FILE.py:CALLABLE or pkg.mod:CALLABLE."""
     batch: int = 32
     """Images a step."""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """3x3 and 10 classes, or 7x7, max-pool and 1000 classes."""
+    """3x3 and 10 classes, or 7x7, max-pool and 1000 classes; of the zoo's networks."""
     norm: Literal["batch", "group", "none"] = "batch"
-    """Normalisation."""
+    """Normalisation of the zoo's networks."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the activations; bf16 is autocast over fp32 parameters."""
     layout: Literal["channels_last", "contiguous"] = "channels_last"
@@ -73,11 +69,11 @@ def run(options: Options) -> None:
         ValueError: options that cannot be.
         Disagreement: the parts come to more than the whole.
     """
-    config, machine = prepare(options)
+    case, machine = prepare(options)
     print(runtime.describe(machine))
     where = conditions.capture(machine)
     best = peaks.measure(machine.device, quick=options.quick)
-    result = {"peaks": best._asdict()} | measure(options, config, machine, best)
+    result = {"peaks": best._asdict()} | measure(options, case, machine, best)
     if not options.quick:
         check_parts(result["step"])
     heading = "\n".join([title_of(options), conditions.describe(where), as_sentence(result["step"])])
@@ -92,8 +88,8 @@ def run(options: Options) -> None:
     )
 
 
-def prepare(options: Options) -> tuple[ResNetConfig, runtime.Runtime]:
-    """The network, and threads, allocator and device of this process.
+def prepare(options: Options) -> tuple[networks.Case, runtime.Runtime]:
+    """The network with a batch as the step takes them; threads, allocator and device of this process.
 
     Raises:
         ValueError: an option is out of range, or names what is not here.
@@ -101,14 +97,12 @@ def prepare(options: Options) -> tuple[ResNetConfig, runtime.Runtime]:
     for name in ("batch", "size"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be 1 or more; got {getattr(options, name)}. Leave it out for 32")
+    changes: dict[str, Any] = {"stem": options.stem, "norm": options.norm}
+    changes |= {"num_classes": 10 if options.stem == "cifar" else 1000}
     if ":" in options.model:
-        raise ValueError(f"roofline knows the operations of the zoo's networks only; got {options.model}")
-    classes = 10 if options.stem == "cifar" else 1000
-    config = rf.zoo.config(options.model, stem=options.stem, norm=options.norm, num_classes=classes)
-    ops = [op for _, op in operations(config, options.batch, options.size)]
-    values = min(op.shape[0] * op.shape[2] * op.shape[3] for op in ops if len(op.shape) == 4)
-    if options.norm == "batch" and values == 1:
-        raise ValueError("batch normalisation needs more than one value a channel. Try batch=2")
+        if (options.stem, options.norm) != (Options.stem, Options.norm):
+            raise ValueError(f"stem and norm are of the zoo's networks; {options.model} has its own")
+        changes = {}
     machine = runtime.configure(
         device=options.device,
         threads=options.threads,
@@ -116,53 +110,70 @@ def prepare(options: Options) -> tuple[ResNetConfig, runtime.Runtime]:
         memory_format=options.layout,
         compile="off",
     )
-    return config, machine
+    case = networks.make_case(options.model, options.batch, options.size, machine.device, **changes)
+    model = case.model
+    return case._replace(
+        model=autocast(model, machine.device.type, torch.bfloat16) if options.dtype == "bf16" else model,
+        params=to_memory_format(case.params, machine.memory_format),
+        x=case.x.contiguous(memory_format=machine.memory_format),
+    ), machine
 
 
 # --------------------------------------------------------------------------- measuring
 
 
-def measure(options: Options, config: ResNetConfig, machine: runtime.Runtime, best: Peaks) -> dict[str, Any]:
+def measure(options: Options, case: networks.Case, machine: runtime.Runtime, best: Peaks) -> dict[str, Any]:
     """The whole step, the rows of its distinct operations, and seconds by stage and kind."""
-    steps = operations(config, options.batch, options.size, casts=options.dtype == "bf16")
-    step = make_step(options, config, machine)
+    network = (case.model, case.params, case.state, case.x)
+    steps = operations(*network, casts=options.dtype == "bf16")
+    step = make_step(case)
     step()
     enough = 0.0 if options.quick else 3.0
     before = median_seconds(step, enough)
     with torch.autocast(machine.device.type, torch.bfloat16, enabled=options.dtype == "bf16"):
         distinct = dict.fromkeys(op for _, op in steps)
-        calls = ((op, make_call(op, options.dtype, machine)) for op in distinct)  # one alive at a time
+        calls = ((op, make_call(op, machine.device)) for op in distinct)  # one alive at a time
         times = {op: median_seconds(call, 0.0 if options.quick else 0.3) for op, call in calls}
     after = median_seconds(step, enough)
     seconds = (before + after) / 2  # the machine may have drifted meanwhile
     counts, first = Counter(op for _, op in steps), dict(reversed([(op, path) for path, op in steps]))
     rows = [row_of(op, counts[op], first[op], times[op], seconds, options.dtype, best) for op in times]
     stages: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(KINDS, 0.0))
-    for path, op in steps:
-        stages[stage_of(path, config)][kind_of(op)] += times[op]
+    for (_, op), stage in zip(steps, stages_of([path for path, _ in steps]), strict=True):
+        stages[stage][op.kind] += times[op]
     rows.sort(key=lambda row: -row["share"])
     whole = summary(options, steps, rows, seconds, best) | {"noise_seconds": abs(after - before)}
     return {"step": whole, "operations": rows, "stages": stages}
 
 
-def stage_of(path: str, config: ResNetConfig) -> str:
-    """stem, layer1, ..., head; where blocks are pre-activated, the norm outside them is the last one."""
-    first = path.split(".")[0]
-    if first.startswith("layer"):
-        return first
-    return "head" if first == "fc" or (first == "bn1" and config.block == "preact") else "stem"
+def stages_of(paths: Sequence[str]) -> list[str]:
+    """The part of the network that each dotted path belongs to, in the order they run.
+
+    A stage's name ends at the first number, and has a layer below it; what has no stage is the stem before
+    the first, and the head after it.
+
+    >>> stages_of(["conv1", "layer1.0.conv1", "layer1.0.bn1 relu", "stages.1.blocks.0.norm", "fc"])
+    ['stem', 'layer1', 'layer1', 'stages.1', 'head']
+    """
+    found: list[str] = []
+    for path in paths:
+        words = path.split()[0].split(".")
+        numbered = [index for index, word in enumerate(words[:-1]) if word[-1:].isdigit()]
+        outside = "head" if found and found[-1] != "stem" else "stem"
+        found.append(".".join(words[: numbered[0] + 1]) if numbered else outside)
+    return found
 
 
 def row_of(
     op: Operation, count: int, path: str, seconds: float, step: float, dtype: str, best: Peaks
 ) -> dict[str, Any]:
     """One operation's figures; `seconds` are of one of its `count` occurrences, the share is of all."""
-    flops, moved = flops_of(op), bytes_of(op, peaks.DTYPES[dtype].itemsize)
+    flops, moved = flops_of(op), bytes_of(op)
     return {
         "layer": path,
-        "what": what_of(op),
+        "what": op.what,
         "phase": op.phase,
-        "kind": kind_of(op),
+        "kind": op.kind,
         "count": count,
         "seconds": seconds,
         "share": count * seconds / step,
@@ -182,8 +193,8 @@ def summary(
     seconds: float,
     best: Peaks,
 ) -> dict[str, float]:
-    """The whole step: `flops` of convolutions and linear layers; the rest is what no operation explains."""
-    flops = sum(flops_of(op) for _, op in steps if isinstance(op.layer, Conv | Linear))
+    """The whole step: `flops` of matrix products; the rest is what no operation explains."""
+    flops = sum(flops_of(op) for _, op in steps if op.kind not in ("normalisation", "elementwise"))
     moved = sum(row["count"] * row["bytes"] for row in rows)
     parts = sum(row["count"] * row["seconds"] for row in rows)
     return {
@@ -200,21 +211,14 @@ def summary(
     }
 
 
-def make_step(options: Options, config: ResNetConfig, machine: runtime.Runtime) -> Callable[[], Any]:
+def make_step(case: networks.Case) -> Callable[[], Any]:
     """Forward and backward of the mean loss, as `resnet_func.train` does it, without the optimizer."""
-    model, generator = rf.build(config), torch.Generator().manual_seed(0)
-    params, state = model.init(generator, device=machine.device)
-    params = to_memory_format(params, machine.memory_format)
-    x = torch.randn(options.batch, config.in_channels, options.size, options.size, generator=generator)
-    x = x.to(machine.device, memory_format=machine.memory_format)
-    y = torch.randint(config.num_classes, (options.batch,), generator=generator).to(machine.device)
-    model = autocast(model, machine.device.type, torch.bfloat16) if options.dtype == "bf16" else model
 
     def loss(params: Any) -> tuple[Tensor, Any]:
-        logits, new_state = model.apply(params, state, x, train=True)
-        return cross_entropy(logits, y).mean(), new_state
+        logits, new_state = case.model.apply(params, case.state, case.x, train=True)
+        return cross_entropy(logits, case.y).mean(), new_state
 
-    return lambda: value_and_grad(loss, params)
+    return lambda: value_and_grad(loss, case.params)
 
 
 # --------------------------------------------------------------------------- showing
@@ -285,8 +289,9 @@ def as_table(options: Options, result: dict[str, Any]) -> Table:
 def title_of(options: Options) -> str:
     stem = "CIFAR" if options.stem == "cifar" else "ImageNet"
     norm = {"batch": "BatchNorm", "group": "GroupNorm", "none": "no norm"}[options.norm]
+    own = "" if ":" in options.model else f", {stem} stem, {norm}"
     return (
-        f"{options.model}, {stem} stem, {norm}: batch {options.batch}, {options.size} px, "
+        f"{options.model}{own}: batch {options.batch}, {options.size} px, "
         f"{options.dtype}, {options.layout}, eager"
     )
 
@@ -303,4 +308,6 @@ def stem_of(options: Options) -> str:
         options.layout: options.layout != Options.layout,
         "quick": options.quick,
     }
-    return "-".join(["roofline", options.model, *(word for word, departs in departures.items() if departs)])
+    return "-".join(
+        ["roofline", networks.slug(options.model), *(word for word, departs in departures.items() if departs)]
+    )

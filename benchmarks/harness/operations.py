@@ -1,240 +1,341 @@
-"""What a training step does: every operation of a network's forward and backward pass, from its layers.
+"""What a training step does: the operations of forward and backward pass, and how to run one alone.
 
-An operation knows its FLOPs, the least bytes that it moves, and how to run alone.
+The operations are the calls that the network makes, recorded as it runs; so each is timed with the shapes,
+the memory layout and the dtype that it has in the step. Real tensors tell all of that; meta tensors tell the
+shapes and layouts, and cost nothing.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import optree
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import peaks
-from resnet_func.app import runtime
-from resnet_func.models.config import ResNetConfig
-from resnet_func.models.layers import (
-    BatchNorm,
-    Conv,
-    GroupNorm,
-    LayerSpec,
-    Linear,
-    Pad,
-    apply_layer,
-    global_average_pool,
-    init_layer,
-)
-from resnet_func.models.resnet import layer_specs
+from resnet_func import tree
+from resnet_func.models.layer_calls import Arguments, Call, Placeholder, record_all_calls
+from resnet_func.models.summary import describe
+from resnet_func.types import Model, Params, State
 
-KINDS = ("forward", "input gradient", "weight gradient", "normalisation", "elementwise")
-NAMES = {BatchNorm: "batch norm", GroupNorm: "group norm", Pad: "pad"}
+Phase = Literal["forward", "backward", "input gradient", "weight gradient"]
+
+KINDS = ("forward", "input gradient", "weight gradient", "attention", "normalisation", "elementwise")
+MATRIX_LAYERS = ("conv", "transposed conv", "linear")
+NORMS = ("batch norm", "group norm", "instance norm", "layer norm", "rms norm")
+PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum")  # of activations
+# Each argument's gradient is the cotangent, or a part of it, as it is.
+PASS_THROUGH = ("add", "sub", "cat")
+# The gradient needs no argument's values.
+LINEAR_MAPS = (
+    "mean", "sum", "pad", "getitem", "expand", "to", "float", "avg_pool2d", "adaptive_avg_pool2d", "clone",
+)  # fmt: skip
 # For points on the picture alone: no one counts them to a model's FLOPs. Forward: the mean, the variance
 # about it, and y = x * scale + shift; backward: two sums over g, and dx from g, x and the two.
 NORM_FLOPS = {"forward": 6, "backward": 8}
 
-Phase = Literal["forward", "backward", "input gradient", "weight gradient"]
 
+@dataclass(frozen=True)
+class Operation:
+    """What one call does in one phase; equal ones, which are timed once, have the same arguments.
 
-class Operation(NamedTuple):
-    """What one layer does in one phase, for an input `shape`; equal ones are timed once."""
+    Args:
+        function: The call's, as `Call` names it.
+        phase: Which gradients are computed in the backward ones: all, or the inputs' or the weights' alone.
+        layer: The call's kind, as `Call` names it.
+        what: The layer and its input in a few words.
+        macs: Multiply-accumulates, of layers that are matrix products.
+        arguments: How to call it.
+    """
 
-    layer: LayerSpec | Literal["relu", "add", "max pool", "average pool", "cast"]
-    shape: tuple[int, ...]
+    function: str
     phase: Phase
+    layer: str
+    what: str = field(compare=False)
+    macs: int = field(compare=False)
+    arguments: Arguments = field(compare=False, repr=False)
+    key: str = field(repr=False)  # the arguments, comparable
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`; pooling, padding and casts count as elementwise."""
+        if self.layer in MATRIX_LAYERS:
+            return self.phase
+        if self.layer == "attention" or self.function in PRODUCTS:
+            return "attention"
+        return "normalisation" if self.layer in NORMS else "elementwise"
+
+    @property
+    def placeholders(self) -> list[Placeholder]:
+        """The tensors among the arguments."""
+        return list(_placeholders((self.arguments.args, self.arguments.kwargs)))
+
+    @property
+    def inputs(self) -> list[Placeholder]:
+        """Those that depend on the network's input; where none does, those that depend on parameters."""
+        on_input = [each for each in self.placeholders if each.depends_on == "input"]
+        return on_input or self.weights
+
+    @property
+    def weights(self) -> list[Placeholder]:
+        """Those that depend on parameters alone."""
+        return [each for each in self.placeholders if each.depends_on == "parameters"]
 
 
 Steps = Iterator[tuple[str, Operation]]  # each with the dotted path of its layer
 
 
 def operations(
-    config: ResNetConfig, batch: int, size: int, *, casts: bool = False
+    model: Model, params: Params, state: State, x: Tensor, *, casts: bool = False
 ) -> list[tuple[str, Operation]]:
     """Every operation of forward and backward pass with its layer's path; the loss is left out.
 
-    With `casts` the weights' casts, which autocast makes once a step, and those of their gradients.
+    A call without parameters has the path of the layer before it, and its own name after a space. Nobody
+    asks for the gradient of `x`, and a gradient that is the cotangent as it is takes no operation; where a
+    tensor is used twice, its gradients are added up. Views take none, but for the gradient of a part.
+
+    Args:
+        model, params, state: Any network.
+        x: A batch; on meta tensors nothing is computed.
+        casts: With the casts of weights, which autocast makes once a step, and those of their gradients.
+
+    >>> import resnet_func as rf
+    >>> model = rf.resnet20()
+    >>> params, state = model.init(torch.Generator(), device="meta")
+    >>> ops = operations(model, params, state, torch.zeros(2, 3, 32, 32, device="meta"))
+    >>> [(path, op.function, op.phase) for path, op in ops[:4]]
+    [('conv1', 'conv2d', 'forward'), ('conv1', 'conv2d', 'weight gradient'), \
+('bn1', 'batch_norm', 'forward'), ('bn1', 'batch_norm', 'backward')]
     """
-    specs = layer_specs(config)
-    preact, x = config.block == "preact", (batch, config.in_channels, size, size)
-    steps = _trained("conv1", specs["conv1"], x)
-    found = [(path, op) for path, op in steps if op.phase != "input gradient"]  # nobody asks for the images'
-    x = _after(specs["conv1"], x)
-    found += [] if preact else _norm_relu("bn1", specs, x)
-    if config.stem == "imagenet":
-        found += _both("conv1.pool", "max pool", x)
-        x = _after_pool(x)
-    for stage in (name for name in specs if name.startswith("layer")):
-        for index, block in specs[stage].items():
-            found += _block(f"{stage}.{index}", block, x, preact)
-            x = _after(block["conv2"], _after(block["conv1"], x))
-            x = _after(block["conv3"], x) if "conv3" in block else x
-    found += _norm_relu("bn1", specs, x) if preact else []
-    found += [*_both("fc.pool", "average pool", x), *_trained("fc", specs["fc"], x[:2])]
-    return [(path, op) for path, op in found if casts or op.layer != "cast"]
+    calls = record_all_calls(model, params, state, x, train=True)
+    trained = _calls_with_gradient(calls)
+    uses = Counter(
+        source.index for call in calls if call.index in trained for source in call.sources if source
+    )
+    steps: list[tuple[str, Operation]] = []
+    layer, cast = "", set[str]()
+    for call in calls:
+        if call.paths and call.sources:
+            layer = call.paths[0].rpartition(".")[0] or call.function
+        path = layer if call.paths else f"{layer} {call.function}"
+        if casts and _is_cast(call):
+            own = set(call.leaves.values())
+            steps += [] if own and own <= cast else _casts(path, call)
+            cast |= own
+            call = _with_narrow_weights(call)
+        steps += [(path, _operation(call, phase)) for phase in _phases(call, trained)]
+        if call.index in trained and not _is_part(call):
+            added = _sum_of(call.arguments.returned)
+            steps += [(f"{path} branches", added)] * (uses[call.index] - 1)
+    return steps
 
 
-def _block(path: str, block: dict[str, Any], x: tuple[int, ...], preact: bool) -> Steps:
-    y, last = x, "conv3" if "conv3" in block else "conv2"
-    for name, spec in block.items():
-        at = f"{path}.{name}"
-        if isinstance(spec, dict):
-            yield from _trained(f"{at}.0", spec["0"], x)
-            yield from _both(f"{at}.1", spec["1"], y) if "1" in spec else ()
-        elif isinstance(spec, Conv):
-            yield from _both(f"{at}.relu", "relu", y) if preact else ()
-            yield from _trained(at, spec, y)
-            y = _after(spec, y)
-            yield from _both(f"{at}.relu", "relu", y) if name != last and not preact else ()
-        else:
-            yield from _both(at, spec, x if isinstance(spec, Pad) else y)
-    yield f"{path}.add", Operation("add", y, "forward")
-    # its own gradient is the cotangent as it is; but the two of the block's input are added up
-    yield f"{path}.branch", Operation("add", x, "forward")
-    yield from () if preact else _both(f"{path}.relu", "relu", y)
+def _calls_with_gradient(calls: list[Call]) -> set[int]:
+    """The calls, by index, whose outputs have a gradient: a parameter is behind them."""
+    found: set[int] = set()
+    for call in calls:
+        behind = bool(call.paths) or any(source.index in found for source in call.sources if source)
+        if behind and call.arguments.returned.dtype.is_floating_point:
+            found.add(call.index)
+    return found
 
 
-def _norm_relu(name: str, specs: dict[str, Any], x: tuple[int, ...]) -> Steps:
-    yield from _both(name, specs[name], x) if name in specs else ()
-    yield from _both(f"{name}.relu", "relu", x)
+def _phases(call: Call, trained: set[int]) -> Iterator[Phase]:
+    view = call.arguments.storage == "view"
+    if not view:
+        yield "forward"
+    if call.index not in trained or (view and not _is_part(call)) or _passes_through(call):
+        return
+    if call.kind not in MATRIX_LAYERS:
+        yield "backward"
+        return
+    if any(source is not None and source.index in trained for source in call.sources):
+        yield "input gradient"
+    if call.paths:
+        yield "weight gradient"
 
 
-def _trained(path: str, spec: Conv | Linear, x: tuple[int, ...]) -> Steps:
-    weight = spec.weight_shape if isinstance(spec, Conv) else (spec.c_out, spec.c_in)
-    for phase in ("forward", "input gradient", "weight gradient"):
-        yield path, Operation(spec, x, phase)
-    yield from _both(f"{path}.cast", "cast", weight)
+def _is_part(call: Call) -> bool:
+    """Whether a view has fewer or more entries than what it is of."""
+    arguments = call.arguments
+    first = next(_placeholders((arguments.args, arguments.kwargs)))
+    return arguments.storage == "view" and prod(first.shape) != prod(arguments.returned.shape)
 
 
-def _both(path: str, layer: Any, x: tuple[int, ...]) -> Steps:
-    yield path, Operation(layer, x, "forward")
-    yield path, Operation(layer, x, "backward")
+def _passes_through(call: Call) -> bool:
+    tensors = _placeholders((call.arguments.args, call.arguments.kwargs))
+    alike = all(tensor.shape == call.output_shape for tensor in tensors)
+    return call.function in PASS_THROUGH and (alike or call.function == "cat")
 
 
-def _after(spec: Conv, x: tuple[int, ...]) -> tuple[int, ...]:
-    return (x[0], spec.c_out, spec.output_size(x[2]), spec.output_size(x[3]))
+def _operation(call: Call, phase: Phase) -> Operation:
+    arguments, macs = call.arguments, call.macs
+    key = repr((arguments.args, arguments.kwargs, arguments.returned, arguments.storage))
+    return Operation(call.function, phase, call.kind, _what(call), macs, arguments, key)
 
 
-def _after_pool(x: tuple[int, ...]) -> tuple[int, ...]:
-    return (*x[:2], (x[2] - 1) // 2 + 1, (x[3] - 1) // 2 + 1)  # 3x3, stride 2, padding 1
+def _what(call: Call) -> str:
+    """The layer and its input in a few words, such as `conv 3x3/2 64→128, 32 px`."""
+    given = call.input_shape or call.output_shape
+    side = f", {given[2]} px" if len(given) == 4 else ""
+    if call.kind in MATRIX_LAYERS and call.weight_shape is not None:
+        channel = -1 if call.kind == "linear" else 1
+        return f"{describe(call)} {given[channel]}→{call.output_shape[channel]}{side}"
+    shape = given[1] if len(given) == 4 else "x".join(map(str, given[1:]))
+    return f"{describe(call).replace('_', ' ')} {shape}{side}"
 
 
-def kind_of(op: Operation) -> str:
-    """One of `KINDS`; pooling, padding and casts count as elementwise."""
-    if isinstance(op.layer, BatchNorm | GroupNorm):
-        return "normalisation"
-    return op.phase if isinstance(op.layer, Conv | Linear) else "elementwise"
+def _sum_of(tensor: Placeholder) -> Operation:
+    """Two gradients of a tensor added up."""
+    tensor = tensor._replace(depends_on="input")
+    arguments = Arguments(torch.add, (tensor, tensor), {}, tensor, "new")
+    return _operation(_call("add", arguments), "forward")
+
+
+# --------------------------------------------------------------------------- autocast
+
+
+def _is_cast(call: Call) -> bool:
+    """Whether autocast narrows a layer's parameters: normalisation takes them as they are."""
+    wide = [each for each in _placeholders(call.arguments.args) if each.depends_on == "parameters"]
+    narrow = call.arguments.returned.dtype.itemsize
+    return call.kind in MATRIX_LAYERS and any(each.dtype.itemsize > narrow for each in wide)
+
+
+def _casts(path: str, call: Call) -> list[tuple[str, Operation]]:
+    steps: list[tuple[str, Operation]] = []
+    arguments = call.arguments
+    for weight in _placeholders((arguments.args, arguments.kwargs)):
+        if weight.depends_on == "parameters":
+            weight = weight._replace(depends_on="input")
+            narrow = weight._replace(dtype=arguments.returned.dtype)
+            made = _call("to", Arguments(Tensor.to, (weight, narrow.dtype), {}, narrow, "new"))
+            steps += [(f"{path} cast", _operation(made, phase)) for phase in ("forward", "backward")]
+    return steps
+
+
+def _with_narrow_weights(call: Call) -> Call:
+    dtype = call.arguments.returned.dtype
+
+    def narrow(value: Any) -> Any:
+        parameter = _is_placeholder(value) and value.depends_on == "parameters"
+        return value._replace(dtype=dtype) if parameter else value
+
+    both: Any = (call.arguments.args, call.arguments.kwargs)
+    args, kwargs = optree.tree_map(narrow, both, is_leaf=_is_placeholder)
+    return replace(call, arguments=call.arguments._replace(args=args, kwargs=kwargs))
+
+
+def _call(function: str, arguments: Arguments) -> Call:
+    """A call that autograd or autocast makes, not the network."""
+    shapes = (arguments.args[0].shape, arguments.returned.shape)
+    return Call(0, (), function, "other", {}, {}, None, *shapes, arguments, ())
+
+
+# --------------------------------------------------------------------------- FLOPs and bytes
 
 
 def flops_of(op: Operation) -> int:
-    """Two for each multiply-accumulate of convolutions and linear layers; else a nominal few an element."""
-    match op.layer:
-        case Conv() as spec:
-            return 2 * prod(_after(spec, op.shape)) * prod(spec.weight_shape[1:])
-        case Linear() as spec:
-            return 2 * op.shape[0] * spec.c_in * spec.c_out
-        case BatchNorm() | GroupNorm():
-            return NORM_FLOPS[op.phase] * prod(op.shape)
-        case _:
-            return prod(op.shape)
+    """Two for each multiply-accumulate of convolutions and linear layers; else a nominal few an element.
+
+    Of attention the products of all phases count, of `einsum` the entries alone.
+    """
+    times = 2 if op.phase == "backward" else 1
+    if op.layer in (*MATRIX_LAYERS, "attention"):
+        return 2 * op.macs * (times if op.layer == "attention" else 1)
+    shapes = [each.shape for each in op.placeholders]
+    if op.function == "scaled_dot_product_attention":  # queries by keys, weights by values
+        return times * 4 * prod(shapes[0]) * shapes[1][-2]
+    if op.function in ("matmul", "bmm"):
+        return times * 2 * prod(op.arguments.returned.shape) * shapes[0][-1]
+    count = prod(op.inputs[0].shape)
+    return NORM_FLOPS[op.phase] * count if op.kind == "normalisation" else count
 
 
-def bytes_of(op: Operation, itemsize: int) -> int:
+def bytes_of(op: Operation) -> int:
     """The least bytes that move: inputs, outputs and weights once; pixels that a stride skips do not."""
-    x = prod(op.shape)
-    match op.layer:
-        case Conv() as spec:
-            y, weight = prod(_after(spec, op.shape)), prod(spec.weight_shape)
-            read = min(x, y // spec.c_out * spec.c_in * spec.kernel**2)
-            return itemsize * (weight + y + (x if op.phase == "input gradient" else read))
-        case Linear() as spec:
-            return itemsize * (x + op.shape[0] * spec.c_out + spec.c_in * spec.c_out)
-        case BatchNorm() | GroupNorm():  # x and y; x, the cotangent and dx; affine parameters are fp32
-            return (
-                2 * itemsize * x + 8 * op.shape[1]
-                if op.phase == "forward"
-                else 3 * itemsize * x + 12 * op.shape[1]
-            )
-        case Pad() as spec:
-            kept = x // spec.stride**2
-            return itemsize * (kept + (kept * spec.c_out // spec.c_in if op.phase == "forward" else x))
-        case "max pool":  # keeps the index of each maximum, in 8 bytes
-            return itemsize * x + (itemsize + 8) * prod(_after_pool(op.shape))
-        case "average pool":
-            return itemsize * (x + prod(op.shape[:2]))
-        case "cast":
-            return (4 + itemsize) * x
-        case "relu":
-            return itemsize * x * (2 if op.phase == "forward" else 3)
-        case _:
-            return itemsize * x * 3
+    x, y = sum(map(_bytes, op.inputs)), _bytes(op.arguments.returned)
+    weights = sum(map(_bytes, op.weights)) if op.inputs is not op.weights else 0
+    if op.layer == "conv":
+        (given, *_), (weight, *_) = op.inputs, op.weights
+        groups = given.shape[1] // weight.shape[1]
+        read = y // weight.shape[0] * weight.shape[1] * groups * prod(weight.shape[2:])
+        return weights + y + (x if op.phase == "input gradient" else min(x, read))
+    if op.function == "max_pool2d":  # keeps the index of each maximum, in 8 bytes
+        return x + y + 8 * prod(op.arguments.returned.shape)
+    if op.layer in MATRIX_LAYERS or op.phase == "forward":
+        return x + y + weights
+    # the cotangent, the gradients, and the values that they need
+    kept = 0 if op.function in LINEAR_MAPS else x + sum(map(_bytes, op.weights[:1]))
+    return y + x + weights + kept
 
 
-def what_of(op: Operation) -> str:
-    """The layer and its input in a few words, such as `conv 3x3/2 64→128, 32 px`."""
-    side = f", {op.shape[2]} px" if len(op.shape) == 4 else ""
-    match op.layer:
-        case Conv() as spec:
-            stride = f"/{spec.stride}" if spec.stride > 1 else ""
-            return f"conv {spec.kernel}x{spec.kernel}{stride} {spec.c_in}→{spec.c_out}{side}"
-        case Linear() as spec:
-            return f"linear {spec.c_in}→{spec.c_out}"
-        case "cast":
-            return f"cast of a weight {'x'.join(map(str, op.shape))}"
-        case str() as name:
-            return f"{name} {op.shape[1]}{side}"
-        case spec:
-            return f"{NAMES[type(spec)]} {op.shape[1]}{side}"
+def _bytes(tensor: Placeholder) -> int:
+    return prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _placeholders(arguments: Any) -> Iterator[Placeholder]:
+    leaves = optree.tree_leaves(arguments, is_leaf=_is_placeholder)
+    return (leaf for leaf in leaves if _is_placeholder(leaf))
+
+
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, Placeholder)
 
 
 # --------------------------------------------------------------------------- one alone
 
 
-def make_call(op: Operation, dtype: str, machine: runtime.Runtime) -> Callable[[], Any]:
-    """One operation on random tensors; a backward phase computes the gradients that it names."""
+def make_call(op: Operation, device: torch.device) -> Callable[[], Any]:
+    """One operation on random tensors of its own form; a backward phase computes the gradients it names."""
     generator = torch.Generator().manual_seed(0)
+    arguments, backward = op.arguments, op.phase != "forward"
+    in_place = arguments.storage == "in place"
 
-    def place(leaf: Tensor, dtype: torch.dtype) -> Tensor:
-        leaf = leaf.to(machine.device, dtype)
-        leaf = leaf.contiguous(memory_format=machine.memory_format) if leaf.ndim == 4 else leaf
-        return leaf.requires_grad_()
+    def make(value: Any) -> Any:
+        if not isinstance(value, Placeholder):
+            return value
+        tensor = _random(value, generator, device)
+        differentiable = value.dtype.is_floating_point and value.depends_on != "nothing"
+        # what is changed in place must not be a leaf of autograd
+        return tensor.requires_grad_(differentiable and (backward or not in_place))
 
-    narrow = peaks.DTYPES[dtype]
-    x = torch.randn(op.shape, generator=generator)
-    if op.layer == "cast":
-        source, target = (torch.float32, narrow) if op.phase == "forward" else (narrow, torch.float32)
-        x = place(x, source).detach()
-        return lambda: x.to(target)
-    x, params, state = place(x, narrow), {}, {}
-    if not isinstance(op.layer, str):
-        # autocast leaves the parameters of normalisation as they are
-        wide = isinstance(op.layer, BatchNorm | GroupNorm)
-        params, state = init_layer(op.layer, generator, generator.device)
-        params = {name: place(leaf, torch.float32 if wide else narrow) for name, leaf in params.items()}
-        state = {name: leaf.to(machine.device) for name, leaf in state.items()}
-    run = make_forward(op, params, state, x)
-    if op.phase == "forward":
-        return (lambda: F.relu_(x.detach())) if op.layer == "relu" else run  # in place, as in the network
-    y = run()
-    leaves = {"input gradient": [x], "weight gradient": [*params.values()]}.get(
-        op.phase, [x, *params.values()]
-    )
+    both: Any = (arguments.args, arguments.kwargs)
+    args, kwargs = optree.tree_map(make, both, is_leaf=_is_placeholder)
+    if not backward:
+        return lambda: arguments.func(*args, **kwargs)
+    leaves = _wanted(op, [leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+    args = tree.map(_clone, args) if in_place else args
+    result = arguments.func(*args, **kwargs)
+    y = next(tensor for tensor in tree.leaves(result) if isinstance(tensor, Tensor))
     cotangent = torch.randn_like(y)
     return lambda: torch.autograd.grad(y, leaves, cotangent, retain_graph=True)
 
 
-def make_forward(op: Operation, params: Any, state: Any, x: Tensor) -> Callable[[], Tensor]:
-    match op.layer:
-        case "relu":
-            return lambda: F.relu(x)
-        case "add":
-            other = torch.randn_like(x)
-            return lambda: x + other
-        case "max pool":
-            return lambda: F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-        case "average pool":
-            return lambda: global_average_pool(x)
-        case spec:
-            assert not isinstance(spec, str)
-            return lambda: apply_layer(spec, params, state, x, train=True)[0]
+def _wanted(op: Operation, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors whose gradients a phase computes."""
+    origins = {"input gradient": ["input"], "weight gradient": ["parameters"]}.get(
+        op.phase, ["input", "parameters"]
+    )
+    pairs = zip(op.placeholders, tensors, strict=True)
+    return [leaf for place, leaf in pairs if leaf.requires_grad and place.depends_on in origins]
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _random(tensor: Placeholder, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Numbers where the network has numbers; ones in masks, zeros in indices."""
+    size = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride, strict=True))
+    memory = torch.zeros(max(size, 0), dtype=tensor.dtype)
+    if tensor.dtype is torch.bool:
+        memory.fill_(True)
+    elif tensor.dtype.is_floating_point:
+        positive = tensor.depends_on == "nothing"  # running variances, say
+        memory.uniform_(generator=generator) if positive else memory.normal_(generator=generator)
+    return memory.to(device).as_strided(tensor.shape, tensor.stride)

@@ -21,6 +21,7 @@ COLOURS = {  # Okabe and Ito's: distinct to every kind of colour vision
     "forward": "#0072B2",
     "input gradient": "#56B4E9",
     "weight gradient": "#009E73",
+    "attention": "#D55E00",
     "normalisation": "#E69F00",
     "elementwise": "#CC79A7",
     "rest": "#B0B0B0",
@@ -45,7 +46,9 @@ def picture(result: dict[str, Any], heading: str, dtype: str) -> Figure:
     draw_stages(panels["stages"], result["stages"], step)
     draw_key(panels["key"], rows)
     shares = {kind: sum(row["share"] for row in rows if row["kind"] == kind) for kind in KINDS}
-    shares |= {"rest": step["rest_seconds"] / step["seconds"]}
+    shares = {kind: share for kind, share in shares.items() if share} | {
+        "rest": step["rest_seconds"] / step["seconds"]
+    }
     handles = [Patch(color=COLOURS[kind], label=f"{kind}  {share:.0%}") for kind, share in shares.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=10)
     figure.draw_without_rendering()

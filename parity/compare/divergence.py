@@ -25,14 +25,14 @@ def first_divergence(first: Sequence[Call], second: Sequence[Call]) -> str:
             return f"{_title(key)}: {call.function} in A, no such call in B"
         other = others[key]
         if _differ(tensors(call).inputs, tensors(other).inputs):
-            return f"before {_title(key)}: {_between(tensors(call).sources, tensors(other).sources)}"
+            return f"before {_title(key)}: {_between(call.sources, other.sources)}"
         if _differ(tensors(call).outputs, tensors(other).outputs):
             return f"{_title(key)}: {how(call, other)}"
     for key, call in others.items():
         if key not in layers:
             return f"{_title(key)}: {call.function} in B, no such call in A"
     if first and second and _differ(tensors(first[-1]).outputs, tensors(second[-1]).outputs):
-        return f"after the last layer: {_between([first[-1]], [second[-1]])}"
+        return f"after the last layer: {_between((first[-1],), (second[-1],))}"
     return ""
 
 
@@ -90,7 +90,7 @@ def _differ(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     return len(ours) != len(theirs) or any(map(describe_difference, ours, theirs))
 
 
-def _between(sources: list[Call | None], others: list[Call | None]) -> str:
+def _between(sources: Sequence[Call | None], others: Sequence[Call | None]) -> str:
     """What was called since the layers before, on either side: the first call that differs."""
     ours, theirs = _upstream(sources), _upstream(others)
     after = [call.paths[0].rpartition(".")[0] for call in ours if call.paths][-1:]
@@ -109,7 +109,7 @@ def _between(sources: list[Call | None], others: list[Call | None]) -> str:
     return f"{place}A calls {names[0] or 'nothing'}, B calls {names[1] or 'nothing'}"
 
 
-def _upstream(sources: list[Call | None]) -> list[Call]:
+def _upstream(sources: Sequence[Call | None]) -> list[Call]:
     """Calls from these back to the layers before, those included, in the order they ran."""
     found: dict[int, Call] = {}
 
@@ -117,7 +117,7 @@ def _upstream(sources: list[Call | None]) -> list[Call]:
         if call is None or call.index in found:
             return
         if not call.paths:
-            for source in tensors(call).sources:
+            for source in call.sources:
                 visit(source)
         found[call.index] = call
 

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,18 +64,48 @@ class Values(NamedTuple):
         inputs: Those it takes that depend on the network's input.
         weights: Those it takes that depend on parameters and buffers alone.
         outputs: Those it gave.
-        sources: The calls that gave the inputs; None for the network's input.
     """
 
     inputs: list[Tensor]
     weights: list[Tensor]
     outputs: list[Tensor]
-    sources: list[Call | None]
+
+
+class Placeholder(NamedTuple):
+    """A tensor of a call: its form, and what it depends on.
+
+    Attributes:
+        shape, stride, dtype: Of the tensor.
+        depends_on: "input" where on the network's input, "parameters" where on those alone; "nothing" for
+            constants and buffers.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    depends_on: Literal["input", "parameters", "nothing"]
+
+
+class Arguments(NamedTuple):
+    """How a function was called, with a `Placeholder` for each tensor.
+
+    Attributes:
+        func: What torch or the library was asked for.
+        args, kwargs: As given, however nested.
+        returned: The form of the (first) tensor returned.
+        storage: Whether that has "new" memory, is an argument changed "in place", or is a "view" of one.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    returned: Placeholder
+    storage: Literal["new", "in place", "view"]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a function that gave tensors computed from the input.
+    """One call of a function that gave tensors computed from the input, or from parameters alone.
 
     Args:
         index: How many came before.
@@ -86,8 +116,10 @@ class Call:
         options: The arguments that are no tensors, by name where the function is known: {"stride": (2, 2)}.
         weight_shape: Of the argument "weight", of attention's four projections together; None where there
             is none.
-        input_shape: Of the first tensor that depends on the input, with the batch.
+        input_shape: Of the first tensor that depends on the input, with the batch; () where none does.
         output_shape: Of the (first) tensor returned, with the batch.
+        arguments: How it was called.
+        sources: The calls that gave the tensors that depend on the input; None for the network's input.
         values: The tensors themselves, where they were asked for.
     """
 
@@ -100,7 +132,9 @@ class Call:
     weight_shape: tuple[int, ...] | None
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
-    values: Values | None = field(default=None, compare=False)
+    arguments: Arguments = field(compare=False, repr=False)
+    sources: tuple[Call | None, ...] = field(compare=False, repr=False)
+    values: Values | None = field(default=None, compare=False, repr=False)
 
     @property
     def macs(self) -> int:
@@ -140,9 +174,27 @@ def record_calls(model: Model, params: Params, state: State, x: Tensor) -> list[
     >>> calls[0].function, calls[0].paths, calls[0].output_shape
     ('conv2d', ('conv1.weight',), (0, 16, 32, 32))
     """
+    calls = record_all_calls(model, params, state, x, train=False)
+    return [call for call in calls if call.paths and call.sources]
+
+
+def record_all_calls(model: Model, params: Params, state: State, x: Tensor, *, train: bool) -> list[Call]:
+    """Every call of a forward pass that depends on the input or on parameters, in order.
+
+    Args:
+        model, params, state, x: As in `record_calls`.
+        train: The network's mode.
+
+    >>> from resnet_func import resnet20
+    >>> model = resnet20()
+    >>> params, state = model.init(torch.Generator(), device="meta")
+    >>> calls = record_all_calls(model, params, state, torch.zeros(2, 3, 32, 32, device="meta"), train=True)
+    >>> [call.function for call in calls[:3]]
+    ['conv2d', 'batch_norm', 'relu']
+    """
     with torch.no_grad(), _Recorder(tree.flatten(params), x) as recorder:
-        model.apply(params, state, x, train=False)
-    return [call for call in recorder.calls if call.paths]
+        model.apply(params, state, x, train=train)
+    return recorder.calls
 
 
 def record_values(model: Model, params: Params, state: State, x: Tensor, *, train: bool) -> list[Call]:
@@ -162,7 +214,7 @@ def record_values(model: Model, params: Params, state: State, x: Tensor, *, trai
     leaves = {**tree.flatten(params), **tree.flatten(state)}
     with torch.no_grad(), _Recorder(leaves, x, values=True) as recorder:
         model.apply(params, state, x, train=train)
-    return recorder.calls
+    return [call for call in recorder.calls if call.sources]
 
 
 class _Recorder(TorchFunctionMode):
@@ -184,19 +236,33 @@ class _Recorder(TorchFunctionMode):
         weights = [tensor for tensor in given if id(tensor) in self.derived and id(tensor) not in self.source]
         paths = tuple(dict.fromkeys(path for tensor in weights for path in self.derived[id(tensor)]))
         # before the call, which may work in place
-        shape, sources = _shape_of(inputs), [self.source[id(tensor)] for tensor in inputs]
+        sources = tuple([self.source[id(tensor)] for tensor in inputs])
+        shape, written = _shape_of(inputs), [_version(tensor) for tensor in given]
+        placed = tree.map(self._placeholder, (args, kwargs))
         before = (_copies(inputs), _copies(weights)) if self.values else None
         result = func(*args, **kwargs)
         returned = list(_tensors(result))
         self.kept += returned
-        if inputs and returned:
-            values = None if before is None else Values(*before, _copies(returned), sources)
-            call = self._call(func, args, kwargs, paths, shape, _shape_of(returned), values)
-            self.calls.append(call)
-            self.source |= {id(tensor): call for tensor in returned}
+        if returned and (inputs or paths):
+            changed = written != [_version(tensor) for tensor in given]
+            storage = "in place" if changed else "view" if _shares_memory(returned[0], given) else "new"
+            values = None if before is None else Values(*before, _copies(returned))
+            output = self._placeholder(returned[0])._replace(depends_on="input" if inputs else "parameters")
+            arguments = Arguments(func, placed[0], placed[1], output, storage)
+            shapes = (shape, tuple(returned[0].shape))
+            self.calls.append(self._call(func, args, kwargs, paths, *shapes, arguments, sources, values))
+        if inputs:
+            self.source |= {id(tensor): self.calls[-1] for tensor in returned}
         elif paths:
             self.derived |= {id(tensor): paths for tensor in returned if id(tensor) not in self.leaf}
         return result
+
+    def _placeholder(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        on_parameters = "parameters" if id(value) in self.derived else "nothing"
+        depends_on = "input" if id(value) in self.source else on_parameters
+        return Placeholder(tuple(value.shape), value.stride(), value.dtype, depends_on)
 
     def _call(
         self,
@@ -206,6 +272,8 @@ class _Recorder(TorchFunctionMode):
         paths: tuple[str, ...],
         input_shape: tuple[int, ...],
         output_shape: tuple[int, ...],
+        arguments: Arguments,
+        sources: tuple[Call | None, ...],
         values: Values | None,
     ) -> Call:
         name = _name(func)
@@ -223,7 +291,7 @@ class _Recorder(TorchFunctionMode):
         if kind == "attention":
             weight_shape = (4 * bound["embed_dim"], bound["embed_dim"])
         shapes = (weight_shape, input_shape, output_shape)
-        return Call(len(self.calls), paths, name, kind, leaves, options, *shapes, values)
+        return Call(len(self.calls), paths, name, kind, leaves, options, *shapes, arguments, sources, values)
 
 
 def _name(func: Callable[..., Any]) -> str:
@@ -253,6 +321,15 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
 
 def _shape_of(tensors: list[Tensor]) -> tuple[int, ...]:
     return tuple(tensors[0].shape) if tensors else ()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _shares_memory(tensor: Tensor, others: list[Tensor]) -> bool:
+    memory = tensor.untyped_storage()._cdata
+    return any(other.untyped_storage()._cdata == memory for other in others)
 
 
 def _has_tensor(value: Any) -> bool:

@@ -10,21 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 import resnet_func as rf
 from benchmarks.commands import roofline
 from benchmarks.commands.roofline import Options
+from benchmarks.forms import networks
 from benchmarks.harness import operations, peaks
 from benchmarks.harness.measure import Disagreement
 from benchmarks.harness.operations import Operation
 from benchmarks.harness.peaks import Peaks
 from resnet_func.models import summary
-from resnet_func.models.layers import BatchNorm, Conv, GroupNorm, Linear, Pad
 
 CPU = torch.device("cpu")
 TOY = Options(model="resnet20", batch=2, size=8, threads=1, device="cpu", quick=True)
-STRIDED = Conv(2, 4, kernel=1, stride=2)
 
 
 @pytest.fixture
@@ -62,43 +63,105 @@ def test_the_roof_is_the_lower_of_slope_and_peak() -> None:
 # --------------------------------------------------------------------------- FLOPs and bytes
 
 
+def steps_of(module: nn.Module, *shape: int, casts: bool = False) -> list[tuple[str, Operation]]:
+    """The operations of a module after a parameter that makes its input need a gradient."""
+    model, params, state = rf.from_module(nn.Sequential(nn.PReLU(), module))
+    model = rf.train.autocast(model, "cpu", torch.bfloat16) if casts else model
+    return operations.operations(model, params, state, torch.zeros(shape), casts=casts)
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.forward = function
+
+
+def option_a(x: Tensor) -> Tensor:
+    return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))
+
+
 @pytest.mark.parametrize(
-    ("op", "flops", "numbers"),
+    ("module", "shape", "function", "phase", "flops", "numbers"),
     [
-        # 100 outputs of 18 products each; 50 inputs, 100 outputs, 72 weights
-        (Operation(Conv(2, 4, 3, padding=1), (1, 2, 5, 5), "forward"), 3600, 222),
-        (Operation(Conv(2, 4, 3, padding=1), (1, 2, 5, 5), "input gradient"), 3600, 222),
-        (Operation(Conv(2, 4, 3, padding=1), (1, 2, 5, 5), "weight gradient"), 3600, 222),
+        # 100 outputs of 18 products each; 50 inputs, 100 outputs, 72 weights and 4 biases
+        (nn.Conv2d(2, 4, 3, padding=1), (1, 2, 5, 5), "conv2d", "forward", 3600, 226),
+        (nn.Conv2d(2, 4, 3, padding=1), (1, 2, 5, 5), "conv2d", "input gradient", 3600, 226),
+        (nn.Conv2d(2, 4, 3, padding=1), (1, 2, 5, 5), "conv2d", "weight gradient", 3600, 226),
         # every filter sees one of two channels: 36 weights
-        (Operation(Conv(2, 4, 3, padding=1, groups=2), (1, 2, 5, 5), "forward"), 1800, 186),
+        (nn.Conv2d(2, 4, 3, padding=1, groups=2, bias=False), (1, 2, 5, 5), "conv2d", "forward", 1800, 186),
         # 16 outputs from 8 of the 32 inputs, 8 weights; the gradient of all 32 is written
-        (Operation(STRIDED, (1, 2, 4, 4), "forward"), 64, 32),
-        (Operation(STRIDED, (1, 2, 4, 4), "weight gradient"), 64, 32),
-        (Operation(STRIDED, (1, 2, 4, 4), "input gradient"), 64, 56),
-        (Operation(Linear(5, 2), (3, 5), "forward"), 60, 31),
-        (Operation("relu", (2, 3, 4, 4), "forward"), 96, 192),
-        (Operation("relu", (2, 3, 4, 4), "backward"), 96, 288),
-        (Operation("add", (2, 3, 4, 4), "forward"), 96, 288),
-        (Operation("average pool", (2, 3, 4, 4), "forward"), 96, 102),
-        # 8 of 32 inputs, and 16 outputs; backward, 8 of 16 cotangents, and 32 gradients
-        (Operation(Pad(2, 4, 2), (1, 2, 4, 4), "forward"), 32, 24),
-        (Operation(Pad(2, 4, 2), (1, 2, 4, 4), "backward"), 32, 40),
+        (nn.Conv2d(2, 4, 1, 2, bias=False), (1, 2, 4, 4), "conv2d", "forward", 64, 32),
+        (nn.Conv2d(2, 4, 1, 2, bias=False), (1, 2, 4, 4), "conv2d", "weight gradient", 64, 32),
+        (nn.Conv2d(2, 4, 1, 2, bias=False), (1, 2, 4, 4), "conv2d", "input gradient", 64, 56),
+        (nn.Linear(5, 2), (3, 5), "linear", "forward", 60, 15 + 6 + 12),
+        (nn.Linear(5, 2), (3, 4, 5), "linear", "weight gradient", 240, 60 + 24 + 12),
+        (nn.ReLU(), (2, 3, 4, 4), "relu", "forward", 96, 192),
+        (nn.ReLU(), (2, 3, 4, 4), "relu", "backward", 96, 288),
+        (Function(lambda x: x.mean((2, 3))), (2, 3, 4, 4), "mean", "forward", 96, 102),
+        (nn.BatchNorm2d(3), (2, 3, 4, 4), "batch_norm", "forward", 576, 192 + 6),
+        (nn.GroupNorm(3, 3), (2, 3, 4, 4), "group_norm", "backward", 768, 288 + 9),
+        # 8 of 32 entries; their gradient is written into all 32
+        (Function(option_a), (1, 2, 4, 4), "pad", "forward", 8, 8 + 16),
+        (Function(option_a), (1, 2, 4, 4), "pad", "backward", 8, 8 + 16),
+        (Function(option_a), (1, 2, 4, 4), "getitem", "backward", 32, 8 + 32),
+        # 2 heads, 3 queries and keys of 4 numbers: 9 products of 4 for each, and as many with the values
+        (Function(lambda x: F.scaled_dot_product_attention(x, x, x)), (1, 2, 3, 4),
+         "scaled_dot_product_attention", "forward", 4 * 2 * 9 * 4, 4 * 24),
     ],
-    ids=lambda value: f"{type(value.layer).__name__}-{value.phase}" if isinstance(value, Operation) else None,
-)
-def test_flops_and_bytes_by_hand(op: Operation, flops: int, numbers: int) -> None:
+)  # fmt: skip
+def test_flops_and_bytes_by_hand(
+    module: nn.Module, shape: Any, function: str, phase: str, flops: int, numbers: int
+) -> None:
+    steps = steps_of(module, *shape)
+    (op,) = {op for _, op in steps if (op.function, op.phase) == (function, phase)}
     assert operations.flops_of(op) == flops
-    assert operations.bytes_of(op, 4) == 4 * numbers
-    assert operations.bytes_of(op, 2) == 2 * numbers
+    assert operations.bytes_of(op) == 4 * numbers
 
 
 def test_bytes_where_numbers_differ_in_width() -> None:
-    x = (2, 3, 4, 4)
-    for norm in (BatchNorm(3), GroupNorm(3, 3)):  # bf16 activations; fp32 weights, biases, gradients
-        assert operations.bytes_of(Operation(norm, x, "forward"), 2) == 2 * 192 + 4 * 6
-        assert operations.bytes_of(Operation(norm, x, "backward"), 2) == 2 * 288 + 4 * 9
-    assert operations.bytes_of(Operation("cast", (4, 2, 3, 3), "forward"), 2) == 72 * (4 + 2)
-    assert operations.bytes_of(Operation("max pool", x, "forward"), 4) == 4 * (96 + 24) + 8 * 24
+    conv = nn.Conv2d(3, 3, 1, bias=False)
+    steps = steps_of(nn.Sequential(conv, nn.GroupNorm(3, 3), nn.MaxPool2d(3, 2, 1)), 2, 3, 4, 4, casts=True)
+    found = {(path, op.function, op.phase): operations.bytes_of(op) for path, op in steps}
+    # bf16 activations; the parameters of normalisation stay in fp32
+    assert found["1.0", "conv2d", "forward"] == 2 * (96 + 96 + 9)
+    assert found["1.0", "conv2d", "weight gradient"] == 2 * (96 + 96 + 9)
+    assert found["1.0 cast", "to", "forward"] == found["1.0 cast", "to", "backward"] == 9 * (4 + 2)
+    norm = next(op for path, op in steps if path == "1.1" and op.phase == "forward")
+    assert [each.dtype for each in norm.weights] == [torch.float32] * 2
+    pooled = next(op for _, op in steps if op.function == "max_pool2d")
+    width = pooled.inputs[0].dtype.itemsize
+    assert operations.bytes_of(pooled) == width * (96 + 24) + 8 * 24
+
+
+def test_a_gradient_of_a_tensor_used_twice_is_added_up_and_nobody_needs_the_images() -> None:
+    steps = steps_of(Function(lambda x: x + x.relu()), 1, 3, 2, 2)
+    assert [(path, op.function, op.phase) for path, op in steps] == [
+        ("0", "prelu", "forward"),
+        ("0", "prelu", "backward"),
+        ("0 branches", "add", "forward"),
+        ("0 relu", "relu", "forward"),
+        ("0 relu", "relu", "backward"),
+        ("0 add", "add", "forward"),  # its own gradient is the cotangent as it is
+    ]
+    module = nn.Conv2d(3, 4, 1)
+    model, params, state = rf.from_module(module)
+    phases = [op.phase for _, op in operations.operations(model, params, state, torch.zeros(1, 3, 2, 2))]
+    assert phases == ["forward", "weight gradient"]
+
+
+def test_an_operation_runs_in_the_layout_and_the_dtype_of_the_step() -> None:
+    model = rf.train.autocast(rf.resnet20(depths=(1, 1, 1)), "cpu", torch.bfloat16)
+    params, state = model.init(torch.Generator().manual_seed(0))
+    x = torch.zeros(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    ops = dict(operations.operations(model, params, state, x, casts=True))
+    given = ops["layer1.0.conv2"].inputs[0]
+    assert (given.dtype, given.stride) == (torch.bfloat16, (16 * 64, 1, 16 * 8, 16))
+    assert [each.dtype for each in ops["layer1.0.conv2"].weights] == [torch.bfloat16]
+    with torch.autocast("cpu", torch.bfloat16):
+        (gradient,) = operations.make_call(ops["layer1.0.conv2"], CPU)()
+    assert gradient.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -115,14 +178,12 @@ def test_bytes_where_numbers_differ_in_width() -> None:
 def test_flops_are_the_networks(name: str, stem: str, size: int, published: float | None) -> None:
     classes = 10 if stem == "cifar" else 1000
     model = rf.zoo.by_name(name, stem=stem, num_classes=classes)
-    assert model.config is not None
     rows = summary.summarize(model, size)
     macs = summary.totals(rows).macs
-    ops = [op for _, op in operations.operations(model.config, 3, size)]
-    flops = {
-        kind: sum(operations.flops_of(op) for op in ops if operations.kind_of(op) == kind)
-        for kind in operations.KINDS
-    }
+    params, state = model.init(torch.Generator(), device="meta")
+    images = torch.zeros(3, 3, size, size, device="meta")
+    ops = [op for _, op in operations.operations(model, params, state, images)]
+    flops = {kind: sum(operations.flops_of(op) for op in ops if op.kind == kind) for kind in operations.KINDS}
     assert flops["forward"] == flops["weight gradient"] == 3 * 2 * macs
     # nobody needs the gradient of the images
     assert flops["input gradient"] == 3 * 2 * (macs - next(row.macs for row in rows if row.path == "conv1"))
@@ -162,15 +223,16 @@ def kernels(step: Any) -> Counter[Any]:
     return seen
 
 
-def expected_kernels(config: rf.ResNetConfig, batch: int, size: int) -> Counter[Any]:
+def expected_kernels(case: networks.Case) -> Counter[Any]:
     """The operations by the names of `CALLS`; both gradients of a convolution are one call."""
-    names = {Conv: "conv", BatchNorm: "norm", GroupNorm: "norm"}
+    names = {"conv2d": "conv", "batch_norm": "norm", "relu": "relu", "add": "add", "max_pool2d": "max pool"}
+    names |= {"mean": "average pool", "adaptive_avg_pool2d": "average pool"}
     found: Counter[Any] = Counter()
-    for _, op in operations.operations(config, batch, size):
-        name = op.layer if isinstance(op.layer, str) else names.get(type(op.layer))
+    for _, op in operations.operations(case.model, case.params, case.state, case.x):
+        name = names.get(op.function)
         backward = {"forward": "", "input gradient": None}.get(op.phase, " backward")
         if name and backward is not None and f"{name}{backward}" in CALLS.values():
-            found[f"{name}{backward}", op.shape] += 1
+            found[f"{name}{backward}", op.inputs[0].shape] += 1
     return found
 
 
@@ -183,13 +245,14 @@ def expected_kernels(config: rf.ResNetConfig, batch: int, size: int) -> Counter[
         ("resnet18", "imagenet", "batch"),
         ("resnet50", "imagenet", "batch"),
         ("wrn_16_4", "cifar", "batch"),
+        ("torchvision:resnet18", "cifar", "batch"),
     ],
 )
 def test_the_operations_are_what_a_step_calls(name: str, stem: Any, norm: Any) -> None:
-    size = 8 if stem == "cifar" else 32
+    size = 8 if stem == "cifar" and ":" not in name else 32
     options = dataclasses.replace(TOY, model=name, stem=stem, norm=norm, size=size)
-    config, machine = roofline.prepare(options)
-    assert kernels(roofline.make_step(options, config, machine)) == expected_kernels(config, 2, size)
+    case, _ = roofline.prepare(options)
+    assert kernels(roofline.make_step(case)) == expected_kernels(case)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -199,12 +262,14 @@ def test_every_operation_can_be_called_alone(name: str, dtype: str) -> None:
     options = dataclasses.replace(
         TOY, model=name, stem=stem, dtype=dtype, size=32 if stem == "imagenet" else 4
     )
-    config, machine = roofline.prepare(options)
-    ops = dict.fromkeys(op for _, op in operations.operations(config, 2, options.size, casts=dtype == "bf16"))
-    for op in [op for op in ops if max(op.shape[1:2]) <= 128]:
-        result = operations.make_call(op, dtype, machine)()
+    case, _ = roofline.prepare(options)
+    network = (case.model, case.params, case.state, case.x)
+    ops = dict.fromkeys(op for _, op in operations.operations(*network, casts=dtype == "bf16"))
+    for op in [op for op in ops if max(op.inputs[0].shape) <= 128]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            result = operations.make_call(op, CPU)()
         if op.phase == "input gradient":
-            assert tuple(result[0].shape) == op.shape
+            assert tuple(result[0].shape) == op.inputs[0].shape
         assert all(tensor.isfinite().all() for tensor in (result if isinstance(result, tuple) else (result,)))
 
 
@@ -249,7 +314,8 @@ def test_nothing_is_written_unless_asked(tmp_path: Path, monkeypatch: pytest.Mon
         ({"batch": 0}, "batch must be 1 or more; got 0"),
         ({"size": -1}, "size must be 1 or more; got -1"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"batch": 1, "size": 4}, "more than one value a channel"),
+        ({"batch": 1, "size": 4}, "more than 1 value per channel"),
+        ({"model": "torchvision:resnet18", "stem": "imagenet"}, "stem and norm are of the zoo's networks"),
         ({"norm": "layer"}, "norm must be one of"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_func as rf
-from resnet_func.models.layer_calls import Call, record_calls
+from resnet_func.models.layer_calls import Call, record_all_calls, record_calls
 
 
 def calls_of(module: nn.Module, x: Tensor) -> list[Call]:
@@ -123,3 +123,26 @@ def test_the_network_is_run_as_it_is() -> None:
         (c.paths, c.kind, c.output_shape, c.macs) for c in bare
     ]
     assert state["bn1"]["num_batches_tracked"] == 0
+
+
+def test_every_call_tells_its_arguments_and_its_memory() -> None:
+    def apply(params: Any, x: Tensor) -> Tensor:
+        weight = params["weight"] * 2
+        y = F.linear(x.T, weight)
+        return F.relu_(y)[:1]
+
+    model, weight = rf.from_function(apply), torch.zeros(3, 2)
+    calls = record_all_calls(model, {"weight": weight}, {}, torch.zeros(2, 4), train=True)
+    assert [(call.function, call.arguments.storage) for call in calls] == [
+        ("mul", "new"),
+        ("get", "view"),
+        ("linear", "new"),
+        ("relu", "in place"),
+        ("getitem", "view"),
+    ]
+    given, by = calls[2].arguments.args
+    assert (given.shape, given.stride, given.depends_on) == ((4, 2), (1, 4), "input")
+    assert (by.shape, by.dtype, by.depends_on) == ((3, 2), torch.float32, "parameters")
+    assert calls[2].sources == (calls[1],)
+    assert calls[0].sources == ()
+    assert record_calls(model, {"weight": weight}, {}, torch.zeros(2, 4)) == [calls[2]]
