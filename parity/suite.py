@@ -12,9 +12,9 @@ from rich.table import Table
 
 from parity import museum, properties
 from parity.cell import Cell, Result, markdown_table
+from parity.compare import elsewhere
 from parity.sections import (
     bitwise,
-    elsewhere,
     graphs,
     oracles,
     per_sample,

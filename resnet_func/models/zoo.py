@@ -199,7 +199,7 @@ def resnet110(**changes: Unpack[ConfigChanges]) -> Model:
 
 
 def wrn_10_2(**changes: Unpack[ConfigChanges]) -> Model:
-    """Wide ResNet 10-2 for CIFAR-10: 3 pre-activation blocks, 0.31 million parameters.
+    """Wide ResNet 10-2 for CIFAR-10: 3 pre-activation blocks, 0.30 million parameters.
 
     Few layers and few parameters, as private training wants them. Takes fields of `ResNetConfig`; raises as
     `config`. Zagoruyko and Komodakis 2016, https://arxiv.org/abs/1605.07146.

@@ -337,7 +337,7 @@ def test_changed_data_are_said_in_a_line_and_what_was_recorded_is_used(
     change(images)
     total_steps, make = [], parts.make_optimizer
     monkeypatch.setattr(
-        parts, "make_optimizer", lambda r, steps, p: total_steps.append(steps) or make(r, steps, p)
+        parts, "make_optimizer", lambda r, steps, *more: total_steps.append(steps) or make(r, steps, *more)
     )
     reporter, described = Silent(), Experiment("folder", str(images), 3, RECIPE)
     result = run.train(described, load_data(described), folder, machine(), reporter, resume=True)

@@ -6,7 +6,7 @@ from unittest import SkipTest
 
 import pytest
 
-from parity.sections import elsewhere
+from parity.compare import elsewhere
 from resnet_func.models import zoo
 from resnet_func.models.interop.load import load_network
 
