@@ -18,7 +18,7 @@ def main(options: Evaluate) -> None:
         raise UsageError("--laplace is about the logits of one image. Leave out --flips, or --laplace")
     output, folder = plain_console(), options.run_dir or run_folder.latest()
     machine = configure(options.machine, folder)
-    trained = load(folder, options.checkpoint, machine, flips=options.flips)
+    trained = load(folder, options.checkpoint, machine, flips=options.flips or None)
     if options.laplace:
         calibrating.refuse_private(trained)
     experiment, classes = trained.experiment, trained.task.classes
@@ -39,7 +39,7 @@ def main(options: Evaluate) -> None:
     if options.laplace:
         batches.check_classes(trained.task, splits.train)
         exactly = scoring.exact(machine)
-        again = load(folder, options.checkpoint, exactly)
+        again = load(folder, options.checkpoint, exactly, flips=False)
         posterior, figures = calibrating.calibrate(again, splits.train, source, exactly)
         for name, figure in figures.items():
             say(output, describe(name, figure))
