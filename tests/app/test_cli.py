@@ -83,6 +83,18 @@ def test_evaluate_with_flips_and_the_best_checkpoint(trained, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_evaluate_with_the_last_layers_posterior(trained, capsys):
+    assert main(["evaluate", "--run-dir", str(trained), "--laplace", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    accuracy = f"accuracy {read_metrics(trained)[-1]['test_accuracy']:.2%}"
+    assert f"plain:   {accuracy}, negative log likelihood" in printed
+    assert "Laplace: accuracy" in printed
+    assert printed.count("calibration error") == 2
+    assert "posterior is of 24 training images" in printed
+    assert main(["evaluate", "--run-dir", str(trained), "--laplace", "--flips"]) == 2
+    assert "Leave out --flips" in capsys.readouterr().err
+
+
 def test_predict_names_the_classes(trained, images, capsys):
     files = [str(images / "test" / "red" / "000.png"), str(images / "test" / "blue" / "001.png")]
     assert main(["predict", *files, "--run-dir", str(trained)]) == 0
@@ -503,6 +515,8 @@ def test_a_private_run_says_what_it_promises_and_keeps_it(images, capsys):
     assert not list(Path("run").rglob("*seeds*"))
     assert main(["train", "--resume", "run"]) == 0  # nothing left to spend
     assert main(["evaluate", "--run-dir", "run", "--threads", "1"]) == 0
+    assert main(["evaluate", "--run-dir", "run", "--threads", "1", "--laplace"]) == 1
+    assert "this run promises privacy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
