@@ -22,7 +22,7 @@ from resnet_func.app.training import budget
 from resnet_func.models import zoo
 from tests.app.image_folder import make_image_folder, read_metrics
 
-TINY = ("--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1")
+TINY = ("--model", "resnet20", "--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,20 @@ from resnet_func.distributed import Ranks
 from tests.app.image_folder import make_image_folder
 from tests.distributed.processes import run_ranks
 
-TINY = ("--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1", "--norm", "group")
+TINY = (
+    "--model",
+    "resnet20",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--crop",
+    "1",
+    "--threads",
+    "1",
+    "--norm",
+    "group",
+)
 DIM = 12
 
 

@@ -19,7 +19,20 @@ from resnet_func.app.training_set import Training
 from resnet_func.attribution import Scores
 from tests.app.image_folder import make_image_folder
 
-TINY = ("--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1", "--norm", "group")
+TINY = (
+    "--model",
+    "resnet20",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--crop",
+    "1",
+    "--threads",
+    "1",
+    "--norm",
+    "group",
+)
 
 
 @pytest.fixture(autouse=True)
