@@ -110,6 +110,30 @@ def accuracy(logits: Logits, targets: Targets) -> PerSample:
     return (logits.argmax(1) == targets).to(torch.float32)
 
 
+def calibration_error(
+    probabilities: Float[torch.Tensor, "n classes"], targets: Targets, *, bins: int = 15
+) -> float:
+    """The expected calibration error: by how much confidence and accuracy differ, on average over samples.
+
+    Samples are put in `bins` equal ranges of their largest probability, and means taken in each (Guo et al.
+    2017, https://arxiv.org/abs/1706.04599).
+
+    Raises:
+        ValueError: bins are below 1, there are no samples, or targets are not class indices.
+
+    >>> calibration_error(torch.tensor([[0.75, 0.25], [0.75, 0.25]]), torch.tensor([0, 1]))  # half are right
+    0.25
+    """
+    if bins < 1 or not len(probabilities):
+        raise ValueError(f"expected bins >= 1 and samples; got {bins} bins, {len(probabilities)} samples")
+    right = accuracy(probabilities, targets).double()
+    confidence = probabilities.amax(1).double()
+    places = (confidence * bins).ceil().clamp(1, bins).long() - 1  # a range includes its upper end
+    gaps = torch.zeros(bins, dtype=torch.float64, device=places.device)
+    gaps = gaps.index_add(0, places, confidence - right)
+    return float(gaps.abs().sum()) / len(probabilities)
+
+
 def are_class_indices(targets: Targets, num_samples: int) -> bool:
     """Whether targets are one integer per sample; looks at shape and dtype only.
 

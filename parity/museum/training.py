@@ -27,7 +27,9 @@ EXHIBITS = [
         "the momentum buffer averages gradients instead of adding them up",
         "reimplementations of momentum as a moving average",
         OPTIMIZERS,
-        edit(optim.sgd, ("* momentum_of(p) + g\n", "* momentum_of(p) + (1 - momentum) * g\n")),
+        edit(
+            first_order._sgd_move, ("* momentum_of(p) + g\n", "* momentum_of(p) + (1 - rule.momentum) * g\n")
+        ),
     ),
     Exhibit(
         "learning-rate-in-the-buffer",
@@ -35,14 +37,14 @@ EXHIBITS = [
         "Sutskever et al. 2013 and others, says torch.optim.SGD's documentation",
         OPTIMIZERS,
         edit(
-            optim.sgd,
+            first_order._sgd_move,
             (
-                "        # All of a leaf",
-                "        now = schedule(to_float64(opt_state.step))\n"
-                "        before = schedule(to_float64((opt_state.step - 1).clamp(min=0)))\n"
-                "        # All of a leaf",
+                "    # All of a leaf",
+                "    now = rule.schedule(to_float64(opt_state.step))\n"
+                "    before = rule.schedule(to_float64((opt_state.step - 1).clamp(min=0)))\n"
+                "    # All of a leaf",
             ),
-            ("* momentum_of(p) + g\n", "* (momentum * (before / now).to(g.dtype)) + g\n"),
+            ("* momentum_of(p) + g\n", "* (rule.momentum * (before / now).to(g.dtype)) + g\n"),
         ),
     ),
     Exhibit(
@@ -51,7 +53,7 @@ EXHIBITS = [
         "reimplementations of Nesterov momentum",
         OPTIMIZERS,
         edit(
-            optim.sgd,
+            first_order._sgd_move,
             ("_add_scaled(g, b, momentum_of(p))", "_add_scaled(g, buffer[0], momentum_of(p))"),
         ),
     ),
@@ -61,7 +63,7 @@ EXHIBITS = [
         "a scheduler stepped before the optimizer, which torch warns of",
         OPTIMIZERS,
         edit(
-            optim.sgd,
+            first_order._sgd_move,
             (
                 "schedule(to_float64(opt_state.step))",
                 "schedule(to_float64(opt_state.step + 1))",
@@ -88,7 +90,7 @@ EXHIBITS = [
         'TensorFlow and Keras: "epsilon hat" of Kingma and Ba, before section 2.1',
         OPTIMIZERS,
         edit(
-            first_order._adam,
+            first_order._adam_deltas,
             ("(root / root2(p) + eps_of(p))", "((root + eps_of(p)) / root2(p))"),
         ),
     ),
@@ -98,7 +100,7 @@ EXHIBITS = [
         "reimplementations; optax has it as eps_root",
         OPTIMIZERS,
         edit(
-            first_order._adam,
+            first_order._adam_deltas,
             ("(root / root2(p) + eps_of(p))", "((v + eps_of(p)).sqrt() / root2(p))"),
         ),
     ),
@@ -107,7 +109,11 @@ EXHIBITS = [
         "Adam's moments are not corrected for their start at zero",
         "BERT's optimizer, and BertAdam of pytorch-pretrained-bert",
         OPTIMIZERS,
-        edit(first_order._adam, ("1 - beta1**count", "1"), ("1 - beta2**count", "torch.ones_like(count)")),
+        edit(
+            first_order._adam_deltas,
+            ("1 - beta1**count", "1"),
+            ("1 - beta2**count", "torch.ones_like(count)"),
+        ),
     ),
     Exhibit(
         "accumulated-gradients-alias",

@@ -9,6 +9,7 @@ order OIHW, which `conv_general_dilated` takes as it is. Nothing here comes from
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -32,16 +33,16 @@ def apply(
     net = Network(config, train, layout)
     root = Layers(net, params, state)
     x = root.conv("conv1", x, 2, 3) if config.stem == "imagenet" else root.conv("conv1", x, 1, 1)
-    if config.block != "preact":
-        x = jax.nn.relu(root.norm("bn1", x))
+    if not net.order.endswith("conv"):
+        x = root.activated("bn1", x)
     if config.stem == "imagenet":
         x = max_pool(net, x)
     for name, index, block in geometry(config):
         stage = root.after.setdefault(name, {})
         old = state.get(name, {}).get(index, {})
         x, stage[index] = residual(net, block, params[name][index], old, x)
-    if config.block == "preact":
-        x = jax.nn.relu(root.norm("bn1", x))
+    if net.order.endswith("conv"):
+        x = root.activated("bn1", x)
     logits = x.mean(net.pixels) @ params["fc"]["weight"].T + params["fc"]["bias"]
     return logits, (root.after if config.norm == "batch" else {})
 
@@ -52,6 +53,12 @@ class Network(NamedTuple):
     config: ResNetConfig
     train: bool
     layout: Layout
+
+    @property
+    def order(self) -> str:
+        """What goes round each convolution, in order."""
+        own = "norm-relu-conv" if self.config.block == "preact" else "conv-norm-relu"
+        return self.config.activation_order or own
 
     @property
     def pixels(self) -> tuple[int, int]:
@@ -93,20 +100,25 @@ def residual(net: Network, block: Block, params: Tree, state: Tree, x: Array) ->
     """One residual block: He et al. 2015, figure 5; torchvision's bottleneck strides in the 3x3."""
     layers, (c_out, stride, dilation) = Layers(net, params, state), block
     projects = stride != 1 or net.channels(x) != c_out
-    relu, conv, norm = jax.nn.relu, layers.conv, layers.norm
-    if net.config.block == "preact":
-        activated = relu(norm("bn1", x))
-        y = conv("conv1", activated, stride, 1)
-        y = conv("conv2", relu(norm("bn2", y)), 1, 1)
-        return y + layers.shortcut(activated if projects else x, block), layers.after
-    if net.config.block == "basic":
-        y = relu(norm("bn1", conv("conv1", x, stride, 1)))
-        y = norm("bn2", conv("conv2", y, 1, 1))
-    else:
-        y = relu(norm("bn1", conv("conv1", x)))
-        y = relu(norm("bn2", conv("conv2", y, stride, dilation, dilation, net.config.groups)))
-        y = norm("bn3", conv("conv3", y))
-    return relu(y + layers.shortcut(x, block)), layers.after
+    convs = [("1", (stride, 1)), ("2", (1, 1))]
+    if net.config.block == "bottleneck":
+        convs = [("1", ()), ("2", (stride, dilation, dilation, net.config.groups)), ("3", ())]
+    if net.order.endswith("conv"):
+        activated = layers.activated("bn1", x)
+        y = layers.conv("conv1", activated, *convs[0][1])
+        for number, sizes in convs[1:]:
+            y = layers.conv(f"conv{number}", layers.activated(f"bn{number}", y), *sizes)
+        return layers.scaled(y + layers.shortcut(activated if projects else x, block)), layers.after
+    y = x
+    for number, sizes in convs[:-1]:
+        y = layers.activated(f"bn{number}", layers.conv(f"conv{number}", y, *sizes))
+    number, sizes = convs[-1]
+    y = layers.conv(f"conv{number}", y, *sizes)
+    if net.order == "conv-relu-norm":
+        y = layers.activated(f"bn{number}", y) + layers.shortcut(x, block)
+        return layers.scaled(y), layers.after
+    y = layers.norm(f"bn{number}", y) + layers.shortcut(x, block)
+    return jax.nn.relu(layers.scaled(y)), layers.after
 
 
 class Layers:
@@ -119,16 +131,30 @@ class Layers:
     def conv(
         self, name: str, x: Array, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
     ) -> Array:
-        weight, layout = self.params[name]["weight"], self.net.layout
-        return lax.conv_general_dilated(
+        params, layout, config = self.params[name], self.net.layout, self.net.config
+        weight = standardized(params["weight"]) if config.weight_standardization else params["weight"]
+        if config.standardization_affine:
+            weight *= (params["gain"] / math.prod(weight.shape[1:]) ** 0.5)[:, None, None, None]
+        y = lax.conv_general_dilated(
             x,
-            standardized(weight) if self.net.config.weight_standardization else weight,
+            weight,
             window_strides=(stride, stride),
             padding=((padding, padding), (padding, padding)),
             rhs_dilation=(dilation, dilation),
             dimension_numbers=(layout, "OIHW", layout),
             feature_group_count=groups,
         )
+        return y + self.net.by_channel(params["bias"]) if config.standardization_affine else y
+
+    def activated(self, name: str, x: Array) -> Array:
+        """Norm and ReLU, in the network's order."""
+        if self.net.order in ("relu-norm-conv", "conv-relu-norm"):
+            return self.norm(name, jax.nn.relu(x))
+        return jax.nn.relu(self.norm(name, x))
+
+    def scaled(self, x: Array) -> Array:
+        """The norm after a block's sum, where there is one: Klause et al. 2022."""
+        return self.norm("scale_norm", x) if self.net.config.scale_norm else x
 
     def norm(self, name: str, x: Array) -> Array:
         config = self.net.config
@@ -151,7 +177,7 @@ class Layers:
             return jnp.pad(x[every], [sizes.get(axis, (0, 0)) for axis in self.net.layout])
         inner = Layers(self.net, self.params["downsample"], self.state.get("downsample", {}))
         y = inner.conv("0", x, block.stride)
-        if self.net.config.block == "preact":
+        if self.net.order.endswith("conv"):
             return y
         y = inner.norm("1", y)
         self.after["downsample"] = inner.after

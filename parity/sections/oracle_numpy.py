@@ -24,9 +24,9 @@ def apply(config: ResNetConfig, params: Tree, state: Tree, x: Array, *, train: b
     The dtype is that of the arrays; `train` is whether batch norm uses the batch's statistics.
     """
     net = Network(config, params, state, train)
-    big, preact = config.stem == "imagenet", config.block == "preact"
+    big, preact = config.stem == "imagenet", net.order.endswith("conv")
     x = net.conv("conv1", x, stride=2 if big else 1, padding=3 if big else 1)
-    x = x if preact else relu(net.norm("bn1", x))
+    x = x if preact else net.activated("bn1", x)
     x = max_pool(x) if big else x
     dilation = 1
     for stage, depth in enumerate(config.depths):
@@ -36,7 +36,7 @@ def apply(config: ResNetConfig, params: Tree, state: Tree, x: Array, *, train: b
                 stride, dilation = 1, 2 * dilation  # the block that would stride still has the old dilation
             c_out = config.widths[stage] * (4 if config.block == "bottleneck" else 1)
             x = net.block(f"layer{stage + 1}.{index}.", x, c_out, stride, before)
-    x = relu(net.norm("bn1", x)) if preact else x
+    x = net.activated("bn1", x) if preact else x
     return x.mean((2, 3)) @ params["fc"]["weight"].T + params["fc"]["bias"], net.after
 
 
@@ -46,12 +46,24 @@ class Network:
     def __init__(self, config: ResNetConfig, params: Tree, state: Tree, train: bool) -> None:
         self.config, self.params, self.state, self.train = config, params, state, train
         self.after: Tree = {}
+        self.order = config.activation_order or {"preact": "norm-relu-conv"}.get(
+            config.block, "conv-norm-relu"
+        )
 
     def conv(self, name: str, x: Array, **geometry: int) -> Array:
-        weight = at(self.params, name)["weight"]
-        return convolution(
-            x, standardized(weight) if self.config.weight_standardization else weight, **geometry
-        )
+        params = at(self.params, name)
+        weight = standardized(params["weight"]) if self.config.weight_standardization else params["weight"]
+        if not self.config.standardization_affine:
+            return convolution(x, weight, **geometry)
+        fan_in = np.prod(weight.shape[1:])  # Brock et al. 2021, equation 1, with a gain and a bias
+        weight = weight * by_channel(params["gain"])[..., None] / np.sqrt(fan_in)
+        return convolution(x, weight, **geometry) + by_channel(params["bias"])
+
+    def activated(self, name: str, x: Array) -> Array:
+        """Norm and ReLU, in the config's order."""
+        if self.order.startswith("relu") or self.order.endswith("norm"):
+            return self.norm(name, relu(x))
+        return relu(self.norm(name, x))
 
     def norm(self, name: str, x: Array) -> Array:
         if self.config.norm == "none":
@@ -65,27 +77,24 @@ class Network:
         return by_channel(affine["weight"]) * y + by_channel(affine["bias"])
 
     def block(self, name: str, x: Array, c_out: int, stride: int, dilation: int) -> Array:
-        def conv(layer: str, x: Array, **geometry: int) -> Array:
-            return self.conv(name + layer, x, **geometry)
-
-        def norm(layer: str, x: Array) -> Array:
-            return self.norm(name + layer, x)
-
-        if self.config.block == "preact":
-            activated = relu(norm("bn1", x))
-            y = conv("conv1", activated, stride=stride, padding=1)
-            y = conv("conv2", relu(norm("bn2", y)), padding=1)
-            same = stride == 1 and x.shape[1] == c_out
-            return y + (x if same else self.shortcut(name, activated, c_out, stride))
-        if self.config.block == "basic":
-            y = relu(norm("bn1", conv("conv1", x, stride=stride, padding=1)))
-            y = norm("bn2", conv("conv2", y, padding=1))
-        else:
+        convs: list[dict[str, int]] = [{"stride": stride, "padding": 1}, {"padding": 1}]
+        if self.config.block == "bottleneck":
             middle = {"stride": stride, "padding": dilation, "dilation": dilation}
-            y = relu(norm("bn1", conv("conv1", x)))
-            y = relu(norm("bn2", conv("conv2", y, groups=self.config.groups, **middle)))
-            y = norm("bn3", conv("conv3", y))
-        return relu(y + self.shortcut(name, x, c_out, stride))
+            convs = [{}, {"groups": self.config.groups, **middle}, {}]
+        y = shortcut = x
+        for number, geometry in enumerate(convs, 1):
+            conv, norm, last = f"{name}conv{number}", f"{name}bn{number}", number == len(convs)
+            if self.order.endswith("conv"):
+                y = self.activated(norm, y)
+                if number == 1 and (stride > 1 or x.shape[1] != c_out):
+                    shortcut = y
+                y = self.conv(conv, y, **geometry)
+            else:
+                y = self.conv(conv, y, **geometry)
+                y = self.norm(norm, y) if self.order == "conv-norm-relu" and last else self.activated(norm, y)
+        y = y + self.shortcut(name, shortcut, c_out, stride)
+        y = self.norm(f"{name}scale_norm", y) if self.config.scale_norm else y
+        return relu(y) if self.order == "conv-norm-relu" else y
 
     def shortcut(self, name: str, x: Array, c_out: int, stride: int) -> Array:
         extra = c_out - x.shape[1]
@@ -95,7 +104,7 @@ class Network:
             channels = (extra // 2, extra - extra // 2)
             return np.pad(x[:, :, ::stride, ::stride], ((0, 0), channels, (0, 0), (0, 0)))
         y = self.conv(name + "downsample.0", x, stride=stride)
-        return y if self.config.block == "preact" else self.norm(name + "downsample.1", y)
+        return y if self.order.endswith("conv") else self.norm(name + "downsample.1", y)
 
 
 def convolution(

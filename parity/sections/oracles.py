@@ -50,6 +50,23 @@ OTHERS = {
     "dilated": _small(replace_stride_with_dilation=(True, True)),
     "dilated-groups": _small(replace_stride_with_dilation=(False, True), groups=4, width_per_group=32),
     "standardized": _small(norm="group", block="preact", stem="cifar", weight_standardization=True),
+    "relu-norm-conv": _small(
+        norm="group",
+        activation_order="relu-norm-conv",
+        weight_standardization=True,
+        standardization_affine=True,
+        scale_norm=True,
+    ),
+    "conv-relu-norm": _small(block="basic", stem="cifar", activation_order="conv-relu-norm"),
+    "norm-relu-conv": _small(activation_order="norm-relu-conv", shortcut="pad", widths=(8, 16, 16)),
+    "scale-norm": _small(  # by groups: batches would take the biases before them away
+        block="preact",
+        norm="group",
+        activation_order="conv-norm-relu",
+        scale_norm=True,
+        weight_standardization=True,
+        standardization_affine=True,
+    ),
     "preact-pad": _small(block="preact", stem="cifar", widths=(8, 13, 32), shortcut="pad"),
     "option-b": zoo.config("resnet20", shortcut="projection"),
 }

@@ -107,6 +107,9 @@ class Evaluate:
     """Where the data set is now, if it has moved."""
     flips: bool = False
     """Average the logits over each image and its mirror image."""
+    laplace: bool = False
+    """Also predict with the last layer's posterior, made from the training images: accuracy, negative log
+    likelihood and calibration error with and without."""
     machine: Annotated[Machine, tyro.conf.OmitArgPrefixes] = field(default_factory=Machine)
 
 

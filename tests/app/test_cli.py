@@ -83,6 +83,18 @@ def test_evaluate_with_flips_and_the_best_checkpoint(trained, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_evaluate_with_the_last_layers_posterior(trained, capsys):
+    assert main(["evaluate", "--run-dir", str(trained), "--laplace", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    accuracy = f"accuracy {read_metrics(trained)[-1]['test_accuracy']:.2%}"
+    assert f"plain:   {accuracy}, negative log likelihood" in printed
+    assert "Laplace: accuracy" in printed
+    assert printed.count("calibration error") == 2
+    assert "posterior is of 24 training images" in printed
+    assert main(["evaluate", "--run-dir", str(trained), "--laplace", "--flips"]) == 2
+    assert "Leave out --flips" in capsys.readouterr().err
+
+
 def test_predict_names_the_classes(trained, images, capsys):
     files = [str(images / "test" / "red" / "000.png"), str(images / "test" / "blue" / "001.png")]
     assert main(["predict", *files, "--run-dir", str(trained)]) == 0
@@ -487,6 +499,16 @@ def test_help_and_refusals_do_not_wait_for_torch(call, code):
     assert done.returncode == code, done.stdout + done.stderr
 
 
+def test_a_command_of_one_process_is_refused_on_several_and_one_says_so(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["summary", "resnet20"]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.count("summary runs on one process: start it without torchrun") == lines
+        assert not printed.out
+
+
 # --------------------------------------------------------------------------- private training
 
 PRIVATE = ("--private", "--epsilon", "2", "--delta", "1e-3", "--model", "tests.app.tiny:network")
@@ -503,6 +525,8 @@ def test_a_private_run_says_what_it_promises_and_keeps_it(images, capsys):
     assert not list(Path("run").rglob("*seeds*"))
     assert main(["train", "--resume", "run"]) == 0  # nothing left to spend
     assert main(["evaluate", "--run-dir", "run", "--threads", "1"]) == 0
+    assert main(["evaluate", "--run-dir", "run", "--threads", "1", "--laplace"]) == 1
+    assert "this run promises privacy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 from unittest import SkipTest, mock
 
 import numpy as np
@@ -18,7 +18,7 @@ from parity.cell import Cell, Result, run
 from parity.sections import oracle_numpy, oracles
 from resnet_func import tree
 from resnet_func.models import blocks, layers, resnet, zoo
-from resnet_func.models.config import ResNetConfig
+from resnet_func.models.config import ActivationOrder, ResNetConfig
 from resnet_func.types import Params, State
 
 
@@ -40,6 +40,9 @@ def test_the_other_configs_cover_what_the_zoo_leaves_out() -> None:
     assert {config.norm for config in others} == {"batch", "group", "none"}
     assert {config.block for config in others} == {"basic", "bottleneck", "preact"}
     assert any(config.weight_standardization for config in others)
+    assert any(config.standardization_affine for config in others)
+    assert {config.order for config in others} == set(get_args(ActivationOrder))
+    assert {config.scale_norm for config in others if config.activation_order} == {False, True}
     assert any(any(config.replace_stride_with_dilation) for config in others)
     assert any(config.groups > 1 and any(config.replace_stride_with_dilation) for config in others)
     assert any(config.block == "preact" and config.shortcut == "pad" for config in others)

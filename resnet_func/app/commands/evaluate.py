@@ -5,20 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 
 from resnet_func.app import batches, inference, run_folder
+from resnet_func.app.answers import calibrating, scoring
 from resnet_func.app.commands.common import configure, load, plain_console, say
+from resnet_func.app.errors import UsageError
 from resnet_func.app.options import Evaluate
 from resnet_func.app.output import report
 
 
 def main(options: Evaluate) -> None:
     """Test on the run's test images; print a table by class, and draw the confusions and mistakes."""
+    if options.laplace and options.flips:
+        raise UsageError("--laplace is about the logits of one image. Leave out --flips, or --laplace")
     output, folder = plain_console(), options.run_dir or run_folder.latest()
     machine = configure(options.machine, folder)
     trained = load(folder, options.checkpoint, machine, flips=options.flips or None)
+    if options.laplace:
+        calibrating.refuse_private(trained)
     experiment, classes = trained.experiment, trained.task.classes
     if options.data_dir is not None:
         experiment = replace(experiment, data_dir=str(options.data_dir))
-    source = batches.load_data(experiment).test
+    splits = batches.load_data(experiment)
+    source = splits.test
     batches.check_classes(trained.task, source)
     evaluation = inference.evaluate_trained(trained, source, machine)
     output.print(report.class_table(evaluation, classes))
@@ -29,3 +36,27 @@ def main(options: Evaluate) -> None:
         f"accuracy {evaluation.accuracy:.2%}, loss {evaluation.loss:.4f} on {source.num_samples} images",
     )
     say(output, f"wrote {folder}/confusion.png and {folder}/mistakes.png")
+    if options.laplace:
+        batches.check_classes(trained.task, splits.train)
+        exactly = scoring.exact(machine)
+        again = load(folder, options.checkpoint, exactly, flips=False)
+        posterior, figures = calibrating.calibrate(again, splits.train, source, exactly)
+        for name, figure in figures.items():
+            say(output, describe(name, figure))
+        say(
+            output,
+            f"the last layer's posterior is of {splits.train.num_samples:,} training images, with a prior of "
+            f"precision {posterior.prior_precision:.3g}, the likeliest",
+        )
+
+
+def describe(name: str, figure: calibrating.Calibration) -> str:
+    """The figures in a line.
+
+    >>> describe("plain", calibrating.Calibration(0.9, 0.25, 0.01))
+    'plain:   accuracy 90.00%, negative log likelihood 0.2500, calibration error 1.00%'
+    """
+    return (
+        f"{name + ':':8} accuracy {figure.accuracy:.2%}, negative log likelihood {figure.loss:.4f}, "
+        f"calibration error {figure.calibration_error:.2%}"
+    )
