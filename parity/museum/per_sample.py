@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, both, edit
 from resnet_func.per_sample import capture, intercept, options, reference
-from resnet_func.per_sample.layers import contract, ghost, layer_factors
+from resnet_func.per_sample.layers import contract, ghost, layer
 from resnet_func.per_sample.quantities import noise_scale, quantity
 
 INSTANCE_NORM = edit(
@@ -49,7 +49,7 @@ EXHIBITS = [
         "a wrong bias formula in Opacus's fast gradient clipping, until its pull request 751",
         "properties/ghost-norms-are-norms-of-gradients",
         edit(
-            layer_factors._direct,
+            layer.direct,
             ("split_views(by_view, views).sum(0)", "split_views(by_view, views).square().sum(0).sqrt()"),
         ),
     ),

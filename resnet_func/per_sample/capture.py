@@ -26,8 +26,9 @@ from resnet_func.per_sample.intercept import (
     substitute,
     tensors_of,
 )
-from resnet_func.per_sample.layers import layer_factors
 from resnet_func.per_sample.layers.factors import ConvFactors, Derived, Direct, Factors, Several
+from resnet_func.per_sample.layers.layer import Layer
+from resnet_func.per_sample.layers.layer_factors import factors_of_layer
 from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State, Trainable
 
 
@@ -264,10 +265,10 @@ def _add_call(
     args, kwargs = substitute((call.args, call.kwargs), values)
     batched = [values[tensor] for tensor in values if tensor not in calls.sources]
     parameters = [values[tensor] for tensor, _ in call.parameters]
-    layer = layer_factors.Layer(
+    layer = Layer(
         call.func, args, kwargs, parameters, batched, call.indices, *of_outputs, batch.samples, batch.views
     )
-    found = layer_factors.factors_of_layer(layer)
+    found = factors_of_layer(layer)
     for tensor, source in call.parameters:
         factors = found[values[tensor]]
         for path in source.paths:

@@ -90,7 +90,10 @@ def _check_gradients(task: Task, batch: Batch) -> None:
 
 
 def _finite_norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(torch.where(tensor.isfinite(), tensor, 0).double()))
+    """Over the largest entry, since the squares of what a saturated loss leaves underflow."""
+    finite = torch.where(tensor.isfinite(), tensor, 0).double().flatten()
+    largest = torch.linalg.vector_norm(finite, math.inf)
+    return float(largest * torch.linalg.vector_norm(finite / largest)) if finite.any() else 0.0
 
 
 def _first_samples(batch: Batch, count: int) -> Batch:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import resnet_func as rf
 from resnet_func import tree
-from resnet_func.per_sample.layers import contract, layer_factors
+from resnet_func.per_sample.layers import contract, normalisation
 from resnet_func.testing import assert_trees_near, randn
 
 FP64 = torch.float64
@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     grads = contract.group_norm_grads
     monkeypatch.setattr(
-        layer_factors, "group_norm_grads", lambda *args: made.append(len(args[0])) or grads(*args)
+        normalisation, "group_norm_grads", lambda *args: made.append(len(args[0])) or grads(*args)
     )
     return made
 

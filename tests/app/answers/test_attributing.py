@@ -22,31 +22,16 @@ from resnet_func.attribution import (
     tracin_scores,
     trak_scores,
 )
-from tests.app.image_folder import make_image_folder
+from tests.app.image_folder import train_run
 
-TINY = ("--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1", "--norm", "group")
+pytestmark = pytest.mark.usefixtures("own_folder")
 DIM = 12
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_image_folder(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
-    call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", str(run)]
-    assert main([*call, "--snapshots", "2", *TINY]) == 0
-    return run
+    return train_run(images, run, "--snapshots", "2", "--norm", "group")
 
 
 def opened(folder: Path) -> tuple[Network, Tensor, Tensor]:
