@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from resnet_func import calibration
-from resnet_func.app import checkpoint, recipes, run_folder, runtime
+from resnet_func.app import recipes, runtime
 from resnet_func.app.cli import main
+from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.app.training import budget
 from resnet_func.models import zoo
 from tests.app.image_folder import TINY, make_image_folder, read_metrics, train_run

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from resnet_func.app import batches, dealing, launch, run_folder
+from resnet_func.app import batches
 from resnet_func.app.answers import scoring
 from resnet_func.app.commands.common import configure, plain_console, say
 from resnet_func.app.errors import UsageError, warn
 from resnet_func.app.options import Scores
 from resnet_func.app.output import suspects
+from resnet_func.app.ranks import dealing, launch
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training import training_record
 from resnet_func.app.training_set import Training, image_name
 from resnet_func.attribution import SUSPICIOUS, found_curve, suspicion_order

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from resnet_func import train
 from resnet_func.app.names import printable
-from resnet_func.app.run_folder import Record
+from resnet_func.app.storage.run_folder import Record
 
 
 class ConsoleReporter:

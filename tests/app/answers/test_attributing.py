@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from resnet_func import losses
-from resnet_func.app import batches, data, run_folder, runtime
+from resnet_func.app import batches, data, runtime
 from resnet_func.app.answers import attributing, scoring
 from resnet_func.app.answers.attributing import Network
 from resnet_func.app.cli import main
+from resnet_func.app.storage import run_folder
 from resnet_func.attribution import (
     Sketch,
     cosine_scores,

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_func.app import run_folder
 from resnet_func.app.answers import scoring
 from resnet_func.app.cli import main
 from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment, TrainingSet
 from resnet_func.app.recipes import FAST
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training_set import Training
 from resnet_func.attribution import Scores
 from tests.app.image_folder import TINY, train_run

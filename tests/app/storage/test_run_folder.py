@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from resnet_func import calibration
-from resnet_func.app import checkpoint, run_folder
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.recipes import ARTICLE, FAST, Recipe
-from resnet_func.app.run_folder import RunError
+from resnet_func.app.storage import checkpoint, run_folder
+from resnet_func.app.storage.run_folder import RunError
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
