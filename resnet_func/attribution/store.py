@@ -98,6 +98,19 @@ class Store(NamedTuple):
             self.write(chunk, compute(start, stop))
             done(stop - start)
 
+    def remove_leftovers(self) -> None:
+        """Remove what processes that were killed had begun to write; only where nobody writes any more."""
+        for half in self.path.glob("c/**/*.partial"):
+            half.unlink(missing_ok=True)
+        for half in self.path.parent.glob(f"{self.path.name}.*.tmp"):
+            shutil.rmtree(half, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove the store from the disk; a process that is killed meanwhile leaves all of it, or none."""
+        removed = _temporary(self.path)
+        os.rename(self.path, removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
     def blocks(self) -> Iterator[Float[Tensor, "k width"]]:
         """All rows, chunk by chunk.
 
@@ -164,7 +177,7 @@ def _create(path: Path, described: Mapping[str, Any], rows: int, width: int, chu
     """Make it aside and rename it: of several processes one makes it, and none sees half of it."""
     zarr = _zarr()
     make_folder(path.parent)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     try:
         zarr.create_array(
             str(temporary),
@@ -181,6 +194,10 @@ def _create(path: Path, described: Mapping[str, Any], rows: int, width: int, chu
             raise StoreError(f"cannot make {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _open(path: Path) -> Any:

@@ -21,6 +21,7 @@ from resnet_func.per_sample.intercept import (
     Call,
     Calls,
     Interception,
+    ancestors,
     derivation,
     kept_statistics,
     substitute,
@@ -29,6 +30,7 @@ from resnet_func.per_sample.intercept import (
 from resnet_func.per_sample.layers.factors import ConvFactors, Derived, Direct, Factors, Several
 from resnet_func.per_sample.layers.layer import Layer
 from resnet_func.per_sample.layers.layer_factors import factors_of_layer
+from resnet_func.per_sample.layers.rows import row_jacobian
 from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State, Trainable
 
 
@@ -277,7 +279,9 @@ def _add_call(
                 parts[path].append(factors)
             else:
                 derive = derivation(calls, tensor, source, path, task.trained)
-                parts[path].append(Derived(derive, leaf, factors))
+                own = {inner: task.trained[name] for name, inner in calls.leaves.items()}
+                jacobian = row_jacobian(ancestors(calls, source), tensor, calls.leaves[path], own)
+                parts[path].append(Derived(derive, leaf, factors, jacobian))
 
 
 def _as_one(leaf: Tensor, parts: list[Factors], samples: int) -> Factors:

@@ -15,7 +15,7 @@ from resnet_func.numerics import without_autocast
 from resnet_func.per_sample.capture import Batch, Captured, capture, losses_of, make_task
 from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.layers.contract import Way
-from resnet_func.per_sample.layers.factors import Direct, Factors, sample_slices
+from resnet_func.per_sample.layers.factors import Derived, Direct, Factors, sample_slices
 from resnet_func.per_sample.options import Settings, refuse_batch_statistics
 from resnet_func.per_sample.plan import check_plan, plan_factors
 from resnet_func.per_sample.quantities.quantity import Quantity
@@ -131,21 +131,36 @@ def _contract(settings: Settings, quantities: Sequence[Quantity], captured: Capt
         for quantity in quantities
     ]
     answers: list[dict[str, Any]] = [{} for _ in quantities]
-    for path in list(captured.factors):
-        factors = captured.factors.pop(path)  # the last reference, unless a quantity keeps it
-        wanted: list[tuple[int, Way]] = [
-            (i, ways[i].get(path, "materialize")) for i, q in enumerate(quantities) if q.name
-        ]
-        for i, way in wanted:
-            if quantities[i].as_captured:
+    paths = list(captured.factors)
+    as_captured = [i for i, quantity in enumerate(quantities) if quantity.name and quantity.as_captured]
+    others = [i for i, quantity in enumerate(quantities) if quantity.name and not quantity.as_captured]
+    for together in _derived_together(captured.factors):
+        leaves = {path: captured.factors.pop(path) for path in together}  # the last references, unless kept
+        for i in as_captured:
+            for path, factors in leaves.items():
+                answers[i][path] = quantities[i].leaf(path, factors, ways[i].get(path, "materialize"))
+        if others:
+            leaves = contract.form_derived(leaves)
+        for path in together if others else []:
+            factors = leaves.pop(path)
+            wanted: list[tuple[int, Way]] = [(i, ways[i].get(path, "materialize")) for i in others]
+            if sum(way != "ghost" for _, way in wanted) > 1 and len(sample_slices(factors)) == 1:
+                factors = Direct(contract.grads(factors))  # formed once for all, where that is small enough
+            for i, way in wanted:
                 answers[i][path] = quantities[i].leaf(path, factors, way)
-        wanted = [(i, way) for i, way in wanted if not quantities[i].as_captured]
-        if sum(way != "ghost" for _, way in wanted) > 1 and len(sample_slices(factors)) == 1:
-            factors = Direct(contract.grads(factors))  # formed once for all, where that is small enough
-        for i, way in wanted:
-            answers[i][path] = quantities[i].leaf(path, factors, way)
-        del factors
-    return [quantity.finish(answers[i], captured) for i, quantity in enumerate(quantities)]
+            del factors
+        del leaves
+    in_order = [{path: answer[path] for path in paths if path in answer} for answer in answers]
+    return [quantity.finish(in_order[i], captured) for i, quantity in enumerate(quantities)]
+
+
+def _derived_together(factors: dict[str, Factors]) -> list[list[str]]:
+    """The leaves by what is looked at together: those that the same tensor derives from, else one by one."""
+    groups: dict[int | str, list[str]] = {}
+    for path, leaf in factors.items():
+        key = id(leaf.factors) if isinstance(leaf, Derived) else path
+        groups.setdefault(key, []).append(path)
+    return list(groups.values())
 
 
 def directional_derivatives(

@@ -235,7 +235,7 @@ def derivation(
     calls: Calls, tensor: Tensor, source: Source, path: str, leaves: Mapping[str, Tensor]
 ) -> Callable[[Tensor], Tensor]:
     """The function from the leaf `path` to a derived tensor, with the other leaves as in `leaves`."""
-    needed = _ancestors(calls, source)
+    needed = ancestors(calls, source)
 
     def derive(leaf: Tensor) -> Tensor:
         values: dict[Tensor, Tensor] = {own: leaves[name] for name, own in calls.leaves.items()}
@@ -250,7 +250,7 @@ def derivation(
     return derive
 
 
-def _ancestors(calls: Calls, source: Source) -> list[Step]:
+def ancestors(calls: Calls, source: Source) -> list[Step]:
     """The steps that a derived tensor is made by, in order."""
     wanted, indices = [source], []
     while wanted:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 import resnet_func as rf
+from resnet_func.models.config import ActivationOrder
 from resnet_func.per_sample.layers.ghost import ConvSpec
 from resnet_func.testing import generator, random_network
 from resnet_func.types import Model, Params, State
@@ -29,8 +30,11 @@ def configs(draw: st.DrawFn, norms: tuple[str, ...] = ("group", "none", "batch")
         "norm_groups": draw(st.sampled_from([1, 2])),
         "shortcut": draw(st.sampled_from(["projection", "pad"])),
         "weight_standardization": draw(st.booleans()),
+        "activation_order": draw(st.sampled_from([None, *get_args(ActivationOrder)])),
         "num_classes": CLASSES,
     }
+    fields["standardization_affine"] = fields["weight_standardization"] and draw(st.booleans())
+    fields["scale_norm"] = fields["norm"] != "none" and draw(st.booleans())
     if block == "bottleneck":
         fields["groups"] = draw(st.sampled_from([1, 2]))
         fields["replace_stride_with_dilation"] = draw(st.sampled_from([(), (True,)]))

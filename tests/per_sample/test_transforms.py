@@ -78,7 +78,7 @@ def test_norms_and_clipped_sums_match_the_gradients(
         plan = ps.plan(model, shape, "norms", budget)
         norms = ps.norms(model, bounded_loss, **options(model, method=plan))(params, state, x, y)
         torch.testing.assert_close(norms, expected, rtol=1e-10, atol=0)
-        max_norm = expected.median().item()
+        max_norm = 0.9 * expected.median().item()  # all may be equal
         plan = ps.plan(model, shape, "clipped_sum", budget)
         clipped = ps.clipped_sum(model, bounded_loss, max_norm=max_norm, **options(model, method=plan))
         total, norms = clipped(params, state, x, y)

@@ -15,6 +15,8 @@ from torch import Tensor
 from resnet_func.app.answers import scoring
 from resnet_func.app.batches import Preparer
 from resnet_func.app.inference import Trained
+from resnet_func.app.ranks import dealing
+from resnet_func.app.ranks.launch import ONE_PROCESS, Group
 from resnet_func.app.runtime import Runtime
 from resnet_func.app.training_set import Training, fingerprint
 from resnet_func.attribution import (
@@ -35,6 +37,7 @@ from resnet_func.attribution.store import CHUNK_ROWS
 from resnet_func.losses import cross_entropy
 
 FOLDER = "attribution"
+METHODS = ("trak", "cosine", "tracin", "influence")
 DAMPING = 0.1
 
 # `progress(what, rows)` gives a function that is told the rows done
@@ -42,7 +45,10 @@ Progress: TypeAlias = Callable[[str, int], Callable[[int], object]]
 
 
 class Network(NamedTuple):
-    """A run's network at its checkpoints, and the training images: what every method starts from."""
+    """A run's network at its checkpoints, and the training images: what every method starts from.
+
+    Where `group` has several ranks, the training images are dealt to them.
+    """
 
     folder: Path
     trained: Trained
@@ -51,21 +57,26 @@ class Network(NamedTuple):
     data_key: str
     machine: Runtime
     batch_size: int
+    group: Group = ONE_PROCESS
 
 
 def open_network(
-    folder: Path, training: Training, machine: Runtime, batch_size: int
+    folder: Path, training: Training, machine: Runtime, batch_size: int, group: Group = ONE_PROCESS
 ) -> tuple[Network, list[str]]:
     """The network of a run and its training images, and warnings."""
     trained, checkpoints, warnings = scoring.load_checkpoints(folder, machine)
     key = hashlib.sha256(f"{fingerprint(training.source)} {trained.task}".encode()).hexdigest()
-    return Network(folder, trained, checkpoints, training, key, machine, batch_size), warnings
+    return Network(folder, trained, checkpoints, training, key, machine, batch_size, group), warnings
 
 
 def scores(
     network: Network, method: str, x: Tensor, y: Int64[Tensor, "t"], dim: int, progress: Progress
-) -> Float[Tensor, "train t"]:
+) -> Float[Tensor, "train t"] | None:
     """Scores of every training image for the classes `y` of images `x`: high where it helped.
+
+    Of several ranks each computes its chunks of what is kept of the training images, and rank 0, which waits
+    for the others' chunks, alone gets the scores: those of one process to the bit. The curvature that
+    "influence" needs is computed by every rank by itself.
 
     Args:
         network: From `open_network`.
@@ -77,28 +88,32 @@ def scores(
 
     Raises:
         StoreError: what is kept in the run folder is of another network or other data.
+        RankError: a rank does not do its part.
+        ValueError: there is no such method.
     """
+    if method not in METHODS:
+        raise ValueError(f"method must be {', '.join(METHODS[:-1])} or {METHODS[-1]}; got {method!r}")
     if method == "influence":
         return _influence(network, x, y, progress)
     sketch = Sketch(dim=dim)
     stores = [_features(network, checkpoint, sketch, progress) for checkpoint in network.checkpoints]
+    if network.group.rank:
+        return None
+    for store in stores:
+        dealing.wait(store, network.group)
     extract = make_features(network.trained.model, sketch, train=False)
     pairs = [
         (Blocks(store), extract(*checkpoint, [(x, y)]))
         for store, checkpoint in zip(stores, network.checkpoints, strict=True)
     ]
-    match method:
-        case "cosine":
-            return cosine_scores(*pairs[-1])
-        case "tracin":
-            return tracin_scores(pairs, [1.0] * len(pairs))
-        case "trak":
-            factors = [
-                _factor(network, c, sketch, pair[0])
-                for c, pair in zip(network.checkpoints, pairs, strict=True)
-            ]
-            return trak_scores(pairs, factors=factors)
-    raise ValueError(f"method must be trak, cosine, tracin or influence; got {method!r}")
+    if method == "cosine":
+        return cosine_scores(*pairs[-1])
+    if method == "tracin":
+        return tracin_scores(pairs, [1.0] * len(pairs))
+    factors = [
+        _factor(network, c, sketch, pair[0]) for c, pair in zip(network.checkpoints, pairs, strict=True)
+    ]
+    return trak_scores(pairs, factors=factors)
 
 
 class Blocks:
@@ -130,24 +145,18 @@ def _path(network: Network, kind: str, key: dict[str, Any]) -> Path:
 
 
 def _features(network: Network, checkpoint: tuple[Any, Any], sketch: Sketch, progress: Progress) -> Store:
-    """The features of the training images at a checkpoint, computed where they are missing."""
+    """The features of the training images at a checkpoint: this rank computes its chunks that are missing."""
     key = {**_key(network, checkpoint), **sketch._asdict()}
     n = network.training.source.num_samples
-    store = open_store(_path(network, "features", key), key, rows=n, width=sketch.dim + 1)
+    path = _path(network, "features", key)
+    store = open_store(path, key, rows=n, width=sketch.dim + 1, chunk_rows=CHUNK_ROWS)
     extract = make_features(network.trained.model, sketch, train=False)
 
     def compute(start: int, stop: int) -> Tensor:
         return extract(*checkpoint, _rows(network, start, stop)).rows()
 
-    _fill(store, compute, "gradients of the training images", progress)
+    dealing.fill(store, compute, network.group, partial(progress, "gradients of the training images"))
     return store
-
-
-def _fill(store: Store, compute: Callable[[int, int], Tensor], what: str, progress: Progress) -> None:
-    missing = store.missing()
-    if missing:
-        rows = sum(stop - start for start, stop in map(store.row_range, missing))
-        store.fill(compute, done=progress(what, rows))
 
 
 def _factor(network: Network, checkpoint: tuple[Any, Any], sketch: Sketch, blocks: Blocks) -> Tensor:
@@ -160,7 +169,7 @@ def _factor(network: Network, checkpoint: tuple[Any, Any], sketch: Sketch, block
     return torch.cat(list(store.blocks())).double()
 
 
-def _influence(network: Network, x: Tensor, y: Tensor, progress: Progress) -> Tensor:
+def _influence(network: Network, x: Tensor, y: Tensor, progress: Progress) -> Tensor | None:
     """Influence by EKFAC at the last checkpoint: a pass over the training images, kept for these images."""
     checkpoint = network.checkpoints[-1]
     images = tree_fingerprint({"x": x, "y": y})
@@ -168,14 +177,21 @@ def _influence(network: Network, x: Tensor, y: Tensor, progress: Progress) -> Te
     n = network.training.source.num_samples
     rows = min(CHUNK_ROWS * 8, n)
     store = open_store(_path(network, "influence", key), key, rows=n, width=len(y), chunk_rows=rows)
-    if store.missing():
+    if store.missing(network.group.rank, network.group.world):
         model, done = network.trained.model, progress("curvature of the training loss", 4 * n)
         batches = scoring.TrainingBatches(
             network.training.source, Preparer(network.trained.task, network.machine), network.batch_size
         )
         estimate = sampled_ekfac(model, cross_entropy, train=False)(*checkpoint, _Counted(batches, done))
         run = partial(influence(model, cross_entropy, estimate, train=False), checkpoint)
-        _fill(store, lambda start, stop: run(_rows(network, start, stop), [(x, y)]), "influence", progress)
+
+        def compute(start: int, stop: int) -> Tensor:
+            return run(_rows(network, start, stop), [(x, y)])
+
+        dealing.fill(store, compute, network.group, partial(progress, "influence"))
+    if network.group.rank:
+        return None
+    dealing.wait(store, network.group)
     return torch.cat(list(store.blocks()))
 
 

@@ -168,6 +168,7 @@ def _dealt_scores(
         return dealing.as_rows(score(checkpoints, [batches.rows(start, stop)]))
 
     dealing.fill(store, compute, group)
+    dealing.wait(store, group)
     return None if group.rank else dealing.from_rows(dealing.take(store), names)
 
 

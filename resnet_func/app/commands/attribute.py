@@ -23,24 +23,33 @@ from resnet_func.app.errors import UsageError, warn
 from resnet_func.app.names import printable
 from resnet_func.app.options import Attribute
 from resnet_func.app.output.attributions import Shown, attribution
+from resnet_func.app.ranks import launch
 from resnet_func.app.storage import run_folder
 from resnet_func.app.training_set import image_name
 
 
 def main(options: Attribute) -> None:
-    """Print a table, and draw a picture, of the most helpful and the most harmful training images."""
+    """Print a table, and draw a picture, of the most helpful and the most harmful training images.
+
+    Under torchrun every rank computes its part of what is kept of the training images.
+    """
+    with launch.group(options.machine.device, timeout=options.machine.rank_timeout) as group:
+        _attribute(options, group)
+
+
+def _attribute(options: Attribute, group: launch.Group) -> None:
     for name in ("shown", "dim", "batch_size"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be 1 or more; got {getattr(options, name)}")
-    output, folder = plain_console(), options.run_dir or run_folder.latest()
+    output, folder = plain_console(quiet=group.rank > 0), options.run_dir or run_folder.latest()
     machine = scoring.exact(configure(options.machine))
     experiment, task = run_folder.read_config(folder)
     if options.data_dir is not None:
         experiment = replace(experiment, data_dir=str(options.data_dir))
-    training, test = batches.load_training(experiment)
+    training, test = group.first_on_node(lambda: batches.load_training(experiment))
     batches.check_classes(task, training.source)
-    network, warnings = attributing.open_network(folder, training, machine, options.batch_size)
-    for warning in warnings:
+    network, warnings = attributing.open_network(folder, training, machine, options.batch_size, group)
+    for warning in [] if group.rank else warnings:
         warn(warning)
     names, images = _images(options, network, test)
     prepare = batches.Preparer(task, machine)
@@ -51,6 +60,10 @@ def main(options: Attribute) -> None:
         began = time.perf_counter()
         scores = attributing.scores(network, options.method, x, y.to(x.device), options.dim, progress)
         seconds = time.perf_counter() - began
+    if scores is None:
+        return
+    if launch.is_restarted():
+        run_folder.remove_leftovers(folder)
     say(output, f"{options.method} over {len(scores):,} training images in {seconds:.1f} s")
     for place, (name, image) in enumerate(zip(names, images, strict=True)):
         target = int(y[place])

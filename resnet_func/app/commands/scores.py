@@ -59,6 +59,8 @@ def _score(options: Scores, group: launch.Group) -> None:
     )
     if scored is None:
         return
+    if launch.is_restarted():
+        run_folder.remove_leftovers(folder)
     scores, warnings = scored
     for warning in warnings:
         warn(warning)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,19 +37,39 @@ def open_dealt(
     return open_store(path, key, rows=rows, width=width, chunk_rows=chunk)
 
 
-def fill(store: Store, compute: Callable[[int, int], Tensor], group: Group) -> None:
-    """Fill this rank's chunks that are missing; rank 0 then waits for the others'.
+def fill(
+    store: Store,
+    compute: Callable[[int, int], Tensor],
+    group: Group,
+    begin: Callable[[int], Callable[[int], object]] = lambda rows: lambda done: None,
+) -> None:
+    """Fill this rank's chunks that are missing, and wait for none: the others' may be missing after it.
 
     Args:
         store: The same on every rank, on a file system that all see.
         compute: `compute(start, stop)` gives those rows.
-        group: The ranks. The limit of its timeout holds between two chunks of others.
+        group: The ranks.
+        begin: Where there is something to do, is told how many rows; what it returns is told those done.
+
+    Raises:
+        StoreError: the disk refuses.
+    """
+    missing = store.missing(group.rank, group.world)
+    if missing:
+        rows = sum(stop - start for start, stop in map(store.row_range, missing))
+        store.fill(compute, rank=group.rank, ranks=group.world, done=begin(rows))
+
+
+def wait(store: Store, group: Group) -> None:
+    """On rank 0, wait until the other ranks' chunks are there, too; the others go on.
+
+    Args:
+        store: What every rank fills.
+        group: The ranks. The limit of its timeout holds between two chunks.
 
     Raises:
         RankError: no chunk has come for so long; names the ranks that owe some.
-        StoreError: the disk refuses.
     """
-    store.fill(compute, rank=group.rank, ranks=group.world)
     if group.rank:
         return
     missing, last = store.missing(), time.monotonic()
@@ -64,6 +83,7 @@ def fill(store: Store, compute: Callable[[int, int], Tensor], group: Group) -> N
                 f"ranks {', '.join(map(str, owing))} have finished no chunk for {group.timeout:g} s and owe "
                 f"{len(missing)} of {store.chunks}. Run the same command again: it goes on with those"
             )
+    store.remove_leftovers()
 
 
 def check_dealt(names: list[str]) -> None:
@@ -106,5 +126,5 @@ def from_rows(rows: Tensor, names: list[str]) -> Scores:
 def take(store: Store) -> Tensor:
     """All rows of a store that is full, which is removed: what it held is to be written elsewhere."""
     rows = torch.cat(list(store.blocks()))
-    shutil.rmtree(store.path, ignore_errors=True)
+    store.remove()
     return rows

@@ -128,9 +128,15 @@ def find_launch(launch: str, folder: Path | None) -> Path | None:
     if not own:
         return None
     path = max(own, key=lambda mark: mark.stat().st_mtime_ns).parent
-    for left in [*path.glob("*.tmp"), *checkpoints(path).glob("*.tmp")]:
-        left.unlink(missing_ok=True)
+    remove_leftovers(path)
     return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed; only where nobody writes to the run."""
+    for left in [*folder.glob("*.tmp"), *checkpoints(folder).glob("*.tmp")]:
+        if left.is_file():
+            left.unlink(missing_ok=True)
 
 
 def can_resume(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, Literal, TypeAlias
@@ -60,13 +60,40 @@ def _grads(factors: Factors) -> Tensor:
         case CallFactors():
             return _call_grads(factors)
         case Derived():
-            inner = grads(factors.factors)
-            pullback = torch.func.vjp(factors.derive, factors.weight)[1]
-            return sample_by_sample(lambda grad: pullback(grad)[0], inner)
+            inner = grads(factors.factors) if factors.formed is None else factors.formed
+            return _pull_back(factors, inner)
         case Several():
             return _sum([grads(part) for part in factors.parts])
         case Direct():
             return factors.grads
+
+
+def _pull_back(derived: Derived, inner: Tensor) -> Tensor:
+    """Gradients `[N, *shape]` of a leaf from those of what derives from it."""
+    if derived.jacobian is not None:
+        return derived.jacobian.pull_back(inner).reshape(len(inner), *derived.weight.shape)
+    pullback = torch.func.vjp(derived.derive, derived.weight)[1]
+    if len(inner) == 1:
+        return pullback(inner.squeeze(0))[0].unsqueeze(0)
+    return sample_by_sample(lambda grad: pullback(grad)[0], inner)
+
+
+def form_derived(leaves: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Leaves that make one tensor together, ready to be looked at: what is needed of it is formed once.
+
+    A small leaf, such as a gain, becomes its own gradients.
+    """
+    found = dict(leaves)
+    derived = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Derived)}
+    if len(derived) > 1:
+        first = next(iter(derived.values()))
+        if len(sample_slices(first.factors)) == 1:
+            formed = grads(first.factors)
+            derived = {path: leaf._replace(formed=formed) for path, leaf in derived.items()}
+    for path, leaf in derived.items():
+        small = torch.cat([grads(part) for part in sample_slices(leaf)]) if leaf.is_small else None
+        found[path] = leaf if small is None else Direct(small)
+    return found
 
 
 def _conv_grads(factors: ConvFactors) -> Tensor:
@@ -216,8 +243,7 @@ def weighted_sum(factors: Factors, weights: Float[Tensor, "n"]) -> Tensor:
 def _weighted_sum(factors: Factors, weights: Tensor) -> Tensor:
     match factors:
         case Derived():
-            pullback = torch.func.vjp(factors.derive, factors.weight)[1]
-            return pullback(weighted_sum(factors.factors, weights))[0]
+            return _pull_back(factors, weighted_sum(factors.factors, weights).unsqueeze(0)).squeeze(0)
         case Several():
             return _sum([weighted_sum(part, weights) for part in factors.parts])
         case Direct():

@@ -48,6 +48,8 @@ def layers_of(factors: Mapping[str, Factors], other: Mapping[str, Factors]) -> l
     """The layers among the leaves of a batch; `other` are the factors of a second one, or the same."""
     layers = []
     for path, leaf in factors.items():
+        if isinstance(leaf, Derived) and leaf.is_small:
+            continue  # formed at once, like a bias
         inner = leaf.factors if isinstance(leaf, Derived) else leaf
         if isinstance(inner, ConvFactors | LinearFactors):
             pairs = _static(num_samples(leaf)) * _static(num_samples(other[path]))

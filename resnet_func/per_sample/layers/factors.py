@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from resnet_func.per_sample.layers.ghost import ConvSpec
+from resnet_func.per_sample.layers.rows import RowJacobian
 
 # Where a gradient is needed only to be reduced, at most about this many entries exist at a time.
 MAX_ELEMENTS = 2**25
@@ -68,11 +69,22 @@ class CallFactors(NamedTuple):
 
 
 class Derived(NamedTuple):
-    """A leaf that the network uses only through `derive(leaf)`: the factors of what derives from it."""
+    """A leaf that the network uses only through `derive(leaf)`: the factors of what derives from it.
+
+    `jacobian` is the closed form of the derivation's Jacobian, where there is one; `formed` the per-sample
+    gradients of what derives, where they are there already.
+    """
 
     derive: Callable[[Tensor], Tensor]
     weight: Tensor
     factors: Any  # Factors; a recursive name is no NamedTuple's
+    jacobian: RowJacobian | None = None
+    formed: Tensor | None = None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the leaf has fewer entries than what derives from it, as a gain has."""
+        return self.weight.numel() < _size(self.factors)
 
 
 class Several(NamedTuple):
@@ -128,11 +140,22 @@ def num_samples(factors: Factors) -> int:
 def sample_slices(factors: Factors, max_elements: int = MAX_ELEMENTS) -> list[Factors]:
     """The factors cut into runs of samples, each with at most about `max_elements` gradient entries."""
     n = num_samples(factors)
-    per_sample = factors.grads[:1].numel() if isinstance(factors, Direct) else factors.weight.numel()
-    step = max(1, max_elements // max(per_sample, 1))
+    step = max(1, max_elements // max(_size(factors), 1))
     if n <= step:
         return [factors]
     return [samples(factors, start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _size(factors: Factors) -> int:
+    """Entries of a sample's gradient, or of the larger one that it is pulled back from."""
+    match factors:
+        case Direct():
+            return factors.grads[0].numel() if len(factors.grads) else 0
+        case Derived():
+            return max(factors.weight.numel(), _size(factors.factors))
+        case Several():
+            return max(_size(part) for part in factors.parts)
+    return factors.weight.numel()
 
 
 def samples(factors: Factors, start: int, stop: int) -> Factors:
@@ -145,7 +168,8 @@ def samples(factors: Factors, start: int, stop: int) -> Factors:
         case Direct():
             return Direct(factors.grads[start:stop])
         case Derived():
-            return factors._replace(factors=samples(factors.factors, start, stop))
+            formed = None if factors.formed is None else factors.formed[start:stop]
+            return factors._replace(factors=samples(factors.factors, start, stop), formed=formed)
         case Several():
             return factors._replace(parts=tuple([samples(part, start, stop) for part in factors.parts]))
         case CallFactors():
@@ -166,7 +190,7 @@ def masked(factors: Factors, keep: Tensor) -> Factors:
         case Direct():
             return Direct(mask(factors.grads, keep))
         case Derived():
-            return factors._replace(factors=masked(factors.factors, keep))
+            return factors._replace(factors=masked(factors.factors, keep), formed=None)
         case Several():
             return factors._replace(parts=tuple([masked(part, keep) for part in factors.parts]))
         case CallFactors():

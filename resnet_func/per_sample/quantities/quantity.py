@@ -16,7 +16,7 @@ from resnet_func.numerics import accumulation_dtype
 from resnet_func.per_sample.capture import Captured
 from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.layers.contract import Way
-from resnet_func.per_sample.layers.factors import Direct, Factors, masked, split_views
+from resnet_func.per_sample.layers.factors import Derived, Direct, Factors, masked, split_views
 
 Clipping: TypeAlias = Literal["flat", "per_layer", "automatic"]
 
@@ -149,7 +149,10 @@ class Sum(NamedTuple):
 def _first_pass(path: str, factors: Factors, way: Way) -> _FirstPass:
     if way == "keep":
         factors = Direct(contract.grads(factors))
-    return _FirstPass(contract.squared_norms(factors, way), factors)
+    squares = contract.squared_norms(factors, way)
+    if isinstance(factors, Derived):
+        factors = factors._replace(formed=None)  # not kept: a weighted sum needs none
+    return _FirstPass(squares, factors)
 
 
 def _clip_and_sum(

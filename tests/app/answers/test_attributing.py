@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from resnet_func.app import batches, data, runtime
 from resnet_func.app.answers import attributing, scoring
 from resnet_func.app.answers.attributing import Network
 from resnet_func.app.cli import main
+from resnet_func.app.ranks.launch import Group
 from resnet_func.app.storage import run_folder
 from resnet_func.attribution import (
     Sketch,
@@ -23,7 +25,9 @@ from resnet_func.attribution import (
     tracin_scores,
     trak_scores,
 )
+from resnet_func.distributed import Ranks
 from tests.app.image_folder import train_run
+from tests.distributed.processes import run_ranks
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 DIM = 12
@@ -43,6 +47,11 @@ def opened(folder: Path) -> tuple[Network, Tensor, Tensor]:
     assert not warnings
     x, y = next(data.batches(test, 2))
     return network, batches.Preparer(task, machine)(x), y
+
+
+def without_kept(run: Path, copy: Path) -> Path:
+    """A copy of a run that nothing has been asked of."""
+    return shutil.copytree(run, copy, ignore=shutil.ignore_patterns("attribut*"))
 
 
 class Told:
@@ -89,6 +98,40 @@ def test_scores_are_the_librarys_and_are_kept(trained, method):
     again = Told()
     assert torch.equal(attributing.scores(network, method, x, y, DIM, again), ours)
     assert not again.rows
+
+
+@pytest.mark.parametrize("method", ["trak", "influence"])
+def test_ranks_together_give_the_scores_of_one_process(trained, tmp_path, monkeypatch, method):
+    """To the bit; the others get none, and what a rank left out is done by whoever comes next."""
+    monkeypatch.setattr(attributing, "CHUNK_ROWS", 1)
+    trained = without_kept(trained, tmp_path / "run")
+    network, x, y = opened(trained)
+    attributing.scores(network, method, x, y, DIM, Told())
+    kept = trained / attributing.FOLDER
+    wanted = {path.relative_to(kept): path.read_bytes() for path in kept.glob("*/c/*/0")}
+    ours = attributing.scores(network, method, x, y, DIM, Told())
+    for chunk in [*wanted][::3]:
+        (kept / chunk).unlink()
+    for rank in (2, 1, 0):  # rank 0 waits for the others
+        own = network._replace(group=Group(Ranks(rank, 3), None, 60.0))
+        found = attributing.scores(own, method, x, y, DIM, Told())
+        assert (found is None) == (rank > 0)
+    assert found.equal(ours)
+    assert {path: (kept / path).read_bytes() for path in wanted} == wanted
+
+
+def test_two_processes_keep_and_draw_what_one_does(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(attributing, "CHUNK_ROWS", 1)
+    call = ["attribute", "--test-index", "1", "--dim", str(DIM + 2), "--method", "tracin", "--threads", "1"]
+    alone, dealt = (without_kept(trained, tmp_path / name) for name in ("alone", "dealt"))
+    assert main([*call, "--run-dir", str(alone)]) == 0
+    run_ranks(2, "tests.app.attributing_rank", *call, "--run-dir", str(dealt))
+    one, two = (
+        {path.relative_to(f): path for path in f.rglob("*") if path.is_file()} for f in (alone, dealt)
+    )
+    assert one.keys() == two.keys()
+    assert sum(path.parts[0] == attributing.FOLDER and path.name == "0" for path in one) == 2 * 24
+    assert not [path for path, file in one.items() if file.read_bytes() != two[path].read_bytes()]
 
 
 def test_what_is_missing_is_computed_and_only_that(trained):

@@ -33,6 +33,7 @@ def rank(number: int, world: int, timeout: float = 60.0) -> Group:
 def test_ranks_together_fill_the_rows_of_one(tmp_path: Path, world: int) -> None:
     for number in reversed(range(world)):  # rank 0 waits for the others
         dealing.fill(store(tmp_path), rows, rank(number, world))
+        dealing.wait(store(tmp_path), rank(number, world))
     assert dealing.take(store(tmp_path)).equal(ROWS)
     assert not list(tmp_path.iterdir())
 
@@ -60,8 +61,34 @@ def test_what_a_rank_left_out_is_done_by_whoever_comes_next(tmp_path: Path) -> N
 
 
 def test_a_rank_that_does_nothing_is_named(tmp_path: Path) -> None:
+    dealing.fill(store(tmp_path), rows, rank(0, 2))
     with pytest.raises(RankError, match="ranks 1 have finished no chunk for 0.1 s and owe 2 of 4"):
-        dealing.fill(store(tmp_path), rows, rank(0, 2, timeout=0.1))
+        dealing.wait(store(tmp_path), rank(0, 2, timeout=0.1))
+
+
+def test_only_a_ranks_own_rows_are_told(tmp_path: Path) -> None:
+    told: list[int] = []
+
+    def begin(count: int):
+        told.append(count)
+        return told.append
+
+    dealing.fill(store(tmp_path), rows, rank(1, 2), begin)
+    dealing.fill(store(tmp_path), rows, rank(1, 2), begin)
+    assert told == [5, 3, 2]
+
+
+def test_what_a_killed_rank_had_begun_is_removed(tmp_path: Path) -> None:
+    filled = store(tmp_path)
+    half = filled.path / "c/3/0.0123.partial"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    unborn = tmp_path / f"{filled.path.name}.0123.tmp"
+    (unborn / "c").mkdir(parents=True)
+    dealing.fill(filled, rows, ONE_PROCESS)
+    dealing.wait(filled, ONE_PROCESS)
+    assert not half.exists()
+    assert not unborn.exists()
 
 
 def test_other_options_have_another_store(tmp_path: Path) -> None:

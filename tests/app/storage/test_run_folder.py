@@ -242,3 +242,15 @@ def test_a_refused_run_leaves_no_mark(tmp_path: Path) -> None:
         run_folder.mark_launch(folder, "mine")
         raise RuntimeError
     assert not folder.exists()
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    left = [tmp_path / "scores.csv.0123.tmp", tmp_path / "checkpoints/last.json.0123.tmp"]
+    kept = [tmp_path / "scores.csv", tmp_path / "checkpoints/last.json"]
+    for path in left + kept:
+        path.touch()
+    (tmp_path / "scores-0123.zarr.tmp").mkdir()  # a store removes its own
+    run_folder.remove_leftovers(tmp_path)
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in kept)
