@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, edit
-from resnet_func import losses, optim, train
+from resnet_func import losses, optim
 from resnet_func.optim import first_order
+from resnet_func.train import step
 
 OPTIMIZERS = "properties/optimizers-are-torchs"
 
@@ -27,7 +28,9 @@ EXHIBITS = [
         "the momentum buffer averages gradients instead of adding them up",
         "reimplementations of momentum as a moving average",
         OPTIMIZERS,
-        edit(optim.sgd, ("* momentum_of(p) + g\n", "* momentum_of(p) + (1 - momentum) * g\n")),
+        edit(
+            first_order._sgd_move, ("* momentum_of(p) + g\n", "* momentum_of(p) + (1 - rule.momentum) * g\n")
+        ),
     ),
     Exhibit(
         "learning-rate-in-the-buffer",
@@ -35,14 +38,14 @@ EXHIBITS = [
         "Sutskever et al. 2013 and others, says torch.optim.SGD's documentation",
         OPTIMIZERS,
         edit(
-            optim.sgd,
+            first_order._sgd_move,
             (
-                "        # All of a leaf",
-                "        now = schedule(to_float64(opt_state.step))\n"
-                "        before = schedule(to_float64((opt_state.step - 1).clamp(min=0)))\n"
-                "        # All of a leaf",
+                "    # All of a leaf",
+                "    now = rule.schedule(to_float64(opt_state.step))\n"
+                "    before = rule.schedule(to_float64((opt_state.step - 1).clamp(min=0)))\n"
+                "    # All of a leaf",
             ),
-            ("* momentum_of(p) + g\n", "* (momentum * (before / now).to(g.dtype)) + g\n"),
+            ("* momentum_of(p) + g\n", "* (rule.momentum * (before / now).to(g.dtype)) + g\n"),
         ),
     ),
     Exhibit(
@@ -51,7 +54,7 @@ EXHIBITS = [
         "reimplementations of Nesterov momentum",
         OPTIMIZERS,
         edit(
-            optim.sgd,
+            first_order._sgd_move,
             ("_add_scaled(g, b, momentum_of(p))", "_add_scaled(g, buffer[0], momentum_of(p))"),
         ),
     ),
@@ -61,7 +64,7 @@ EXHIBITS = [
         "a scheduler stepped before the optimizer, which torch warns of",
         OPTIMIZERS,
         edit(
-            optim.sgd,
+            first_order._sgd_move,
             (
                 "schedule(to_float64(opt_state.step))",
                 "schedule(to_float64(opt_state.step + 1))",
@@ -88,7 +91,7 @@ EXHIBITS = [
         'TensorFlow and Keras: "epsilon hat" of Kingma and Ba, before section 2.1',
         OPTIMIZERS,
         edit(
-            first_order._adam,
+            first_order._adam_deltas,
             ("(root / root2(p) + eps_of(p))", "((root + eps_of(p)) / root2(p))"),
         ),
     ),
@@ -98,7 +101,7 @@ EXHIBITS = [
         "reimplementations; optax has it as eps_root",
         OPTIMIZERS,
         edit(
-            first_order._adam,
+            first_order._adam_deltas,
             ("(root / root2(p) + eps_of(p))", "((v + eps_of(p)).sqrt() / root2(p))"),
         ),
     ),
@@ -107,14 +110,18 @@ EXHIBITS = [
         "Adam's moments are not corrected for their start at zero",
         "BERT's optimizer, and BertAdam of pytorch-pretrained-bert",
         OPTIMIZERS,
-        edit(first_order._adam, ("1 - beta1**count", "1"), ("1 - beta2**count", "torch.ones_like(count)")),
+        edit(
+            first_order._adam_deltas,
+            ("1 - beta1**count", "1"),
+            ("1 - beta2**count", "torch.ones_like(count)"),
+        ),
     ),
     Exhibit(
         "accumulated-gradients-alias",
         "the first micro-batch's gradient is in the second's too, and counts twice",
         "loops that keep p.grad, into which the next backward pass adds",
         "properties/microbatches-change-no-training-step",
-        edit(train.make_train_step, ("_add_wide, total, part", "lambda t, p: t + (t + p), total, part")),
+        edit(step._TrainStep.__call__, ("_add_wide, total, part", "lambda t, p: t + (t + p), total, part")),
     ),
     Exhibit(
         "mean-of-unequal-means",
@@ -122,8 +129,8 @@ EXHIBITS = [
         "transformers' Trainer until its pull request 34191",
         "properties/uneven-pieces-change-no-training-step",
         edit(
-            train.make_train_step,
-            ("widen(losses).sum() / batch_size", "losses.mean() / microbatches"),
+            step._TrainStep.objective,
+            ("widen(losses).sum() / batch_size", "losses.mean() / self.microbatches"),
         ),
     ),
     Exhibit(
@@ -132,7 +139,7 @@ EXHIBITS = [
         "functional training loops that thread parameters and forget the state",
         "properties/every-piece-moves-the-running-statistics",
         edit(
-            train.make_train_step,
+            step._TrainStep.__call__,
             (" state=state, x=x_part", " state=train_state.state, x=x_part"),
         ),
     ),
@@ -141,7 +148,7 @@ EXHIBITS = [
         "the moving average keeps the running statistics it started with",
         "torch's AveragedModel, unless asked with use_buffers=True, averages parameters alone",
         "properties/averages-follow-parameters-and-statistics",
-        edit(train.make_train_step, ("ema_state = ema(ema_state, state, decay)", "pass")),
+        edit(step._TrainStep.__call__, ("ema_state = ema(ema_state, state, decay)", "pass")),
     ),
     Exhibit(
         "average-without-warm-up",
@@ -149,8 +156,11 @@ EXHIBITS = [
         "reimplementations of moving averages",
         "properties/averages-follow-parameters-and-statistics",
         edit(
-            train.make_train_step,
-            ("torch.clamp((1 + steps) / (10 + steps), max=ema_decay)", "torch.full_like(steps, ema_decay)"),
+            step._TrainStep.__call__,
+            (
+                "torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay)",
+                "torch.full_like(steps, self.ema_decay)",
+            ),
         ),
     ),
 ]

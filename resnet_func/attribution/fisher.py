@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
@@ -75,7 +76,13 @@ def diagonal_fisher(
     torch.Size([10])
     """
     run = over_dataset(model, loss_fn, ["moments"], progress=progress, **options)
-    return lambda params, state, batches: DiagonalFisher(run(params, state, batches)["moments"].second_moment)
+    return partial(_diagonal_fisher, run)
+
+
+def _diagonal_fisher(
+    run: Callable[..., dict[str, Any]], params: Params, state: State, batches: Batches
+) -> DiagonalFisher:
+    return DiagonalFisher(run(params, state, batches)["moments"].second_moment)
 
 
 def sampled_ekfac(
@@ -106,7 +113,10 @@ def sampled_ekfac(
         train=options.get("train"),
     )
 
-    def estimate(params: Params, state: State, batches: Batches) -> KroneckerEstimate:
-        return run(params, state, batches, generator=torch.Generator("cpu").manual_seed(seed))
+    return partial(_with_drawn_signs, run, seed)
 
-    return estimate
+
+def _with_drawn_signs(
+    run: Callable[..., KroneckerEstimate], seed: int, params: Params, state: State, batches: Batches
+) -> KroneckerEstimate:
+    return run(params, state, batches, generator=torch.Generator("cpu").manual_seed(seed))

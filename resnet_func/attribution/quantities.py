@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -51,33 +52,37 @@ def margin() -> Quantity:
     Averaged over views (and by whoever scores several checkpoints: Pleiss et al. 2020,
     https://arxiv.org/abs/2001.10528).
     """
+    return of_logits(_margin)
 
-    def compute(captured: Captured) -> Tensor:
-        logits, targets = captured.logits, captured.targets
-        if not len(logits):
-            return captured.losses
-        check_class_indices("margin", captured)
-        margins = logits.gather(1, targets[:, None])[:, 0] - without_given(logits, targets).amax(1)
-        return split_views(margins, captured.views).mean(0)
 
-    return of_logits(compute)
+def _margin(captured: Captured) -> Tensor:
+    logits, targets = captured.logits, captured.targets
+    if not len(logits):
+        return captured.losses
+    check_class_indices("margin", captured)
+    margins = logits.gather(1, targets[:, None])[:, 0] - without_given(logits, targets).amax(1)
+    return split_views(margins, captured.views).mean(0)
 
 
 def prediction() -> Quantity:
     """The likeliest class `[N]`, int64, of the probabilities averaged over views."""
-    return of_logits(lambda captured: _mean_probabilities(captured, captured.logits).argmax(1))
+    return of_logits(_prediction)
+
+
+def _prediction(captured: Captured) -> Tensor:
+    return _mean_probabilities(captured, captured.logits).argmax(1)
 
 
 def suggestion() -> Quantity:
     """The likeliest class other than the given one `[N]`, int64."""
+    return of_logits(_suggestion)
 
-    def compute(captured: Captured) -> Tensor:
-        if not len(captured.logits):
-            return captured.losses.long()
-        check_class_indices("suggestion", captured)
-        return _mean_probabilities(captured, without_given(captured.logits, captured.targets)).argmax(1)
 
-    return of_logits(compute)
+def _suggestion(captured: Captured) -> Tensor:
+    if not len(captured.logits):
+        return captured.losses.long()
+    check_class_indices("suggestion", captured)
+    return _mean_probabilities(captured, without_given(captured.logits, captured.targets)).argmax(1)
 
 
 def _mean_probabilities(captured: Captured, logits: Tensor) -> Tensor:
@@ -92,13 +97,13 @@ def weighted_squared_norms(weights: Mapping[str, Tensor]) -> Quantity:
 
     With the inverse of a diagonal curvature it is a sample's influence on its own loss.
     """
+    return Quantity("grads", partial(_weighted_squared_norms, weights), _sum_of_leaves, torch.cat)
 
-    def leaf(path: str, factors: Factors, way: Way) -> Tensor:
-        scale = widen(weights[path]).flatten()
-        parts = (widen(grad_rows(contract.grads(part))) for part in sample_slices(factors))
-        return torch.cat([part.square() @ scale for part in parts])
 
-    return Quantity("grads", leaf, _sum_of_leaves, torch.cat)
+def _weighted_squared_norms(weights: Mapping[str, Tensor], path: str, factors: Factors, way: Way) -> Tensor:
+    scale = widen(weights[path]).flatten()
+    parts = (widen(grad_rows(contract.grads(part))) for part in sample_slices(factors))
+    return torch.cat([part.square() @ scale for part in parts])
 
 
 def products(directions: Mapping[str, Float[Tensor, "t ..."]]) -> Quantity:
@@ -106,11 +111,11 @@ def products(directions: Mapping[str, Float[Tensor, "t ..."]]) -> Quantity:
 
     One layer's gradients at most exist at a time.
     """
+    return Quantity("grads", partial(_products, directions), _sum_of_leaves, torch.cat)
 
-    def leaf(path: str, factors: Factors, way: Way) -> Tensor:
-        return contract.inner_products(factors, Direct(directions[path]), "materialize")
 
-    return Quantity("grads", leaf, _sum_of_leaves, torch.cat)
+def _products(directions: Mapping[str, Tensor], path: str, factors: Factors, way: Way) -> Tensor:
+    return contract.inner_products(factors, Direct(directions[path]), "materialize")
 
 
 def self_products(inverse: Callable[[str, Tensor], Tensor]) -> Quantity:
@@ -119,13 +124,13 @@ def self_products(inverse: Callable[[str, Tensor], Tensor]) -> Quantity:
     Args:
         inverse: `inverse(dotted path, leaves [N, *shape])` gives leaves like them.
     """
+    return Quantity("grads", partial(_self_products, inverse), _sum_of_leaves, torch.cat)
 
-    def leaf(path: str, factors: Factors, way: Way) -> Tensor:
-        parts = (contract.grads(part) for part in sample_slices(factors))
-        pairs = ((widen(grad_rows(part)), widen(grad_rows(inverse(path, part)))) for part in parts)
-        return torch.cat([(a * b).sum(1) for a, b in pairs])
 
-    return Quantity("grads", leaf, _sum_of_leaves, torch.cat)
+def _self_products(inverse: Callable[[str, Tensor], Tensor], path: str, factors: Factors, way: Way) -> Tensor:
+    parts = (contract.grads(part) for part in sample_slices(factors))
+    pairs = ((widen(grad_rows(part)), widen(grad_rows(inverse(path, part)))) for part in parts)
+    return torch.cat([(a * b).sum(1) for a, b in pairs])
 
 
 def _sum_of_leaves(answers: dict[str, Tensor], captured: Captured) -> Tensor:

@@ -119,8 +119,13 @@ def score_dataset(
 
 
 def _by_block(estimate: KroneckerEstimate, damping: float | None) -> Callable[[str, Tensor], Tensor]:
-    by_path = estimate.dampings(damping)
-    return lambda path, leaf: estimate.blocks[path].inverse_product(leaf, by_path[path])
+    return partial(_inverse_product, estimate, estimate.dampings(damping))
+
+
+def _inverse_product(
+    estimate: KroneckerEstimate, dampings: Mapping[str, float | Tensor], path: str, leaf: Tensor
+) -> Tensor:
+    return estimate.blocks[path].inverse_product(leaf, dampings[path])
 
 
 def _quantities(names: Sequence[str]) -> dict[str, str | Quantity]:

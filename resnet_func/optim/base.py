@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -31,7 +32,8 @@ class Optimizer(NamedTuple):
     """An optimizer as two pure functions.
 
     `init(params) -> opt_state`, `update(grads, opt_state, params) -> (updates, opt_state)`. An optimizer that
-    knows where parameters go says so by `move(grads, opt_state, params) -> (params, opt_state)`, too.
+    knows where parameters go says so by `move(grads, opt_state, params) -> (params, opt_state)`, too. Those
+    of this package can be pickled where their schedules and masks can, and so sent to other processes.
     """
 
     init: Callable[[Params], Any]
@@ -72,14 +74,16 @@ def from_move(
     init: Callable[[Params], Any], move: Callable[[Params, Any, Params], tuple[Params, Any]]
 ) -> Optimizer:
     """The optimizer that takes parameters to where `move` says, to the bit."""
+    return Optimizer(init, partial(_update_by_move, move), move)
 
-    def update(grads: Params, opt_state: Any, params: Params) -> tuple[Updates, Any]:
-        target, opt_state = move(grads, opt_state, params)
-        delta = tree.map(torch.sub, target, params)
-        # the residue, being small, is exact
-        return Updates(delta, tree.map(lambda t, p, d: t - (p + d), target, params, delta)), opt_state
 
-    return Optimizer(init, update, move)
+def _update_by_move(
+    move: Callable[[Params, Any, Params], tuple[Params, Any]], grads: Params, opt_state: Any, params: Params
+) -> tuple[Updates, Any]:
+    target, opt_state = move(grads, opt_state, params)
+    delta = tree.map(torch.sub, target, params)
+    # the residue, being small, is exact
+    return Updates(delta, tree.map(lambda t, p, d: t - (p + d), target, params, delta)), opt_state
 
 
 def check_fit(grads: Params, params: Params, *states: Params) -> None:

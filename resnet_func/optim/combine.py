@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -37,36 +38,55 @@ def partition(where: Callable[[str], bool], chosen: Optimizer, rest: Optimizer) 
     >>> both.init({"conv": torch.ones(2, 2), "bias": torch.ones(2)}).rest.exp_avg
     {'bias': tensor([0., 0.])}
     """
+    both = _Partition(where, chosen, rest)
+    return Optimizer(*(partial(function, both) for function in (_init_both, _update_both, _move_both)))
 
-    def split(params: Params) -> tuple[Params, Params]:
+
+class _Partition(NamedTuple):
+    """The arguments of `partition`."""
+
+    where: Callable[[str], bool]
+    chosen: Optimizer
+    rest: Optimizer
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """The leaves of each."""
         flat = tree.flatten(params)
-        ours = {path: leaf for path, leaf in flat.items() if where(path)}
+        ours = {path: leaf for path, leaf in flat.items() if self.where(path)}
         theirs = {path: leaf for path, leaf in flat.items() if path not in ours}
         return tree.unflatten(ours), tree.unflatten(theirs)
 
-    def init(params: Params) -> PartitionState:
-        ours, theirs = split(params)
-        return PartitionState(zero_step(params), chosen.init(ours), rest.init(theirs))
 
-    def each(
-        ours: Half, theirs: Half, grads: Params, opt_state: PartitionState, params: Params
-    ) -> tuple[Any, Any, PartitionState]:
-        """What the two halves make of their leaves, and the new state."""
-        check_fit(grads, params)
-        (our_grads, their_grads), (our_params, their_params) = split(grads), split(params)
-        first, our_state = ours(our_grads, opt_state.chosen, our_params)
-        second, their_state = theirs(their_grads, opt_state.rest, their_params)
-        return first, second, PartitionState(opt_state.step + 1, our_state, their_state)
+def _init_both(both: _Partition, params: Params) -> PartitionState:
+    ours, theirs = both.split(params)
+    return PartitionState(zero_step(params), both.chosen.init(ours), both.rest.init(theirs))
 
-    def update(grads: Params, opt_state: PartitionState, params: Params) -> tuple[Updates, PartitionState]:
-        first, second, new_state = each(chosen.update, rest.update, grads, opt_state, params)
-        return Updates(*(_joined(a, b, params) for a, b in zip(first, second, strict=True))), new_state
 
-    def move(grads: Params, opt_state: PartitionState, params: Params) -> tuple[Params, PartitionState]:
-        first, second, new_state = each(chosen.step, rest.step, grads, opt_state, params)
-        return _joined(first, second, params), new_state
+def _update_both(
+    both: _Partition, grads: Params, opt_state: PartitionState, params: Params
+) -> tuple[Updates, PartitionState]:
+    halves = both.chosen.update, both.rest.update
+    first, second, new_state = _each_half(both, halves, grads, opt_state, params)
+    return Updates(*(_joined(a, b, params) for a, b in zip(first, second, strict=True))), new_state
 
-    return Optimizer(init, update, move)
+
+def _move_both(
+    both: _Partition, grads: Params, opt_state: PartitionState, params: Params
+) -> tuple[Params, PartitionState]:
+    halves = both.chosen.step, both.rest.step
+    first, second, new_state = _each_half(both, halves, grads, opt_state, params)
+    return _joined(first, second, params), new_state
+
+
+def _each_half(
+    both: _Partition, halves: tuple[Half, Half], grads: Params, opt_state: PartitionState, params: Params
+) -> tuple[Any, Any, PartitionState]:
+    """What the two halves make of their leaves, and the new state."""
+    check_fit(grads, params)
+    (our_grads, their_grads), (our_params, their_params) = both.split(grads), both.split(params)
+    first, our_state = halves[0](our_grads, opt_state.chosen, our_params)
+    second, their_state = halves[1](their_grads, opt_state.rest, their_params)
+    return first, second, PartitionState(opt_state.step + 1, our_state, their_state)
 
 
 def _joined(a: Params, b: Params, params: Params) -> Params:
@@ -139,14 +159,20 @@ def clipped(optimizer: Optimizer, max_norm: Scalar) -> Optimizer:
     {'w': tensor([-0.6000,  0.8000])}
     """
     clip_by_global_norm({}, max_norm)  # an error now, not at the first step
+    functions = (partial(rule, optimizer, max_norm) for rule in (_update_clipped, _move_clipped))
+    return Optimizer(optimizer.init, *functions)
 
-    def update(grads: Params, opt_state: Any, params: Params) -> tuple[Updates, Any]:
-        return optimizer.update(clip_by_global_norm(grads, max_norm)[0], opt_state, params)
 
-    def move(grads: Params, opt_state: Any, params: Params) -> tuple[Params, Any]:
-        return optimizer.step(clip_by_global_norm(grads, max_norm)[0], opt_state, params)
+def _update_clipped(
+    optimizer: Optimizer, max_norm: Scalar, grads: Params, opt_state: Any, params: Params
+) -> tuple[Updates, Any]:
+    return optimizer.update(clip_by_global_norm(grads, max_norm)[0], opt_state, params)
 
-    return Optimizer(optimizer.init, update, move)
+
+def _move_clipped(
+    optimizer: Optimizer, max_norm: Scalar, grads: Params, opt_state: Any, params: Params
+) -> tuple[Params, Any]:
+    return optimizer.step(clip_by_global_norm(grads, max_norm)[0], opt_state, params)
 
 
 def ema(average: Params, params: Params, decay: float | Tensor) -> Params:

@@ -15,6 +15,7 @@ computes as the number it holds would, to round-off.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -87,34 +88,50 @@ def sgd(
     schedule = lr if callable(lr) else constant(lr)
     check_scalar("momentum", momentum, lambda v: 0 <= v < 1, "in [0, 1)", "momentum=0.9")
     require_finite(weight_decay=weight_decay)
-    has_momentum, has_decay = may_be_nonzero(momentum), may_be_nonzero(weight_decay)
+    has_momentum = may_be_nonzero(momentum)
     require("momentum", momentum, not nesterov or has_momentum, "> 0 with nesterov=True", "momentum=0.9")
 
-    def init(params: Params) -> SGDState:
-        return SGDState(zero_step(params), tree.map(torch.zeros_like, params) if has_momentum else {})
+    rule = _SGD(schedule, momentum, weight_decay, nesterov, decay_mask)
+    return from_move(partial(_sgd_init, rule), partial(_sgd_move, rule))
 
-    def move(grads: Params, opt_state: SGDState, params: Params) -> tuple[Params, SGDState]:
-        buffers = [opt_state.momentum_buffer] if has_momentum else []
-        check_fit(grads, params, *buffers)
-        minus_lr = cast_like(-schedule(to_float64(opt_state.step)))
-        momentum_of, decay_of = scalar_of(momentum), scalar_of(weight_decay)
 
-        # All of a leaf at once, while it is in the cache.
-        def leaf(p: Tensor, g: Tensor, decays: bool, *buffer: Tensor) -> tuple[Tensor, ...]:
-            if has_decay and decays:
-                g = _add_scaled(g, p, decay_of(p))
-            if not buffer:
-                return (torch.addcmul(p, g, minus_lr(p)),)
-            # From zeros, the first buffer is g to the bit: what torch.optim stores.
-            b = buffer[0] * momentum_of(p) + g
-            direction = _add_scaled(g, b, momentum_of(p)) if nesterov else b
-            return torch.addcmul(p, direction, minus_lr(p)), b
+class _SGD(NamedTuple):
+    """The arguments of `sgd`."""
 
-        decays = _decays(params, decay_mask)
-        moved, *buffers = tree.map_unzip(leaf, 1 + len(buffers), params, grads, decays, *buffers)
-        return moved, SGDState(opt_state.step + 1, buffers[0] if has_momentum else {})
+    schedule: Schedule
+    momentum: Scalar
+    weight_decay: Scalar
+    nesterov: bool
+    decay_mask: DecayMask
 
-    return from_move(init, move)
+
+def _sgd_init(rule: _SGD, params: Params) -> SGDState:
+    return SGDState(
+        zero_step(params), tree.map(torch.zeros_like, params) if may_be_nonzero(rule.momentum) else {}
+    )
+
+
+def _sgd_move(rule: _SGD, grads: Params, opt_state: SGDState, params: Params) -> tuple[Params, SGDState]:
+    has_momentum, has_decay = may_be_nonzero(rule.momentum), may_be_nonzero(rule.weight_decay)
+    buffers = [opt_state.momentum_buffer] if has_momentum else []
+    check_fit(grads, params, *buffers)
+    minus_lr = cast_like(-rule.schedule(to_float64(opt_state.step)))
+    momentum_of, decay_of = scalar_of(rule.momentum), scalar_of(rule.weight_decay)
+
+    # All of a leaf at once, while it is in the cache.
+    def leaf(p: Tensor, g: Tensor, decays: bool, *buffer: Tensor) -> tuple[Tensor, ...]:
+        if has_decay and decays:
+            g = _add_scaled(g, p, decay_of(p))
+        if not buffer:
+            return (torch.addcmul(p, g, minus_lr(p)),)
+        # From zeros, the first buffer is g to the bit: what torch.optim stores.
+        b = buffer[0] * momentum_of(p) + g
+        direction = _add_scaled(g, b, momentum_of(p)) if rule.nesterov else b
+        return torch.addcmul(p, direction, minus_lr(p)), b
+
+    decays = _decays(params, rule.decay_mask)
+    moved, *buffers = tree.map_unzip(leaf, 1 + len(buffers), params, grads, decays, *buffers)
+    return moved, SGDState(opt_state.step + 1, buffers[0] if has_momentum else {})
 
 
 def adam(
@@ -177,54 +194,76 @@ def _adam(
     schedule = lr if callable(lr) else constant(lr)
     _check_betas(betas)
     require_finite(eps=eps, weight_decay=weight_decay)
-    has_decay = may_be_nonzero(weight_decay)
+    rule = _Adam(schedule, betas, eps, weight_decay, mask, decoupled)
+    if rule.has_decay and decoupled:
+        return from_move(_adam_init, partial(_adam_move, rule))
+    return Optimizer(_adam_init, partial(_adam_update, rule))
 
-    def init(params: Params) -> AdamState:
-        first, second = (tree.map(torch.zeros_like, params) for _ in range(2))
-        return AdamState(zero_step(params), first, second)
 
-    def deltas(
-        grads: Params, opt_state: AdamState, params: Params, lr_now: Tensor, decays: Params
-    ) -> tuple[Params, AdamState]:
-        """The moves of the gradients alone, and the new moments."""
-        moments = opt_state.exp_avg, opt_state.exp_avg_sq
-        check_fit(grads, params, *moments)
-        count = to_float64(opt_state.step + 1)
-        beta1, beta2 = (in_float64(beta, count.device) for beta in betas)
-        minus_size = cast_like(-(lr_now / (1 - beta1**count)))
-        bias2 = 1 - beta2**count
-        # torch.optim takes Python's pow(bias2, 0.5), whose last bit is not always that of sqrt.
-        root2 = cast_like(torch.pow(bias2, torch.full_like(bias2, 0.5)))
-        keep2, eps_of, decay_of = scalar_of(beta2), scalar_of(eps), scalar_of(weight_decay)
-        share1, share2 = scalar_of(1 - beta1), scalar_of(1 - beta2)
+class _Adam(NamedTuple):
+    """The arguments of `adam` and `adamw`."""
 
-        def leaf(p: Tensor, g: Tensor, m: Tensor, v: Tensor, decays: bool) -> tuple[Tensor, ...]:
-            if has_decay and decays and not decoupled:
-                g = _add_scaled(g, p, decay_of(p))
-            m = torch.lerp(m, g, share1(p))
-            v = _add_scaled_square(v * keep2(p), g, share2(p))
-            root = safe_sqrt(v) if is_differentiated(v) else v.sqrt()
-            return m * minus_size(p) / (root / root2(p) + eps_of(p)), m, v
+    schedule: Schedule
+    betas: Betas
+    eps: Scalar
+    weight_decay: Scalar
+    mask: DecayMask
+    decoupled: bool
 
-        delta, first, second = tree.map_unzip(leaf, 3, params, grads, *moments, decays)
-        return delta, AdamState(opt_state.step + 1, first, second)
+    @property
+    def has_decay(self) -> bool:
+        return may_be_nonzero(self.weight_decay)
 
-    def update(grads: Params, opt_state: AdamState, params: Params) -> tuple[Updates, AdamState]:
-        lr_now = schedule(to_float64(opt_state.step))
-        delta, new_state = deltas(grads, opt_state, params, lr_now, _decays(params, mask))
-        return Updates(delta, {}), new_state  # params + delta is what torch.optim computes
 
-    def move(grads: Params, opt_state: AdamState, params: Params) -> tuple[Params, AdamState]:
-        lr_now, decays = schedule(to_float64(opt_state.step)), _decays(params, mask)
-        delta, new_state = deltas(grads, opt_state, params, lr_now, decays)
-        keep = cast_like(1 - lr_now * in_float64(weight_decay, lr_now.device))
+def _adam_init(params: Params) -> AdamState:
+    first, second = (tree.map(torch.zeros_like, params) for _ in range(2))
+    return AdamState(zero_step(params), first, second)
 
-        def leaf(p: Tensor, d: Tensor, decays: bool) -> Tensor:
-            return (p * keep(p) if decays else p) + d
 
-        return tree.map(leaf, params, delta, decays), new_state
+def _adam_deltas(
+    rule: _Adam, grads: Params, opt_state: AdamState, params: Params, lr_now: Tensor, decays: Params
+) -> tuple[Params, AdamState]:
+    """The moves of the gradients alone, and the new moments."""
+    moments = opt_state.exp_avg, opt_state.exp_avg_sq
+    check_fit(grads, params, *moments)
+    count = to_float64(opt_state.step + 1)
+    beta1, beta2 = (in_float64(beta, count.device) for beta in rule.betas)
+    minus_size = cast_like(-(lr_now / (1 - beta1**count)))
+    bias2 = 1 - beta2**count
+    # torch.optim takes Python's pow(bias2, 0.5), whose last bit is not always that of sqrt.
+    root2 = cast_like(torch.pow(bias2, torch.full_like(bias2, 0.5)))
+    keep2, eps_of, decay_of = scalar_of(beta2), scalar_of(rule.eps), scalar_of(rule.weight_decay)
+    share1, share2 = scalar_of(1 - beta1), scalar_of(1 - beta2)
 
-    return from_move(init, move) if has_decay and decoupled else Optimizer(init, update)
+    def leaf(p: Tensor, g: Tensor, m: Tensor, v: Tensor, decays: bool) -> tuple[Tensor, ...]:
+        if rule.has_decay and decays and not rule.decoupled:
+            g = _add_scaled(g, p, decay_of(p))
+        m = torch.lerp(m, g, share1(p))
+        v = _add_scaled_square(v * keep2(p), g, share2(p))
+        root = safe_sqrt(v) if is_differentiated(v) else v.sqrt()
+        return m * minus_size(p) / (root / root2(p) + eps_of(p)), m, v
+
+    delta, first, second = tree.map_unzip(leaf, 3, params, grads, *moments, decays)
+    return delta, AdamState(opt_state.step + 1, first, second)
+
+
+def _adam_update(
+    rule: _Adam, grads: Params, opt_state: AdamState, params: Params
+) -> tuple[Updates, AdamState]:
+    lr_now = rule.schedule(to_float64(opt_state.step))
+    delta, new_state = _adam_deltas(rule, grads, opt_state, params, lr_now, _decays(params, rule.mask))
+    return Updates(delta, {}), new_state  # params + delta is what torch.optim computes
+
+
+def _adam_move(rule: _Adam, grads: Params, opt_state: AdamState, params: Params) -> tuple[Params, AdamState]:
+    lr_now, decays = rule.schedule(to_float64(opt_state.step)), _decays(params, rule.mask)
+    delta, new_state = _adam_deltas(rule, grads, opt_state, params, lr_now, decays)
+    keep = cast_like(1 - lr_now * in_float64(rule.weight_decay, lr_now.device))
+
+    def leaf(p: Tensor, d: Tensor, decays: bool) -> Tensor:
+        return (p * keep(p) if decays else p) + d
+
+    return tree.map(leaf, params, delta, decays), new_state
 
 
 def _check_betas(betas: Betas) -> None:

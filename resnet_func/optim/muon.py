@@ -8,6 +8,7 @@ another optimizer: `partition` gives each leaf its own.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -68,31 +69,44 @@ def muon(
     check_scalar("momentum", momentum, lambda v: 0 <= v < 1, "in [0, 1)", "momentum=0.95")
     require_finite(weight_decay=weight_decay)
 
-    def init(params: Params) -> MuonState:
-        flat = {path: leaf for path, leaf in tree.flatten(params).items() if leaf.ndim < 2}
-        if flat:
-            raise ValueError(
-                f"muon is for matrices and convolutions; got {', '.join(flat)} of fewer than two dimensions. "
-                "Give those to another optimizer with partition"
-            )
-        return MuonState(zero_step(params), tree.map(torch.zeros_like, params))
+    rule = _Muon(schedule, momentum, weight_decay, nesterov, precision)
+    return from_move(_muon_init, partial(_muon_move, rule))
 
-    def move(grads: Params, opt_state: MuonState, params: Params) -> tuple[Params, MuonState]:
-        check_fit(grads, params, opt_state.momentum_buffer)
-        share, kept = scalar_of(1 - momentum), scalar_of(momentum)
-        buffer = tree.map(lambda b, g: b.lerp(g, share(g)), opt_state.momentum_buffer, grads)
-        direction = tree.map(lambda g, b: g.lerp(b, kept(g)), grads, buffer) if nesterov else buffer
-        lr_now = schedule(to_float64(opt_state.step))
-        keep = cast_like(1 - lr_now * in_float64(weight_decay, lr_now.device))
 
-        def leaf(p: Tensor, d: Tensor) -> Tensor:
-            step = orthogonalized(d, precision or d.dtype).to(p.dtype)
-            size = lr_now * max(1.0, p.shape[0] / math.prod(p.shape[1:])) ** 0.5
-            return torch.addcmul(p * keep(p), step, cast_like(-size)(p))
+class _Muon(NamedTuple):
+    """The arguments of `muon`."""
 
-        return tree.map(leaf, params, direction), MuonState(opt_state.step + 1, buffer)
+    schedule: Schedule
+    momentum: Scalar
+    weight_decay: Scalar
+    nesterov: bool
+    precision: torch.dtype | None
 
-    return from_move(init, move)
+
+def _muon_init(params: Params) -> MuonState:
+    flat = {path: leaf for path, leaf in tree.flatten(params).items() if leaf.ndim < 2}
+    if flat:
+        raise ValueError(
+            f"muon is for matrices and convolutions; got {', '.join(flat)} of fewer than two dimensions. "
+            "Give those to another optimizer with partition"
+        )
+    return MuonState(zero_step(params), tree.map(torch.zeros_like, params))
+
+
+def _muon_move(rule: _Muon, grads: Params, opt_state: MuonState, params: Params) -> tuple[Params, MuonState]:
+    check_fit(grads, params, opt_state.momentum_buffer)
+    share, kept = scalar_of(1 - rule.momentum), scalar_of(rule.momentum)
+    buffer = tree.map(lambda b, g: b.lerp(g, share(g)), opt_state.momentum_buffer, grads)
+    direction = tree.map(lambda g, b: g.lerp(b, kept(g)), grads, buffer) if rule.nesterov else buffer
+    lr_now = rule.schedule(to_float64(opt_state.step))
+    keep = cast_like(1 - lr_now * in_float64(rule.weight_decay, lr_now.device))
+
+    def leaf(p: Tensor, d: Tensor) -> Tensor:
+        step = orthogonalized(d, rule.precision or d.dtype).to(p.dtype)
+        size = lr_now * max(1.0, p.shape[0] / math.prod(p.shape[1:])) ** 0.5
+        return torch.addcmul(p * keep(p), step, cast_like(-size)(p))
+
+    return tree.map(leaf, params, direction), MuonState(opt_state.step + 1, buffer)
 
 
 def orthogonalized(update: Tensor, precision: torch.dtype) -> Tensor:

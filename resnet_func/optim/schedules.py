@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -32,14 +33,14 @@ def constant(lr: float | Tensor) -> Schedule:
     tensor([0.1000, 0.1000], dtype=torch.float64)
     """
     require_finite(lr=lr)
+    return partial(_constant, lr)
 
-    def schedule(step: Tensor) -> Tensor:
-        t = to_float64(step)
-        if isinstance(lr, Tensor):
-            return to_float64(lr).to(t.device).expand(t.shape)
-        return torch.full_like(t, lr)
 
-    return schedule
+def _constant(lr: float | Tensor, step: Tensor) -> Tensor:
+    t = to_float64(step)
+    if isinstance(lr, Tensor):
+        return to_float64(lr).to(t.device).expand(t.shape)
+    return torch.full_like(t, lr)
 
 
 def cosine(peak_lr: float, total_steps: int, warmup_steps: int = 0, final_lr: float = 0.0) -> Schedule:
@@ -67,15 +68,15 @@ def cosine(peak_lr: float, total_steps: int, warmup_steps: int = 0, final_lr: fl
     require("warmup_steps", warmup_steps, warmup_steps >= 0, ">= 0", "warmup_steps=0")
     need = f"above warmup_steps={warmup_steps}"
     require("total_steps", total_steps, total_steps > warmup_steps, need, "epochs * batches per epoch")
+    return partial(_cosine, peak_lr, total_steps, warmup_steps, final_lr)
 
-    def schedule(step: Tensor) -> Tensor:
-        t = to_float64(step)
-        warmup = peak_lr * (t + 1) / (warmup_steps + 1)
-        progress = ((t - warmup_steps) / (total_steps - warmup_steps)).clamp(0, 1)
-        decay = final_lr + (peak_lr - final_lr) * (1 + torch.cos(math.pi * progress)) / 2
-        return torch.where(t < warmup_steps, warmup, decay)
 
-    return schedule
+def _cosine(peak_lr: float, total_steps: int, warmup_steps: int, final_lr: float, step: Tensor) -> Tensor:
+    t = to_float64(step)
+    warmup = peak_lr * (t + 1) / (warmup_steps + 1)
+    progress = ((t - warmup_steps) / (total_steps - warmup_steps)).clamp(0, 1)
+    decay = final_lr + (peak_lr - final_lr) * (1 + torch.cos(math.pi * progress)) / 2
+    return torch.where(t < warmup_steps, warmup, decay)
 
 
 def one_cycle(
@@ -114,19 +115,23 @@ def one_cycle(
     require("start_div", start_div, start_div > 0, "> 0", "start_div=25")
     require("anneal", anneal, anneal in ("linear", "cos"), '"linear" or "cos"', 'anneal="linear"')
     last, top = total_steps - 1, max(warmup_fraction * total_steps - 1, 0)
+    return partial(_one_cycle, (peak_lr / start_div, peak_lr, final_lr), top, last, anneal)
 
-    def between(start: float, end: float, progress: Tensor) -> Tensor:
-        share = progress.clamp(0, 1)
-        share = share if anneal == "linear" else (1 - torch.cos(math.pi * share)) / 2
-        return start * (1 - share) + end * share  # exact at both ends
 
-    def schedule(step: Tensor) -> Tensor:
-        t = to_float64(step)
-        up = between(peak_lr / start_div, peak_lr, t / max(top, 1e-9))
-        down = between(peak_lr, final_lr, (t - top) / (last - top))
-        return torch.where(t < top, up, down)
+def _one_cycle(
+    rates: tuple[float, float, float], top: float, last: int, anneal: Literal["linear", "cos"], step: Tensor
+) -> Tensor:
+    t = to_float64(step)
+    start, peak, final = rates
+    up = _between(start, peak, t / max(top, 1e-9), anneal)
+    down = _between(peak, final, (t - top) / (last - top), anneal)
+    return torch.where(t < top, up, down)
 
-    return schedule
+
+def _between(start: float, end: float, progress: Tensor, anneal: Literal["linear", "cos"]) -> Tensor:
+    share = progress.clamp(0, 1)
+    share = share if anneal == "linear" else (1 - torch.cos(math.pi * share)) / 2
+    return start * (1 - share) + end * share  # exact at both ends
 
 
 def step(lr: float, milestones: Sequence[int], gamma: float = 0.1) -> Schedule:
@@ -147,15 +152,15 @@ def step(lr: float, milestones: Sequence[int], gamma: float = 0.1) -> Schedule:
     at = tuple(milestones)
     require("milestones", at, all(m >= 0 for m in at), "steps >= 0", "milestones=(3000, 6000)")
     require("gamma", gamma, 0 < gamma < math.inf, "finite and > 0", "gamma=0.1")
+    return partial(_step, lr, at, gamma)
 
-    def schedule(step: Tensor) -> Tensor:
-        t = to_float64(step)
-        passed = torch.zeros_like(t)
-        for milestone in at:
-            passed = passed + (t >= milestone)
-        return lr * gamma**passed
 
-    return schedule
+def _step(lr: float, milestones: tuple[int, ...], gamma: float, step: Tensor) -> Tensor:
+    t = to_float64(step)
+    passed = torch.zeros_like(t)
+    for milestone in milestones:
+        passed = passed + (t >= milestone)
+    return lr * gamma**passed
 
 
 def require(name: str, value: object, ok: bool, expected: str, remedy: str) -> None:

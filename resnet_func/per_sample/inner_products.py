@@ -157,8 +157,11 @@ def ntk(model: Model, num_classes: int | None = None, **options: Unpack[Options]
         num_classes = model.config.num_classes
     grams = [gram(model, logit(index), **options) for index in range(num_classes)]
 
-    def ntk_fn(params: Params, state: State, x_a: Tensor, x_b: Tensor | None = None) -> Tensor:
-        batches = [(x, x.new_zeros(x.shape[0])) for x in (x_a, x_b) if x is not None]
-        return torch.stack([gram_fn(params, state, *batches) for gram_fn in grams]).sum(0)
+    return partial(_sum_of_grams, grams)
 
-    return ntk_fn
+
+def _sum_of_grams(
+    grams: list[Callable[..., Tensor]], params: Params, state: State, x_a: Tensor, x_b: Tensor | None = None
+) -> Tensor:
+    batches = [(x, x.new_zeros(x.shape[0])) for x in (x_a, x_b) if x is not None]
+    return torch.stack([gram_fn(params, state, *batches) for gram_fn in grams]).sum(0)
