@@ -39,7 +39,7 @@ def partition(where: Callable[[str], bool], chosen: Optimizer, rest: Optimizer) 
     {'bias': tensor([0., 0.])}
     """
     both = _Partition(where, chosen, rest)
-    return Optimizer(*(partial(function, both) for function in (_init_both, _update_both, _move_both)))
+    return Optimizer(partial(_init_both, both), partial(_update_both, both), partial(_move_both, both))
 
 
 class _Partition(NamedTuple):
@@ -159,8 +159,8 @@ def clipped(optimizer: Optimizer, max_norm: Scalar) -> Optimizer:
     {'w': tensor([-0.6000,  0.8000])}
     """
     clip_by_global_norm({}, max_norm)  # an error now, not at the first step
-    functions = (partial(rule, optimizer, max_norm) for rule in (_update_clipped, _move_clipped))
-    return Optimizer(optimizer.init, *functions)
+    given = (optimizer, max_norm)
+    return Optimizer(optimizer.init, partial(_update_clipped, *given), partial(_move_clipped, *given))
 
 
 def _update_clipped(
