@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_func.app import data, recipes
-from resnet_func.app.data import augment
+from resnet_func.app.data import augment, members
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
@@ -20,7 +19,7 @@ from resnet_func.distributed import Ranks
 from resnet_func.train import Batches
 from resnet_func.types import Images
 
-ALONE = Ranks(0, 1)
+ONE_RANK = Ranks(0, 1)
 
 
 def load_data(experiment: Experiment, *, download: bool = True) -> data.Splits:
@@ -82,12 +81,13 @@ def digest_files(splits: data.Splits) -> str:
         first_of_class = {label: place for place, label in reversed(list(enumerate(labels)))}
         for place, label in enumerate(labels):
             file = source.files[place] if source.files else None
-            name = "" if file is None else f"{Path(file).name} {os.path.getsize(file)}"
+            found = None if file is None else members.facts(file)
+            name = "" if found is None else f"{found.name} {found.size}"
             digest.update(f"{label} {name}\n".encode(errors="surrogateescape"))
             if first_of_class[label] != place:
                 continue
             if file is not None:
-                digest.update(Path(file).read_bytes())
+                digest.update(members.read(file))
             elif isinstance(source, data.Dataset):
                 digest.update(source.images[place].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -185,7 +185,7 @@ def train_batches(
     prepare: Preparer,
     epoch: int,
     first: int,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_RANK,
 ) -> Batches:
     """The augmented batches of an epoch from batch `first` on, or a rank's part of each.
 
@@ -194,7 +194,7 @@ def train_batches(
     """
     recipe, device = experiment.recipe, prepare.runtime.device
     shuffle = make_generator("cpu", experiment.seed, 1, epoch)
-    order = torch.randperm(source.num_samples, generator=shuffle, device="cpu")
+    order = data.shuffled(source.num_samples, shuffle, experiment.shuffle_window)
     full, changes = len(order) // recipe.batch_size, augment.Augment(recipe.crop, recipe.flip, recipe.cutout)
     part = augment.Part(ranks.part(recipe.batch_size), recipe.batch_size)
     picks = [pick[part.rows] for pick in order.split(recipe.batch_size)[first:full]]
@@ -205,7 +205,7 @@ def train_batches(
 
 
 def evaluation_batches(
-    recipe: Recipe, source: data.Source, prepare: Preparer, epoch: int, ranks: Ranks = ALONE
+    recipe: Recipe, source: data.Source, prepare: Preparer, epoch: int, ranks: Ranks = ONE_RANK
 ) -> Batches:
     """The batches of a source in its own order, not augmented, at the size that the epoch trains at.
 

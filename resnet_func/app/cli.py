@@ -173,6 +173,7 @@ def _train_defaults(argv: list[str]) -> Train:
     return Train(
         dataset=saved.dataset,
         data_dir=data_dir,
+        shuffle_window=saved.shuffle_window,
         seed=saved.seed,
         init=init,
         hyper=saved.recipe,
@@ -195,6 +196,8 @@ def _saved_privacy(saved: Privacy | None) -> PrivateTraining:
 def _check_private(options: Train) -> None:
     """Refuse what would cost the guarantee, or has none."""
     wish, recipe = options.privacy, options.hyper
+    if options.shuffle_window < 0:
+        raise UsageError(f"--shuffle-window must be 0 or more; got {options.shuffle_window}")
     if not wish.private:
         if wish != PrivateTraining():
             raise UsageError("options of private training need --private: train --private --epsilon 8")
@@ -225,6 +228,8 @@ def _check_private(options: Train) -> None:
         raise UsageError("--record keeps what the network says of each training image, which is not private")
     if options.training_set.keep < 1 and options.training_set.which != "random":
         raise UsageError("--keep by scores chooses images by what is not private. Use --which random")
+    if options.shuffle_window:
+        raise UsageError("--private draws from all images at every step: leave --shuffle-window out")
     if recipe.epochs == 0:
         raise UsageError("--private must know its steps before the first: give --epochs instead of --minutes")
     if options.machine.precision == "bf16":

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from resnet_func.app.recipes import Recipe
 
-DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder"]
+DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder", "shards"]
 
 
 Neighbours = Literal["add-or-remove-one", "replace-one"]
@@ -79,7 +79,8 @@ class Experiment:
     """What decides a run's numbers, apart from the machine, and what it leaves behind.
 
     `init` is a file of parameters to start from; `snapshots` the number of epochs, evenly spaced, after which
-    the network is kept; `record` says whether a record is kept of which training images are right.
+    the network is kept; `record` says whether a record is kept of which training images are right;
+    `shuffle_window` how many images that lie together are shuffled together, 0 for all.
     """
 
     dataset: DatasetName
@@ -91,12 +92,13 @@ class Experiment:
     snapshots: int = 0
     record: bool = False
     privacy: Privacy | None = None
+    shuffle_window: int = 0
 
     @property
     def decode_size(self) -> int | None:
         """To what side an image file is decoded; None keeps its own size, and `Preparer` resizes it."""
-        # only a folder's images may differ in size; other data sets are resized batch by batch
-        return self.recipe.image_size or None if self.dataset == "folder" else None
+        # only image files may differ in size; other data sets are resized batch by batch
+        return self.recipe.image_size or None if self.dataset in ("folder", "shards") else None
 
 
 class Task(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet_func.app import data
-from resnet_func.app.batches import ALONE, Preparer, evaluation_batches
+from resnet_func.app.batches import ONE_RANK, Preparer, evaluation_batches
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.parts import make_network, make_optimizer
 from resnet_func.app.private.trainer import begin
@@ -90,7 +90,7 @@ def evaluate_trained(
     runtime: Runtime,
     *,
     epoch: int | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_RANK,
 ) -> Evaluation:
     """Losses and logits of a network on a source; for the same options the same to the bit as in the run.
 

@@ -63,9 +63,13 @@ class Train:
     """Train a ResNet and write a run folder: config, metrics, checkpoints, pictures."""
 
     dataset: DatasetName = "digits"
-    """digits come with scikit-learn, the named sets are downloaded, folder is your own images."""
+    """digits come with scikit-learn, the named sets are downloaded, folder is your own images, shards are
+    your own in tar archives."""
     data_dir: Path | None = None
-    """Where the data set is: for folder, train/<class>/* and test/<class>/*; else the download's root."""
+    """Where the data set is: for folder, train/<class>/* and test/<class>/*; for shards, train/*.tar and
+    test/*.tar; else the download's root."""
+    shuffle_window: int = 0
+    """Shuffle so many images that lie together at a time, to read archives in stretches; 0 is all at once."""
     recipe: RecipeName = "fast"
     """fast: the most accuracy for minutes on two cores; article: ResNet-18 at 224 pixels with Adam;
     private: what --private takes by default."""

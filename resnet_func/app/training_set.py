@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from resnet_func.app import data
+from resnet_func.app.data import members
 from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import TrainingSet
 from resnet_func.attribution import SUSPICIOUS, plant_wrong_labels, suspicion_order
@@ -132,7 +133,7 @@ def fingerprint(source: data.Source) -> str:
         digest.update(source.images.cpu().contiguous().numpy().data)
     else:
         for file in source.files:
-            status = Path(file).stat()
-            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+            _, size, changed = members.facts(file)
+            digest.update(f"{file} {size} {changed}\n".encode())
     digest.update(source.labels.cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ With `S S' = H`, the Hessian of a sample's loss in its logits, the gradients `J'
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -31,11 +32,12 @@ def mixing_loss(loss_fn: LossFn) -> LossFn:
     tensor([[3., 4.]])
     """
 
-    def loss(logits: Logits, targets: tuple[Any, Mixture]) -> PerSample:
-        cotangent = root_product(loss_fn, logits.detach(), *targets)
-        return (logits.flatten(1) * cotangent).sum(1)
+    return partial(_mixed_loss, loss_fn)
 
-    return loss
+
+def _mixed_loss(loss_fn: LossFn, logits: Logits, targets: tuple[Any, Mixture]) -> PerSample:
+    cotangent = root_product(loss_fn, logits.detach(), *targets)
+    return (logits.flatten(1) * cotangent).sum(1)
 
 
 def root_product(loss_fn: LossFn, logits: Logits, y: Any, mixture: Mixture) -> Mixture:

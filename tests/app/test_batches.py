@@ -26,6 +26,7 @@ from resnet_func.app.batches import (
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.parts import make_network
 from resnet_func.app.recipes import ARTICLE, FAST
+from resnet_func.distributed import Ranks
 from tests.app.conftest import RECIPE
 from tests.app.image_folder import CLASSES, global_defaults, make_image_folder
 
@@ -51,6 +52,27 @@ def test_an_epoch_can_be_entered_anywhere(
     assert len(whole) == len(CLASSES) * 6 // RECIPE.batch_size
     for first in range(len(whole) + 1):
         assert same(collect(experiment, splits, prepare, 2, first), whole[first:])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_shards_give_any_number_of_ranks_the_batches_of_one_from_anywhere_on(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    data.write_shards(str(experiment.data_dir), tmp_path / "shards", images=4)
+    packed = replace(experiment, dataset="shards", data_dir=str(tmp_path / "shards"), shuffle_window=6)
+    splits = load_data(packed)
+    prepare = Preparer(make_task(RECIPE, splits), runtime.configure(device="cpu", threads=1, compile="off"))
+    whole = collect(packed, splits, prepare, 2)
+    assert len(whole) == 3
+    for first, world in ((0, 2), (1, 3)):
+        parts = [
+            list(train_batches(packed, splits.train, prepare, 2, first, Ranks(rank, world)))
+            for rank in range(world)
+        ]
+        joined = [tuple(map(torch.cat, zip(*batch, strict=True))) for batch in zip(*parts, strict=True)]
+        assert same(joined, whole[first:])
+    assert not same(whole, collect(replace(packed, shuffle_window=7), splits, prepare, 2))
+    assert not same(whole, collect(replace(packed, shuffle_window=0), splits, prepare, 2))
 
 
 def test_epochs_and_seeds_differ(experiment: Experiment, splits: data.Splits, prepare: Preparer) -> None:

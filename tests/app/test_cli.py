@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from resnet_func import calibration
 from resnet_func.app import recipes, runtime
 from resnet_func.app.cli import main
+from resnet_func.app.data import write_shards
 from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.app.training import budget
 from resnet_func.models import zoo
@@ -283,6 +285,23 @@ def test_a_run_of_minutes_goes_on_with_the_epochs_it_chose(images, capsys, monke
     assert asked[0]["speeds"].as_numbers() == fast.as_numbers()
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_run_on_shards_is_resumed_asked_and_tested(images, capsys):
+    write_shards(images, "shards", images=9)
+    data = ("--dataset", "shards", "--data-dir", "shards", "--shuffle-window", "10", "--run-dir", "run")
+    assert main(["train", *data, *TINY, "--model", "tests.app.tiny:network"]) == 0
+    experiment, task = run_folder.read_config(Path("run"))
+    assert (experiment.dataset, experiment.shuffle_window, task.train_images) == ("shards", 10, 24)
+    assert main(["train", "--resume", "run"]) == 0
+    assert main(["evaluate", "--run-dir", "run"]) == 0
+    assert main(["scores", "run", "--threads", "1", "--scores", "loss"]) == 0
+    assert re.search(r"shards/train/00000[0-2]\.tar::0000", Path("run/scores.csv").read_text())
+    shutil.rmtree("shards/train")
+    capsys.readouterr()
+    assert exit_code(["evaluate", "--run-dir", "run"]) == 1
+    assert "shards: expected train/*.tar and test/*.tar" in capsys.readouterr().err
+
+
 def test_resume_twice_takes_the_last(trained, tmp_path, monkeypatch):
     parsed = []
     monkeypatch.setattr("resnet_func.app.commands.train.main", parsed.append)
@@ -482,6 +501,8 @@ def test_a_private_run_says_what_it_promises_and_keeps_it(images, capsys):
         (["--private", "--epsilon", "8", "--norm", "batch"], "Use --norm group"),
         (["--private", "--epsilon", "8", "--sampling", "shuffle"], "Use --sampling poisson"),
         (["--private", "--epsilon", "8", "--precision", "bf16"], "rounding to bf16"),
+        (["--private", "--epsilon", "8", "--shuffle-window", "9"], "leave --shuffle-window out"),
+        (["--shuffle-window", "-1"], "--shuffle-window must be 0 or more; got -1"),
         (
             ["--private", "--epsilon", "8", "--sampling", "fixed-size", "--neighbours", "add-or-remove-one"],
             "replace-one only",

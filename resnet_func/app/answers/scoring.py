@@ -216,12 +216,12 @@ def write_csv(path: Path, scores: Scores, training: Training, rank_by: str) -> N
     labels = source.labels.tolist()
     for place in suspicion_order(scores.values[rank_by], rank_by).tolist():
         index = int(training.places[place])
-        told = (labels[place], int(scores.predictions[place]), int(scores.suggestions[place]))
+        label_indices = (labels[place], int(scores.predictions[place]), int(scores.suggestions[place]))
         row = [
             int(places[place]),
             index,
             image_name(source, place, index),
-            *[classes[label] for label in told],
+            *[classes[label] for label in label_indices],
         ]
         row += [f"{float(values[place]):.7g}" for values in scores.values.values()]
         writer.writerow([*row, int(training.planted[place])] if planted else row)

@@ -99,7 +99,7 @@ def _draw_suspects(scores: Scored, training: Training, rank_by: str, folder: Pat
     source = training.source
     images = torch.cat([images for images, _ in source.read(order.split(1))]).cpu()
     planted = training.planted[order]
-    told = f"; framed: {int(planted.sum())} planted ones" if training.planted.any() else ""
+    planted_note = f"; framed: {int(planted.sum())} planted ones" if training.planted.any() else ""
     suspects.suspects(
         images,
         source.labels.cpu()[order],
@@ -107,7 +107,7 @@ def _draw_suspects(scores: Scored, training: Training, rank_by: str, folder: Pat
         [image_name(source, place, int(training.places[place])) for place in order.tolist()],
         source.classes,
         folder / "suspects.png",
-        f"{title}: the {len(order)} likeliest wrong labels by {rank_by}{told}",
+        f"{title}: the {len(order)} likeliest wrong labels by {rank_by}{planted_note}",
         planted=planted,
     )
 

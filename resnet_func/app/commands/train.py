@@ -119,7 +119,8 @@ def _experiment(options: Train) -> Experiment:
     if changes.scores:
         changes = replace(changes, scores=str(Path(changes.scores).resolve()))
     described = options.dataset, data_dir, options.seed, options.hyper, init
-    return Experiment(*described, changes, options.snapshots, options.record)
+    kept = options.snapshots, options.record
+    return Experiment(*described, changes, *kept, shuffle_window=options.shuffle_window)
 
 
 # --------------------------------------------------------------------------- what rank 0 decides for all

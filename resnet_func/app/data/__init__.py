@@ -1,8 +1,9 @@
-"""Images for training: data sets by name, folders, streams, augmentation."""
+"""Images for training: data sets by name, folders, shards, streams, augmentation."""
 
 from resnet_func.app.data.augment import normalize
 from resnet_func.app.data.decoding import DataError, decode
 from resnet_func.app.data.folder import LAYOUT
+from resnet_func.app.data.shards import write_shards
 from resnet_func.app.data.sources import (
     NAMES,
     STREAM_STATISTICS_IMAGES,
@@ -12,6 +13,7 @@ from resnet_func.app.data.sources import (
     batches,
     channel_statistics,
     load,
+    shuffled,
 )
 from resnet_func.app.data.stream import ImageBatch, Stream
 
@@ -30,4 +32,6 @@ __all__ = [
     "decode",
     "load",
     "normalize",
+    "shuffled",
+    "write_shards",
 ]

@@ -26,6 +26,7 @@ several pages the first image counts.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import stat
@@ -38,6 +39,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from resnet_func.app.data import members
 from resnet_func.app.errors import AppError
 from resnet_func.app.names import printable
 
@@ -60,6 +62,8 @@ class DataError(AppError, ValueError):
 def decode(path: str, image_size: int | None) -> UInt8[np.ndarray, "3 h w"]:
     """Decode one image file to RGB; with `image_size`, the centre square by antialiased bilinear resize.
 
+    `path` may be the address of a member of an archive (`members`).
+
     The table at the top of this module says what becomes of each kind of image. A warning of Pillow's becomes
     a line in the log that names the file, once.
 
@@ -72,14 +76,22 @@ def decode(path: str, image_size: int | None) -> UInt8[np.ndarray, "3 h w"]:
 
 
 def decode_with_notes(
-    path: str, image_size: int | None
+    path: str, image_size: int | None, archives: members.Archives | None = None
 ) -> tuple[UInt8[np.ndarray, "3 h w"], tuple[str, ...]]:
-    """`decode` that returns what Pillow warns of, a line each, and logs nothing."""
+    """`decode` that returns what Pillow warns of, a line each, and logs nothing.
+
+    `archives` are read from where they are open, if `path` is a member's address.
+    """
+    member = members.parse(path)
     with _pillow_warnings() as caught:
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer for ever
+            if member is not None:
+                file = io.BytesIO(members.read(path) if archives is None else archives.read(member))
+            elif stat.S_ISREG(os.stat(path).st_mode):
+                file = path
+            else:  # opening a pipe would wait for its writer for ever
                 raise ValueError("not a regular file")
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 rgb = to_rgb(image)
         except Exception as error:  # each of Pillow's formats raises its own: OSError, SyntaxError ...
             raise DataError(

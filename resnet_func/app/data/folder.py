@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from resnet_func.app.data.decoding import DECODE_VERSION, DataError, decode_with_notes, log_once
+from resnet_func.app.data.members import Archives
 from resnet_func.app.names import printable
 from resnet_func.files import replacing
 
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of one split, by class and then by path. Nothing is decoded.
+    """The image files of one split, by class and then by path; or addresses of `members`. Nothing is decoded.
 
     `fingerprint` changes when a file is added, removed, renamed or written, or a class index changes.
     """
@@ -152,13 +153,14 @@ def decode_into(files: Sequence[str], image_size: int | None, out: UInt8[np.ndar
         DataError: an image is unreadable, or its size is not that of `out`.
     """
     notes: list[str] = []
-    for path, pixels in zip(files, out, strict=True):
-        image, said = decode_with_notes(path, image_size)
-        if image.shape != pixels.shape:
-            size, expected = f"{image.shape[2]}x{image.shape[1]}", f"{pixels.shape[2]}x{pixels.shape[1]}"
-            raise DataError(f"{path}: {size} pixels, and the images before it {expected}; set image_size")
-        pixels[:] = image
-        notes += said
+    with Archives() as archives:
+        for path, pixels in zip(files, out, strict=True):
+            image, said = decode_with_notes(path, image_size, archives)
+            if image.shape != pixels.shape:
+                size, expected = f"{image.shape[2]}x{image.shape[1]}", f"{pixels.shape[2]}x{pixels.shape[1]}"
+                raise DataError(f"{path}: {size} pixels, and the images before it {expected}; set image_size")
+            pixels[:] = image
+            notes += said
     return notes
 
 

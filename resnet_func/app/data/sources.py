@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from resnet_func.app.data import augment
+from resnet_func.app.data import augment, shards
 from resnet_func.app.data.augment import normalize as normalize  # the other half of channel_statistics
 from resnet_func.app.data.decoding import DataError, decode
 from resnet_func.app.data.folder import LAYOUT, list_images, load_images
@@ -30,7 +30,7 @@ TORCHVISION = {
     "mnist": ("MNIST", "MNIST/raw"),
     "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
 }
-NAMES = ("digits", *TORCHVISION, "folder")
+NAMES = ("digits", *TORCHVISION, "folder", "shards")
 CHUNK = 1024  # images at a time, at most, where a whole data set is converted
 CHUNK_BYTES = 8 << 20  # their uint8 pixels, at most; what is computed from them takes up to 8 times as much
 STREAM_STATISTICS_IMAGES = 16_384
@@ -120,7 +120,8 @@ def load(
     Args:
         name: one of `NAMES`. "digits" are scikit-learn's: embedded, 8x8 grey, every fifth image of a class is
             for testing. "folder" holds `train/<class>/*` and `test/<class>/*` (without `test`, `val` or
-            `valid`), and its images become RGB. The rest are torchvision's.
+            `valid`), and its images become RGB. "shards" are such images in tar archives (`shards`), and are
+            always streamed. The rest are torchvision's.
         data_dir: the folder; for the downloads torchvision's root, ~/.cache/resnet_func by default.
         image_size: side in pixels to resize to, antialiased, the centre square of what is not square; None
             keeps the images as they are.
@@ -128,7 +129,7 @@ def load(
         max_bytes: decoded bytes above which a folder streams; half of the available memory by default.
 
     Returns:
-        Train and test split: `Dataset`s, or for a folder above `max_bytes` `Stream`s.
+        Train and test split: `Dataset`s, or for shards and for a folder above `max_bytes` `Stream`s.
 
     Raises:
         DataError: the data is missing, damaged or ill-arranged.
@@ -146,6 +147,10 @@ def load(
         if data_dir is None:
             raise DataError(f"folder needs data_dir, a folder that holds {LAYOUT}")
         return _folder(Path(data_dir), image_size, max_bytes)
+    if name == "shards":
+        if data_dir is None:
+            raise DataError(f"shards need data_dir, a folder that holds {shards.LAYOUT}")
+        return _shards(Path(data_dir).expanduser(), image_size)
     if name == "digits":
         train, test = _digits()
     else:
@@ -207,6 +212,15 @@ def _folder(root: Path, image_size: int | None, max_bytes: int | None) -> Splits
     labels = [torch.tensor(x.labels, dtype=torch.int64, device="cpu") for x in listings]
     parts = zip(load_images(listings, image_size), labels, listings, names, strict=True)
     return Splits(*(Dataset(images, y, x.classes, n, x.files) for images, y, x, n in parts))
+
+
+def _shards(root: Path, image_size: int | None) -> Splits:
+    folders = [root / name for name in ("test", "val", "valid") if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not folders:
+        raise DataError(f"{root}: expected {shards.LAYOUT}")
+    train = shards.list_shards(root / "train")
+    test = shards.list_shards(folders[0], train.classes)
+    return Splits(*(open_stream(x, image_size, f"{root.name} {x.folder.name}") for x in (train, test)))
 
 
 def _resized(dataset: Dataset, image_size: int | None) -> Dataset:
@@ -274,6 +288,33 @@ def batches(
     if drop_last:
         order = order[: n - n % batch_size]
     return source.read(order.split(batch_size) if len(order) else ())
+
+
+def shuffled(n: int, generator: torch.Generator, window: int = 0) -> Int64[Tensor, "n"]:
+    """The numbers 0 to n - 1 in random order, those that are near each other near each other in it, if asked.
+
+    Args:
+        n: How many.
+        generator: On the CPU; all that the order depends on, apart from `n` and `window`.
+        window: Cut the numbers, from a random one on and round to it, into windows of so many; windows come
+            in random order, and so do the numbers of each: who reads in it reads from one stretch at a time.
+            0, or n and more, is one window: any order is as likely as any other.
+
+    Raises:
+        ValueError: `window` is negative.
+
+    >>> shuffled(6, torch.Generator().manual_seed(0), window=2)
+    tensor([2, 1, 3, 4, 5, 0])
+    """
+    if window < 0:
+        raise ValueError(f"window must be 0, for all, or more; got {window}")
+    drawn: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.int64}
+    order = torch.randperm(n, **drawn)
+    if not 0 < window < n:
+        return order
+    start = torch.randint(n, (), **drawn)
+    turns = torch.randperm(-(-n // window), **drawn)[(order - start).remainder(n) // window]
+    return order[turns.argsort(stable=True)]
 
 
 def channel_statistics(

@@ -22,9 +22,10 @@ ImageBatch: TypeAlias = tuple[UInt8[Tensor, "n c h w"], Int64[Tensor, "n"]]
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """One split of a folder too large for memory: worker processes decode each batch when it is due.
+    """One split too large for memory, of files or shards: workers decode each batch when it is due.
 
-    The same `data.Source` as a `data.Dataset`, to the bit: order is the caller's and decoding draws nothing.
+    `files` are paths, or addresses of `members`. The same `data.Source` as a `data.Dataset`, to the bit:
+    order is the caller's and decoding draws nothing.
     """
 
     files: tuple[str, ...]

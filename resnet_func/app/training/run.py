@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from resnet_func.app import data
-from resnet_func.app.batches import ALONE, Preparer, check_classes, describe_changes, make_task, train_batches
+from resnet_func.app.batches import (
+    ONE_RANK,
+    Preparer,
+    check_classes,
+    describe_changes,
+    make_task,
+    train_batches,
+)
 from resnet_func.app.errors import AppError, Interrupted
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.inference import Trained, evaluate_trained, parameters_to_test
@@ -103,7 +110,7 @@ def train(
             _save(folder, train_state, progress, records)
     _check_alike(train_state, group)
 
-    prepare, ranks = Preparer(task, runtime), group.ranks or ALONE
+    prepare, ranks = Preparer(task, runtime), group.ranks or ONE_RANK
     with _deferred_interrupt(once=group.ranks is None) as received:
         for epoch in range(progress.epoch, recipe.epochs):
             where = (splits.train, prepare, epoch, progress.batch, ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import pickle
 import struct
 import threading
@@ -51,6 +52,33 @@ def test_a_pass_visits_every_sample_once(n, batch_size, shuffle, seed):
     assert sorted(flat) == list(range(n))
     assert shuffle or flat == list(range(n))
     assert all(len(batch) == batch_size for batch in seen[:-1])
+
+
+@quick
+@given(st.integers(0, 60), st.integers(0, 70), st.integers(0, 2**32))
+def test_a_window_shuffles_what_lies_together(n, window, seed):
+    order = data.shuffled(n, seeded(seed), window).tolist()
+    assert sorted(order) == list(range(n))
+    assert order == data.shuffled(n, seeded(seed), window).tolist()
+    if 0 < window < n:
+        assert any(in_runs(order, window, start) for start in range(n))
+    else:
+        assert order == torch.randperm(n, generator=seeded(seed)).tolist()
+
+
+def in_runs(order, window, start):
+    """Whether the order is that of windows, each of numbers that lie together, counted from `start` on."""
+    turns = [(number - start) % len(order) // window for number in order]
+    changes = sum(a != b for a, b in itertools.pairwise(turns))
+    return changes == -(-len(order) // window) - 1
+
+
+def test_windows_come_in_random_order_and_mix_within():
+    orders = {tuple(data.shuffled(9, seeded(seed), 3).tolist()) for seed in range(200)}
+    assert len(orders) > 150
+    assert {order[0] for order in orders} == set(range(9))
+    with pytest.raises(ValueError, match="window must be 0, for all, or more; got -1"):
+        data.shuffled(9, seeded(), -1)
 
 
 @quick
