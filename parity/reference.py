@@ -7,6 +7,7 @@ attribute names are the parameters' names, so that a state_dict goes either way.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torchvision
@@ -52,23 +53,34 @@ class CifarBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet-(6n+2): three stages of n blocks with 16, 32, 64 channels."""
+    """ResNet-(6n+2): three stages of n blocks with 16, 32, 64 channels; or stages of other widths."""
 
-    def __init__(self, n: int, option: str = "A", norm: Norm = nn.BatchNorm2d, num_classes: int = 10) -> None:
+    def __init__(
+        self,
+        n: int,
+        option: str = "A",
+        norm: Norm = nn.BatchNorm2d,
+        num_classes: int = 10,
+        widths: tuple[int, ...] = (16, 32, 64),
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = norm(16)
+        self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = norm(widths[0])
 
         def stage(c_in: int, c_out: int, stride: int) -> nn.Sequential:
             first = CifarBlock(c_in, c_out, stride, option, norm)
             return nn.Sequential(first, *(CifarBlock(c_out, c_out, 1, option, norm) for _ in range(n - 1)))
 
-        self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
-        self.fc = nn.Linear(64, num_classes)
+        self.layer1 = stage(widths[0], widths[0], 1)
+        for index, (c_in, c_out) in enumerate(pairwise(widths), start=2):
+            self.add_module(f"layer{index}", stage(c_in, c_out, 2))
+        self.fc = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        for name, stage in self.named_children():
+            if name.startswith("layer"):
+                x = stage(x)
         return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
@@ -112,11 +124,20 @@ class WideResNet(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def module(name: str, option: str = "A") -> nn.Module:
+def cifar_resnet(
+    name: str, option: str | None = None, norm: Norm = nn.BatchNorm2d, num_classes: int = 10
+) -> CifarResNet:
+    """The module of a name of `zoo.CIFAR`; `option` is its shortcut, by default its own."""
+    if name == "resnet10":
+        return CifarResNet(1, option or "B", norm, num_classes, widths=(24, 64, 256, 256))
+    return CifarResNet((int(name.removeprefix("resnet")) - 2) // 6, option or "A", norm, num_classes)
+
+
+def module(name: str, option: str | None = None) -> nn.Module:
     """The module of a network of the zoo, without arguments but the CIFAR networks' shortcut option."""
     if name in zoo.IMAGENET:
         return getattr(torchvision.models, name)()
     if name in zoo.WIDE:
         depth, widen = map(int, name.removeprefix("wrn_").split("_"))
         return WideResNet((depth - 4) // 6, widen)
-    return CifarResNet((int(name.removeprefix("resnet")) - 2) // 6, option)
+    return cifar_resnet(name, option)

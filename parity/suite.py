@@ -12,10 +12,21 @@ from rich.table import Table
 
 from parity import museum, properties
 from parity.cell import Cell, Result, markdown_table
-from parity.sections import bitwise, graphs, oracles, per_sample, privacy, second_order, shadow, trajectory
+from parity.compare import elsewhere
+from parity.sections import (
+    bitwise,
+    graphs,
+    oracles,
+    per_sample,
+    privacy,
+    second_order,
+    shadow,
+    trajectory,
+)
 
 SECTIONS = {
     "bitwise": bitwise,
+    "elsewhere": elsewhere,
     "trajectory": trajectory,
     "graphs": graphs,
     "oracles": oracles,

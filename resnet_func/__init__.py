@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from resnet_func.models.interop.to_module import to_module
     from resnet_func.models.resnet import build
     from resnet_func.models.zoo import (
+        resnet10,
         resnet18,
         resnet20,
         resnet32,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         resnext101_64x4d,
         wide_resnet50_2,
         wide_resnet101_2,
+        wrn_10_2,
         wrn_16_4,
         wrn_28_10,
         wrn_40_4,

@@ -34,7 +34,8 @@ TESTED_AS_A_WHOLE = {
 PROMISED = """
     Model ResNetConfig TrainState build from_module from_state_dict to_state_dict pretrained
     resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d resnext101_64x4d
-    wide_resnet50_2 wide_resnet101_2 resnet20 resnet32 resnet44 resnet56 resnet110 wrn_16_4 wrn_28_10 wrn_40_4
+    wide_resnet50_2 wide_resnet101_2 resnet10
+    resnet20 resnet32 resnet44 resnet56 resnet110 wrn_10_2 wrn_16_4 wrn_28_10 wrn_40_4
     losses.cross_entropy losses.smoothed_cross_entropy losses.squared_error losses.logit losses.check_targets
     optim.sgd optim.adam optim.adamw optim.muon optim.partition optim.clipped optim.ema optim.Optimizer
     optim.apply_updates optim.clip_by_global_norm optim.constant optim.cosine optim.one_cycle optim.step

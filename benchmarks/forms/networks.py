@@ -126,8 +126,8 @@ def make_module(case: Case) -> nn.Module:
     assert config is not None
 
     def construct() -> nn.Module:
-        if config.shortcut == "pad":
-            return reference.CifarResNet(config.depths[0], "A", num_classes=config.num_classes)
+        if case.name in zoo.CIFAR:
+            return reference.cifar_resnet(case.name, num_classes=config.num_classes)
         if case.name in zoo.WIDE:
             return reference.module(case.name)
         module = getattr(torchvision.models, case.name)(num_classes=config.num_classes)

@@ -56,8 +56,9 @@ def make_module(config: ResNetConfig, params: Params) -> nn.Module:
         return nn.GroupNorm(config.norm_groups, channels)
 
     def construct() -> nn.Module:
-        if config.shortcut == "pad":
-            return CifarResNet(config.depths[0], "A", norm, config.num_classes)
+        if config.widths != (64, 128, 256, 512):
+            option = "A" if config.shortcut == "pad" else "B"
+            return CifarResNet(config.depths[0], option, norm, config.num_classes, config.widths)
         block = BasicBlock if config.block == "basic" else Bottleneck
         module = resnet.ResNet(block, list(config.depths), config.num_classes, norm_layer=norm)
         if config.stem == "cifar":

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch._inductor.exc import InvalidCxxCompiler
 
 from parity.cell import Cell
-from parity.reference import CifarResNet, WideResNet
+from parity.reference import WideResNet, cifar_resnet
 from parity.steps import function_step, loaded, module_step, perturbed, with_small_branches
 from resnet_func import tree
 from resnet_func.models import zoo
@@ -222,7 +222,7 @@ def module(name: str, norm: str) -> nn.Module:
         return getattr(torchvision.models, name)(norm_layer=layer, num_classes=CLASSES)
     if name in zoo.WIDE:
         return WideResNet(config.depths[0], config.widths[0] // 16, layer)
-    return CifarResNet(config.depths[0], "A", layer)
+    return cifar_resnet(name, norm=layer)
 
 
 def drawn(case: Case, batches: int) -> Iterator[tuple[Tensor, Tensor]]:

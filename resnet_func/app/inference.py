@@ -51,7 +51,7 @@ def parameters_to_test(train_state: TrainState) -> tuple[Params, State]:
 
 
 def load_trained(
-    folder: Path, which: str, runtime: Runtime, *, flips: bool = False
+    folder: Path, which: str, runtime: Runtime, *, flips: bool | None = False
 ) -> tuple[Trained, str | None]:
     """The network of a run at one of its checkpoints, and a warning.
 
@@ -59,7 +59,7 @@ def load_trained(
         folder: The run folder.
         which: "last", "best", or one of `run_folder.snapshots`.
         runtime: The machine; as in training, it decides algorithm, precision and memory format.
-        flips: Average the logits over each image and its mirror image.
+        flips: Average the logits over each image and its mirror image; None is as the recipe says.
 
     Returns:
         The network, and None or one line: its newest checkpoint is damaged, and the one before it was loaded.
@@ -81,7 +81,9 @@ def load_trained(
         saved, _, warning = checkpoint.load(checkpoints, which, start, device=runtime.device)
         params, state = parameters_to_test(saved)
     params = to_memory_format(params, runtime.memory_format)
-    return Trained(average_flips(model) if flips else model, params, state, task, experiment), warning
+    wants_flips = recipe.test_flips if flips is None else flips
+    tested = average_flips(model) if wants_flips else model
+    return Trained(tested, params, state, task, experiment), warning
 
 
 def evaluate_trained(

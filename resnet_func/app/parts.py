@@ -49,7 +49,8 @@ def make_parts(
         ranks = ranks or Ranks(0, 1)  # by the same arithmetic on any number of processes
     model = make_network(recipe, task, runtime)
     params, state = start(experiment, model, runtime)
-    optimizer = make_optimizer(recipe, recipe.epochs * (task.train_images // recipe.batch_size), params)
+    total_steps = recipe.epochs * (task.train_images // recipe.batch_size)
+    optimizer = make_optimizer(recipe, total_steps, params, runtime.precision)
     train_state = begin(experiment.privacy, params, state, optimizer, ema=recipe.ema > 0)
     if trainer is not None:  # in fp32 and by plain convolutions, whose gradients are taken image by image
         plain = find_network(recipe, len(task.classes), task.in_channels)
@@ -116,11 +117,13 @@ def compute_by(runtime: Runtime, model: Model) -> Model:
     return autocast(model, runtime.device.type, torch.bfloat16) if runtime.precision == "bf16" else model
 
 
-def make_optimizer(recipe: Recipe, total_steps: int, params: Params) -> optim.Optimizer:
+def make_optimizer(
+    recipe: Recipe, total_steps: int, params: Params, precision: str = "fp32"
+) -> optim.Optimizer:
     """The recipe's optimizer and schedule for a run of `total_steps`.
 
     Weights of two dimensions and more decay, norms and biases do not. Muon takes them, too, but the last: the
-    head. Of `params` only the shapes are read.
+    head. Of `params` only the shapes are read. In "bf16" muon's products are in it, too.
 
     Raises:
         ValueError: the schedule needs more steps.
@@ -139,7 +142,8 @@ def make_optimizer(recipe: Recipe, total_steps: int, params: Params) -> optim.Op
             optimizer = optim.sgd(schedule, **momentum, **decay)
         case "muon":
             rest = optim.sgd(_schedule(recipe, recipe.rest_learning_rate, total_steps), **momentum)
-            chosen = optim.muon(schedule, weight_decay=recipe.weight_decay, **momentum)
+            narrow = torch.bfloat16 if precision == "bf16" else None
+            chosen = optim.muon(schedule, weight_decay=recipe.weight_decay, precision=narrow, **momentum)
             optimizer = optim.partition(set(matrices[:-1]).__contains__, chosen, rest)
         case "adam":
             optimizer = optim.adam(schedule, **decay)

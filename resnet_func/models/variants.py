@@ -45,10 +45,22 @@ def _wide(depth: int, widen: int) -> dict[str, Any]:
     }
 
 
-CIFAR: dict[str, dict[str, Any]] = {f"resnet{depth}": _cifar(depth) for depth in (20, 32, 44, 56, 110)}
-"""He et al. 2015, section 4.2: option-A shortcuts (`shortcut="projection"` is option B)."""
+CIFAR: dict[str, dict[str, Any]] = {
+    **{f"resnet{depth}": _cifar(depth) for depth in (20, 32, 44, 56, 110)},
+    "resnet10": {
+        "block": "basic",
+        "depths": (1, 1, 1, 1),
+        "widths": (24, 64, 256, 256),
+        "stem": "cifar",
+        "norm_groups": 8,
+        "num_classes": 10,
+    },
+}
+"""He et al. 2015, section 4.2: option-A shortcuts (`shortcut="projection"` is option B). And a wide, shallow
+one that learns more in the same minutes: the widths of airbench (https://arxiv.org/abs/2404.00498)."""
 
 WIDE: dict[str, dict[str, Any]] = {
+    "wrn_10_2": _wide(10, 2),
     "wrn_16_4": _wide(16, 4),
     "wrn_28_10": _wide(28, 10),
     "wrn_40_4": _wide(40, 4),

@@ -40,7 +40,7 @@ def make_image_folder(
     return root
 
 
-TINY = ("--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1")
+TINY = ("--model", "resnet20", "--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1")
 
 
 def train_run(images: Path, run: Path, *options: str) -> Path:

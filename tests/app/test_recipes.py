@@ -77,7 +77,8 @@ def test_the_fast_recipe_has_minutes_and_a_quarter_of_full_epochs() -> None:
     ("dataset", "flips"), [("digits", False), ("mnist", False), ("cifar10", True), ("fashion_mnist", True)]
 )
 def test_digits_are_not_mirrored(dataset: str, flips: bool) -> None:
-    assert recipes.recipe("fast", dataset).flip == flips
+    recipe = recipes.recipe("fast", dataset)
+    assert recipe.flip == recipe.test_flips == flips
 
 
 def test_the_article_is_as_described() -> None:

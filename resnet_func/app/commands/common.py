@@ -37,7 +37,9 @@ def configure(
     )
 
 
-def load(folder: Path, which: str, machine: runtime.Runtime, *, flips: bool = False) -> inference.Trained:
+def load(
+    folder: Path, which: str, machine: runtime.Runtime, *, flips: bool | None = False
+) -> inference.Trained:
     """The network of a run; a damaged checkpoint is said on stderr, where an older one takes its place."""
     trained, warning = inference.load_trained(folder, which, machine, flips=flips)
     if warning:

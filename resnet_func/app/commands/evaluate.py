@@ -15,7 +15,7 @@ def main(options: Evaluate) -> None:
     """Test on the run's test images; print a table by class, and draw the confusions and mistakes."""
     output, folder = plain_console(), options.run_dir or run_folder.latest()
     machine = configure(options.machine, folder)
-    trained = load(folder, options.checkpoint, machine, flips=options.flips)
+    trained = load(folder, options.checkpoint, machine, flips=options.flips or None)
     experiment, classes = trained.experiment, trained.task.classes
     if options.data_dir is not None:
         experiment = replace(experiment, data_dir=str(options.data_dir))

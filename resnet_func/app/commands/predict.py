@@ -15,7 +15,7 @@ def main(options: Predict) -> None:
     """Print the five likeliest classes of each image."""
     output, folder = plain_console(), options.run_dir or run_folder.latest()
     machine = configure(options.machine, folder)
-    trained = load(folder, options.checkpoint, machine)
+    trained = load(folder, options.checkpoint, machine, flips=None)
     images = (inference.read_image(path, trained) for path in options.images)
     for path, logits in zip(options.images, inference.predict(trained, images, machine), strict=True):
         best = logits.softmax(0).topk(min(5, len(logits)))

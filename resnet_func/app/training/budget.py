@@ -17,7 +17,7 @@ from resnet_func.app.parts import make_parts
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
 from resnet_func.losses import cross_entropy
-from resnet_func.train import Step, make_eval_step
+from resnet_func.train import Step, average_flips, make_eval_step
 from resnet_func.types import TrainState
 
 SPARE = 0.97  # of the time is planned; the rest is for checkpoints, pictures and a machine that slows down
@@ -173,8 +173,9 @@ def _measure_all(
         scale: _step_seconds(parts.step, parts.train_state, experiment, splits, prepare, scale, clock)
         for scale in scales
     }
-    eval_step = make_eval_step(parts.model, cross_entropy)
     state, recipe = parts.train_state, experiment.recipe
+    tested = average_flips(parts.model) if recipe.test_flips else parts.model
+    eval_step = make_eval_step(tested, cross_entropy)
     passes = -(-splits.test.num_samples // recipe.evaluation_batch)
     evaluations = {}
     for scale in scales:

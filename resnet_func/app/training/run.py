@@ -35,7 +35,7 @@ from resnet_func.app.runtime import Runtime
 from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.app.training import training_record
 from resnet_func.distributed import Ranks, fingerprint
-from resnet_func.train import Evaluation, Progress, train_epoch
+from resnet_func.train import Evaluation, Progress, average_flips, train_epoch
 from resnet_func.types import TrainState
 
 
@@ -100,6 +100,7 @@ def train(
         experiment, task, folder, runtime, group, resume=resume, insecure=insecure_seed
     )
     model, step, train_state = make_parts(experiment, task, runtime, trainer, group.ranks)
+    tested = average_flips(model) if recipe.test_flips else model
     progress, records, evaluation = Progress(), [], None
     if resume:
         train_state, progress, records = _restore(folder, train_state, reporter, writes=writes)
@@ -136,7 +137,7 @@ def train(
                 if writes:
                     _save(folder, train_state, progress, records)
                 raise
-            trained = Trained(model, *parameters_to_test(train_state), task, experiment)
+            trained = Trained(tested, *parameters_to_test(train_state), task, experiment)
             evaluation = evaluate_trained(trained, splits.test, runtime, epoch=epoch, ranks=ranks)
             if trainer is None:
                 record = _record(progress, evaluation)
@@ -153,7 +154,7 @@ def train(
                 raise Interrupted
     if trainer is not None and writes:
         seeds.forget(folder)
-    trained = Trained(model, *parameters_to_test(train_state), task, experiment)
+    trained = Trained(tested, *parameters_to_test(train_state), task, experiment)
     evaluation = evaluation or evaluate_trained(trained, splits.test, runtime, ranks=ranks)
     return Result(trained, evaluation, records)
 

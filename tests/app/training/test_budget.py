@@ -114,7 +114,9 @@ def choose(
     """What is chosen for digits with FAST's small images, and the seconds that measuring took."""
     clock = Clock()
     monkeypatch.setattr(budget, "make_parts", fake_parts(clock, seconds))
-    experiment = Experiment("digits", None, 0, replace(FAST, batch_size=64, crop=0, flip=False))
+    experiment = Experiment(
+        "digits", None, 0, replace(FAST, batch_size=64, crop=0, flip=False, test_flips=False)
+    )
     machine = replace(runtime.configure(device="cpu", threads=1, compile="off"), compile=True)
     choice = budget.choose(experiment, splits, machine, seconds=left, compile=compile, clock=clock)
     return choice, clock.now

@@ -26,6 +26,7 @@ from tests.app.image_folder import CLASSES, global_defaults, make_image_folder, 
 
 RECIPE = replace(
     FAST,
+    model="resnet20",
     epochs=3,
     batch_size=5,
     learning_rate=0.05,
@@ -173,7 +174,7 @@ def test_the_record_the_result_and_a_later_evaluation_agree_to_the_bit(
     experiment = Experiment("folder", str(images), 3, replace(RECIPE, epochs=2, microbatches=2))
     splits, here = load_data(experiment), machine(precision)
     result = run.train(experiment, splits, tmp_path, here, Silent())
-    trained, _ = inference.load_trained(tmp_path, "last", here)
+    trained, _ = inference.load_trained(tmp_path, "last", here, flips=None)
     again = inference.evaluate_trained(trained, splits.test, here)
     resumed = run.train(experiment, splits, tmp_path, here, Silent(), resume=True)
     record = read_metrics(tmp_path)[-1]
@@ -181,9 +182,24 @@ def test_the_record_the_result_and_a_later_evaluation_agree_to_the_bit(
         assert (evaluation.loss, evaluation.accuracy) == (record["test_loss"], record["test_accuracy"])
         assert torch.equal(evaluation.logits, result.evaluation.logits)
     other = machine("bf16" if precision == "fp32" else "fp32")
-    trained, _ = inference.load_trained(tmp_path, "last", other)
+    trained, _ = inference.load_trained(tmp_path, "last", other, flips=None)
     elsewhere = inference.evaluate_trained(trained, splits.test, other)
     assert not torch.equal(elsewhere.logits, again.logits), "the precision asked for is the one computed in"
+
+
+def test_a_recipe_is_tested_on_mirror_images_where_it_says_so(images: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=1)
+    tested = []
+    for flips in (False, True):
+        folder = tmp_path / str(flips)
+        records = train(images, folder, recipe=replace(recipe, test_flips=flips))
+        assert recipe.test_flips, "the fast recipe's way"
+        asked = [inference.load_trained(folder, "last", machine(), flips=way)[0] for way in (None, flips)]
+        splits = load_data(asked[0].experiment)
+        losses = [inference.evaluate_trained(each, splits.test, machine()).loss for each in asked]
+        assert losses == [records[-1]["test_loss"]] * 2
+        tested.append(losses[0])
+    assert tested[0] != tested[1], "the same network, tested in two ways"
 
 
 def test_what_was_trained_is_returned(images: Path, tmp_path: Path) -> None:
@@ -322,7 +338,7 @@ def test_changed_data_are_said_in_a_line_and_what_was_recorded_is_used(
     change(images)
     total_steps, make = [], parts.make_optimizer
     monkeypatch.setattr(
-        parts, "make_optimizer", lambda r, steps, p: total_steps.append(steps) or make(r, steps, p)
+        parts, "make_optimizer", lambda r, steps, *more: total_steps.append(steps) or make(r, steps, *more)
     )
     reporter, described = Silent(), Experiment("folder", str(images), 3, RECIPE)
     result = run.train(described, load_data(described), folder, machine(), reporter, resume=True)
