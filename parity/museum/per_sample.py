@@ -189,10 +189,11 @@ EXHIBITS = [
         "hooks that see what a parametrisation made, not what it was made of",
         "properties/derived-weights-have-the-gradients-of-a-loop",
         edit(
-            contract._grads,
+            contract._pull_back,
             (
-                "            return sample_by_sample(lambda grad: pullback(grad)[0], inner)",
-                "            return inner",
+                "    if derived.jacobian is not None:",
+                "    if inner.shape[1:] == derived.weight.shape:\n        return inner\n"
+                "    if derived.jacobian is not None:",
             ),
         ),
     ),
