@@ -144,8 +144,8 @@ def start(count: int, work: Work) -> Timed:
         )
     except subprocess.SubprocessError as error:
         raise measure.Disagreement(f"{count} processes: {error}") from error
-    told = [json.loads(found) for found in re.findall(r"{.*?}", done.stdout)]  # two may share a line
-    slowest = max(told, key=lambda timed: timed["step"])
+    timings = [json.loads(found) for found in re.findall(r"{.*?}", done.stdout)]  # two may share a line
+    slowest = max(timings, key=lambda timed: timed["step"])
     return Timed(**slowest)
 
 

@@ -15,36 +15,20 @@ import pytest
 import torch
 
 from resnet_func import calibration
-from resnet_func.app import checkpoint, recipes, run_folder, runtime
+from resnet_func.app import recipes, runtime
 from resnet_func.app.cli import main
 from resnet_func.app.data import write_shards
+from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.app.training import budget
 from resnet_func.models import zoo
-from tests.app.image_folder import make_image_folder, read_metrics
+from tests.app.image_folder import TINY, make_image_folder, read_metrics, train_run
 
-TINY = ("--model", "resnet20", "--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_image_folder(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "run"
-    assert (
-        main(["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", str(run), *TINY]) == 0
-    )
-    return run
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    return train_run(images, tmp_path_factory.mktemp("runs") / "run")
 
 
 def test_train_fills_the_run_folder(trained):

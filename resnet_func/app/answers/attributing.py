@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from resnet_func.app import dealing
 from resnet_func.app.answers import scoring
 from resnet_func.app.batches import Preparer
 from resnet_func.app.inference import Trained
-from resnet_func.app.launch import ONE_PROCESS, Group
+from resnet_func.app.ranks import dealing
+from resnet_func.app.ranks.launch import ONE_PROCESS, Group
 from resnet_func.app.runtime import Runtime
 from resnet_func.app.training_set import Training, fingerprint
 from resnet_func.attribution import (

@@ -14,13 +14,15 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from resnet_func import files
-from resnet_func.app import data, dealing, run_folder
+from resnet_func.app import data
 from resnet_func.app.batches import Preparer
 from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment
 from resnet_func.app.inference import Trained, load_trained
-from resnet_func.app.launch import ONE_PROCESS, Group
+from resnet_func.app.ranks import dealing
+from resnet_func.app.ranks.launch import ONE_PROCESS, Group
 from resnet_func.app.runtime import Runtime
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training import training_record
 from resnet_func.app.training_set import Training, image_name
 from resnet_func.attribution import (
@@ -214,12 +216,12 @@ def write_csv(path: Path, scores: Scores, training: Training, rank_by: str) -> N
     labels = source.labels.tolist()
     for place in suspicion_order(scores.values[rank_by], rank_by).tolist():
         index = int(training.places[place])
-        told = (labels[place], int(scores.predictions[place]), int(scores.suggestions[place]))
+        label_indices = (labels[place], int(scores.predictions[place]), int(scores.suggestions[place]))
         row = [
             int(places[place]),
             index,
             image_name(source, place, index),
-            *[classes[label] for label in told],
+            *[classes[label] for label in label_indices],
         ]
         row += [f"{float(values[place]):.7g}" for values in scores.values.values()]
         writer.writerow([*row, int(training.planted[place])] if planted else row)

@@ -9,43 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_func.app import run_folder
 from resnet_func.app.answers import scoring
 from resnet_func.app.cli import main
 from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment, TrainingSet
 from resnet_func.app.recipes import FAST
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training_set import Training
 from resnet_func.attribution import Scores
-from tests.app.image_folder import make_image_folder
+from tests.app.image_folder import TINY, train_run
 
-TINY = (
-    "--model",
-    "resnet20",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "8",
-    "--crop",
-    "1",
-    "--threads",
-    "1",
-    "--norm",
-    "group",
-)
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_image_folder(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("own_folder")
+NORM = ("--norm", "group")
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +28,8 @@ def runs(images, tmp_path_factory):
     """Two seeds with a third of the labels wrong."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in ("0", "1"):
-        call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", str(folder / seed)]
-        more = ["--seed", seed, "--corrupt", "0.34", "--record", "--snapshots", "2"]
-        assert main([*call, *more, *TINY]) == 0
+        options = ("--corrupt", "0.34", "--record", "--snapshots", "2", *NORM)
+        train_run(images, folder / seed, "--seed", seed, *options)
     return folder
 
 
@@ -93,7 +67,7 @@ def test_scores_of_two_seeds_are_means(runs, capsys):
 
 def test_what_a_score_keeps_is_trained_on_and_resumes(runs, images, tmp_path, capsys):
     assert main(["scores", str(runs / "0"), "--threads", "1"]) == 0
-    call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", "kept", *TINY]
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", "kept", *TINY, *NORM]
     chosen = ["--keep", "0.5", "--which", "easy", "--by", "loss", "--scores", str(runs / "0" / "scores.csv")]
     assert main([*call, *chosen]) == 0
     assert "12 training and 9 test images" in capsys.readouterr().out
@@ -120,7 +94,7 @@ def test_wrong_options_get_one_line(runs, capsys, words, code, said):
 def test_runs_on_other_data_have_no_mean(runs, images, capsys):
     assert main(["scores", "no such run"]) == 1
     assert "is not a run folder" in capsys.readouterr().err
-    call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", "clean", *TINY]
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", "clean", *TINY, *NORM]
     assert main([*call, "--epochs", "1"]) == 0
     assert main(["scores", str(runs / "0"), "clean"]) == 1
     assert "trained on other images or labels" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from resnet_func.app.experiment import Experiment, Privacy
 from resnet_func.app.private import seeds, trainer
 from resnet_func.app.private.guarantee import PrivateError
 from resnet_func.app.recipes import Recipe
-from resnet_func.app.run_folder import RunError
+from resnet_func.app.storage.run_folder import RunError
 from resnet_func.app.training import run
 from resnet_func.train import Progress
 from resnet_func.types import TrainState

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from resnet_func.app import launch
 from resnet_func.app.errors import Interrupted
+from resnet_func.app.ranks import launch
 from resnet_func.distributed import Ranks
 from tests.app.image_folder import make_image_folder, read_metrics
-from tests.app.ranks import Recorder, train
+from tests.app.rank_runs import Recorder, train
 from tests.distributed.processes import ROOT, run_ranks
 
 ALONE = launch.Group(Ranks(0, 1), None, 60.0)
@@ -36,7 +36,7 @@ def test_two_ranks_train_and_test_the_run_of_one(tmp_path: Path) -> None:
     """To the bit, also where it stops on two and goes on on one: order and augmentation know no ranks."""
     images, runs = make_image_folder(tmp_path / "images", train=9, test=3), tmp_path / "runs"
     runs.mkdir()
-    run_ranks(2, "tests.app.ranks", str(images), str(runs))
+    run_ranks(2, "tests.app.rank_runs", str(images), str(runs))
     train(images, tmp_path / "alone", ALONE)
     assert newest(runs / "whole") == newest(tmp_path / "alone")
     assert results(runs / "whole") == results(tmp_path / "alone")

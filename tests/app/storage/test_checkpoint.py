@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resnet_func import files, tree
-from resnet_func.app import checkpoint
-from resnet_func.app.checkpoint import CheckpointError
+from resnet_func.app.storage import checkpoint
+from resnet_func.app.storage.checkpoint import CheckpointError
 from resnet_func.types import TrainState
 from tests.app.image_folder import global_defaults
 

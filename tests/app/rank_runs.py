@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from resnet_func.app import launch, run_folder, runtime
+from resnet_func.app import runtime
 from resnet_func.app.batches import load_data
 from resnet_func.app.errors import Interrupted, Unspoken
 from resnet_func.app.experiment import Experiment
+from resnet_func.app.ranks import launch
 from resnet_func.app.recipes import Recipe
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training import run
 from resnet_func.train import Progress
 
