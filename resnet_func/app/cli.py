@@ -46,6 +46,8 @@ COMMANDS = {
     "curvature": Curvature,
 }
 """Options by name; what a command does is `main` in `commands/NAME.py`."""
+DEALT = ("train", "scores", "attribute")
+"""The commands that several processes share."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,10 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with launch.quiet_unless_first():
             options = _parse(argv)
+            name = next(name for name, command in COMMANDS.items() if isinstance(options, command))
+            if name not in DEALT and os.environ.get("WORLD_SIZE", "1") != "1" and launch.is_launched():
+                raise UsageError(
+                    f"{name} runs on one process: start it without torchrun, which {', '.join(DEALT)} take"
+                )
     except (ValueError, OSError, AppError) as error:  # of every rank alike
         return _fail(error) if launch.is_first() else _exit_code(error)
     try:
-        name = next(name for name, command in COMMANDS.items() if isinstance(options, command))
         importlib.import_module(f"resnet_func.app.commands.{name}").main(options)
     except Unspoken as told:
         return _exit_code(told.cause)

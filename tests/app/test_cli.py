@@ -487,6 +487,16 @@ def test_help_and_refusals_do_not_wait_for_torch(call, code):
     assert done.returncode == code, done.stdout + done.stderr
 
 
+def test_a_command_of_one_process_is_refused_on_several_and_one_says_so(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["summary", "resnet20"]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.count("summary runs on one process: start it without torchrun") == lines
+        assert not printed.out
+
+
 # --------------------------------------------------------------------------- private training
 
 PRIVATE = ("--private", "--epsilon", "2", "--delta", "1e-3", "--model", "tests.app.tiny:network")
