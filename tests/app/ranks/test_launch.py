@@ -216,7 +216,7 @@ def test_a_private_run_is_the_same_on_any_number_of_ranks(tmp_path: Path, world:
     """ResNet-20, clipped sums of parts rounded to a grid: the same Poisson batches, and noise once."""
     images = make_image_folder(tmp_path / "images", train=60, test=3)
     (tmp_path / "runs").mkdir()
-    run_ranks(world, "tests.app.ranks", str(images), str(tmp_path / "runs"), "private")
+    run_ranks(world, "tests.app.rank_runs", str(images), str(tmp_path / "runs"), "private")
     train_privately(images, tmp_path / "alone", ALONE)
     assert newest(tmp_path / "runs/private") == newest(tmp_path / "alone")
     assert results(tmp_path / "runs/private") == results(tmp_path / "alone")
