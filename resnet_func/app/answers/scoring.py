@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from resnet_func.attribution import (
     suspicion_order,
 )
 from resnet_func.losses import cross_entropy
+from resnet_func.types import Model, Params, State
 
 
 class TrainingBatches:
@@ -62,16 +63,47 @@ def exact(machine: Runtime) -> Runtime:
     return replace(plain, memory_format=torch.contiguous_format)
 
 
-def load_checkpoints(folder: Path, machine: Runtime) -> tuple[Trained, list[tuple[Any, Any]], list[str]]:
-    """A run's network; parameters and state of each epoch that was kept, or else the last; warnings.
+class Kept(NamedTuple):
+    """A network as an epoch left it; `model` takes images of full size, and looks at them at the epoch's."""
+
+    model: Model
+    params: Params
+    state: State
+    scale: float
+
+    @property
+    def leaves(self) -> tuple[Params, State]:
+        return self.params, self.state
+
+
+def load_checkpoints(folder: Path, machine: Runtime) -> tuple[Trained, list[Kept], list[str]]:
+    """A run's network; what it kept of its epochs, or else the last; warnings.
 
     Raises:
         RunError, CheckpointError: as `inference.load_trained`.
     """
     names = run_folder.snapshots(folder) or ["last"]
     loaded = [load_trained(folder, name, machine) for name in names]
-    checkpoints = [(trained.params, trained.state) for trained, _ in loaded]
-    return loaded[-1][0], checkpoints, [warning for _, warning in loaded if warning]
+    kept = []
+    for name, (trained, _) in zip(names, loaded, strict=True):
+        recipe = trained.experiment.recipe
+        epoch = recipe.epochs if name == "last" else int(name.removeprefix("epoch-"))
+        scale = recipe.scale_at(epoch - 1)
+        model = trained.model
+        if scale != 1.0:
+            model = model._replace(apply=_Scaled(model, Preparer(trained.task, machine), scale))
+        kept.append(Kept(model, trained.params, trained.state, scale))
+    return loaded[-1][0], kept, [warning for _, warning in loaded if warning]
+
+
+class _Scaled:
+    """The `apply` of a network that was trained on smaller images: it makes them smaller first."""
+
+    def __init__(self, model: Model, prepare: Preparer, scale: float) -> None:
+        self.inner, self.prepare, self.size = model.apply, prepare, scale
+
+    def __call__(self, params: Params, state: State, x: Tensor, *, train: bool) -> tuple[Tensor, State]:
+        return self.inner(params, state, self.prepare.scale(x, self.size), train=train)
 
 
 def check_same_data(experiments: Sequence[Experiment]) -> None:
@@ -124,8 +156,7 @@ def score_runs(
         trained, checkpoints, notes = load_checkpoints(folder, machine)
         batches = TrainingBatches(training.source, Preparer(trained.task, machine), batch_size)
         if group.ranks is None:
-            score = score_dataset(trained.model, cross_entropy, own, train=False, **options)
-            scores = score(checkpoints, batches)
+            scores = _mean_scores(checkpoints, batches, own, **options)
         else:
             scores = _dealt_scores(folder, trained, checkpoints, batches, training, own, group)
         if scores is None:
@@ -140,10 +171,22 @@ def score_runs(
     return found[-1]._replace(values=means), warnings
 
 
+def _mean_scores(
+    checkpoints: list[Kept], batches: Iterable[tuple[Tensor, Tensor]], names: list[str], **options: Any
+) -> Scores:
+    """Scores averaged over checkpoints, each at its own image size; predictions are the last one's."""
+    found = [
+        score_dataset(kept.model, cross_entropy, names, train=False, **options)([kept.leaves], batches)
+        for kept in checkpoints
+    ]
+    sums = {name: sum([scores.values[name] for scores in found[1:]], found[0].values[name]) for name in names}
+    return found[-1]._replace(values={name: total / len(found) for name, total in sums.items()})
+
+
 def _dealt_scores(
     folder: Path,
     trained: Trained,
-    checkpoints: list[tuple[Any, Any]],
+    checkpoints: list[Kept],
     batches: TrainingBatches,
     training: Training,
     names: list[str],
@@ -154,7 +197,7 @@ def _dealt_scores(
     key = {
         "scores": names,
         "batch_size": batches.batch_size,
-        "checkpoints": [fingerprint(*checkpoint) for checkpoint in checkpoints],
+        "checkpoints": [(kept.scale, fingerprint(*kept.leaves)) for kept in checkpoints],
         "images": fingerprint({"places": training.places, "labels": source.labels}),
         "experiment": repr(replace(trained.experiment, data_dir=None)),
     }
@@ -164,8 +207,8 @@ def _dealt_scores(
     checks = iter([None])  # one chunk's scores are compared with those of a loop: the transforms are the same
 
     def compute(start: int, stop: int) -> Tensor:
-        score = score_dataset(trained.model, cross_entropy, names, train=False, check=next(checks, False))
-        return dealing.as_rows(score(checkpoints, [batches.rows(start, stop)]))
+        found = _mean_scores(checkpoints, [batches.rows(start, stop)], names, check=next(checks, False))
+        return dealing.as_rows(found)
 
     dealing.fill(store, compute, group)
     dealing.wait(store, group)

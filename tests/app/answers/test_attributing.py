@@ -78,8 +78,10 @@ def test_scores_are_the_librarys_and_are_kept(trained, method):
         )
     )
     model, sketch = network.trained.model, Sketch(dim=DIM)
-    extract = make_features(model, sketch, train=False)
-    pairs = [([extract(*c, whole)], extract(*c, [(x, y)])) for c in network.checkpoints]
+    pairs = []
+    for kept in network.checkpoints:
+        extract = make_features(kept.model, sketch, train=False)
+        pairs.append(([extract(*kept.leaves, whole)], extract(*kept.leaves, [(x, y)])))
     assert len(pairs) == 2
     if method == "cosine":
         expected = cosine_scores(*pairs[-1])
@@ -88,7 +90,7 @@ def test_scores_are_the_librarys_and_are_kept(trained, method):
     elif method == "trak":
         expected = trak_scores(pairs, damping=attributing.DAMPING)
     else:
-        checkpoint = network.checkpoints[-1]
+        checkpoint = network.checkpoints[-1].leaves
         estimate = sampled_ekfac(model, losses.cross_entropy, train=False)(*checkpoint, whole)
         run = influence(model, losses.cross_entropy, estimate, train=False)
         expected = run(checkpoint, whole, [(x, y)])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from resnet_func.app import batches, runtime
 from resnet_func.app.answers import scoring
 from resnet_func.app.cli import main
 from resnet_func.app.errors import AppError
@@ -17,6 +18,7 @@ from resnet_func.app.recipes import FAST
 from resnet_func.app.storage import run_folder
 from resnet_func.app.training_set import Training
 from resnet_func.attribution import Scores
+from resnet_func.losses import cross_entropy
 from tests.app.image_folder import TINY, train_run
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -121,3 +123,23 @@ def test_advice_names_the_best_score() -> None:
     found = scoring.found_by_score(scores, planted)
     assert found["el2n"] == (1.0, 1.0)
     assert found["loss"] == (0.0, 0.0)
+
+
+def test_an_epoch_of_small_images_is_scored_on_small_images(images, tmp_path):
+    """The networks that a run keeps are looked at as they were trained, each at its epoch's size."""
+    run = tmp_path / "run"
+    train_run(images, run, "--snapshots", "2", "--early-scales", "0.5", "0.5", *NORM)
+    machine = scoring.exact(runtime.configure(device="cpu", threads=1, precision="fp32", compile="off"))
+    trained, kept, _ = scoring.load_checkpoints(run, machine)
+    assert [each.scale for each in kept] == [0.5, 1.0]
+    splits = batches.load_data(trained.experiment)
+    training = Training(splits.train, torch.arange(24), torch.zeros(24, dtype=torch.bool))
+    scores, _ = scoring.score_runs([run], training, ["loss"], machine, batch_size=8)
+    prepare = batches.Preparer(trained.task, machine)
+    want = torch.zeros(24)
+    for each, scale in zip(kept, (0.5, 1.0), strict=True):
+        x = prepare.scale(prepare(splits.train.images), scale)
+        assert x.shape[-1] == round(scale * trained.task.image_size)
+        logits, _ = trained.model.apply(*each.leaves, x, train=False)
+        want += cross_entropy(logits, splits.train.labels) / 2
+    torch.testing.assert_close(scores.values["loss"], want, rtol=1e-4, atol=1e-5)
