@@ -161,8 +161,8 @@ def models(
         dtype: Of parameters and statistics.
 
     >>> from hypothesis import find
-    >>> find(models(), lambda network: True).model.config.widths
-    (4,)
+    >>> find(models(), lambda network: network.model.config.norm == "group").model.config.norm
+    'group'
     """
     return random_network(draw(configs() if config is None else config), draw(SEEDS), dtype)
 
