@@ -23,7 +23,8 @@ from resnet_func import files
 from resnet_func.app.errors import AppError
 
 Tree = TypeVar("Tree")
-_KIND = {"format": "resnet_func.app.storage.checkpoint", "version": 1}
+# a name for files, which stays when the module moves
+_KIND = {"format": "resnet_func.app.checkpoint", "version": 1}
 
 
 class CheckpointError(AppError):
