@@ -798,6 +798,6 @@ def test_global_defaults_change_nothing(tmp_path: Path, device: str) -> None:
 
 def test_the_format_is_called_the_same_wherever_the_module_lies(tmp_path: Path) -> None:
     """Or no run that was begun before a move could go on."""
-    checkpoint.save(tmp_path, "last", state_at(1))
+    checkpoint.save(tmp_path, "last", state_at(1), meta={})
     written = json.loads((tmp_path / "last.json").read_text())
     assert (written["format"], written["version"]) == ("resnet_func.app.checkpoint", 1)
