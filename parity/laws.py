@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from parity.steps import perturbed
-from resnet_func.app import checkpoint
 from resnet_func.app.names import printable
+from resnet_func.app.storage import checkpoint
 from resnet_func.models.interop.load import load_network
 from resnet_func.testing import LAWS, LawResult, assert_trees_equal, check_laws, randn
 from resnet_func.testing.laws import check_law

@@ -91,9 +91,9 @@ def prove(machine: Machine, *, quick: bool, only: str) -> Outcome:
         if not report.is_file():
             last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
             return Outcome(machine, [], f"no result, exit status {done.returncode}: {last}", 0.0)
-        told = json.loads(report.read_text())
-    results = [Result(**cell) for cell in told["cells"]]
-    here = told["machine"]
+        report_content = json.loads(report.read_text())
+    results = [Result(**cell) for cell in report_content["cells"]]
+    here = report_content["machine"]
     assert here["threads"] == machine.threads, f"asked for {machine.threads} threads, got {here['threads']}"
     said = f"{suite.summary(results)}; torch's kernels: {here['vector_extensions']}"
     return Outcome(machine, results, said, sum(result.seconds for result in results))
@@ -110,10 +110,10 @@ def _environment(machine: Machine) -> dict[str, str]:
 def lines(outcome: Outcome) -> list[str]:
     """A line for the machine, and two for each failure, with the command that repeats it."""
     machine = outcome.machine
-    told = [f"{'FAILED' if outcome.failed else 'passed'} {machine.name}: {outcome.said}"]
+    lines = [f"{'FAILED' if outcome.failed else 'passed'} {machine.name}: {outcome.said}"]
     setting = "".join(f"{name}={value} " for name, value in machine.variables.items())
     for result in outcome.results:
         if result.failed:
-            told.append(f"  FAILED {result.path}: {result.said}")
-            told.append(f"    {setting}{result.command} --threads {machine.threads}")
-    return told
+            lines.append(f"  FAILED {result.path}: {result.said}")
+            lines.append(f"    {setting}{result.command} --threads {machine.threads}")
+    return lines

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import resnet_func as rf
-from resnet_func import losses, optim, tree
+from resnet_func import losses, optim, privacy, tree
 from resnet_func import per_sample as ps
 from resnet_func.attribution import quantities
 from resnet_func.attribution.fisher import diagonal_fisher, sampled_ekfac
@@ -70,6 +70,16 @@ def calls() -> list[tuple[Any, tuple[Any, ...]]]:
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(4, 3, 8, 8, generator=generator), torch.arange(4)
     data, batches = (params, state, x, y), [(x, y)]
+    optimizer = optim.sgd(optim.cosine(0.1, total_steps=9), 0.9)
+    begin = rf.train.init_train_state(params, state, optimizer, ema=True)
+    step = rf.train.make_train_step(model, losses.cross_entropy, optimizer, microbatches=2, ema_decay=0.9)
+    rule: Any = {"noise_multiplier": 1.0, "expected_batch_size": 4}
+    adaptive = privacy.AdaptiveNorm()
+    private = privacy.make_private_step(model, losses.cross_entropy, optimizer, max_norm=1.0, **rule)
+    adapting = privacy.make_private_step(model, losses.cross_entropy, optimizer, max_norm=adaptive, **rule)
+    noise = privacy.gaussian_noise(params, seed=0, step=0)
+    adaptive_noise = privacy.gaussian_noise(params, seed=0, step=0, adaptive=True)
+    mask = torch.ones(4, dtype=torch.bool)
     wanted = {
         "margin": quantities.margin(),
         "prediction": quantities.prediction(),
@@ -78,7 +88,16 @@ def calls() -> list[tuple[Any, tuple[Any, ...]]]:
         "products": quantities.products({path: leaf[None] for path, leaf in tree.flatten(params).items()}),
     }
     return [
+        (step, (begin, x, y)),
         (rf.train.make_eval_step(model, losses.cross_entropy), data),
+        (private, (begin, x, y, mask, noise)),
+        (
+            adapting,
+            (
+                privacy.init_private_state(params, state, optimizer, max_norm=adaptive),
+                *(x, y, mask, adaptive_noise),
+            ),
+        ),
         (ps.ntk(model, 2), (params, state, x)),
         (ps.gram(model, losses.cross_entropy), (params, state, (x, y))),
         (ps.clipped_sum(model, losses.cross_entropy, max_norm=1.0), data),

@@ -25,7 +25,7 @@ from benchmarks.forms.retraining import Images, Recipe
 from benchmarks.harness import conditions, markdown, measure, pictures, report
 from benchmarks.harness.measure import Skipped
 from benchmarks.harness.options import TOY, Output
-from resnet_func.app.checkpoint import CheckpointError
+from resnet_func.app.storage.checkpoint import CheckpointError
 from resnet_func.attribution import (
     Lds,
     Sketch,

@@ -7,7 +7,7 @@ clips every sample's gradient, adds up, adds the noise, and takes the step of SG
 it is held against K plain steps: "plain, views" is one on K times the images. Opacus computes its clipped
 sum, adds noise from torch's generator leaf by leaf as its `DPOptimizer` does, and SGD takes the step. Before
 anything is timed, what every variant does without noise is checked against a loop over samples. Peak memory
-is measured apart, each variant in a fresh process.
+is measured apart, each variant in a fresh process. `--accountants` compares epsilons instead of times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import resnet_func as rf
-from benchmarks.forms import networks
+from benchmarks.forms import accountants, networks
 from benchmarks.forms.networks import Case
 from benchmarks.forms.peers import make_peer
 from benchmarks.harness import conditions, measure, memory, pictures, report
@@ -51,6 +51,8 @@ class Options(Compared):
     """Augmented views of an image, in the variants that have views."""
     peers: bool = False
     """Measure Opacus, too; needs the extra `bench`."""
+    accountants: bool = False
+    """Measure nothing: print what Opacus's accountants say of a dozen settings, beside ours."""
 
 
 def run(options: Options) -> None:
@@ -60,6 +62,9 @@ def run(options: Options) -> None:
         ValueError: options that cannot be.
         Disagreement: a variant computes something else.
     """
+    if options.accountants:
+        report.show(accountants.as_table())
+        return
     options = toy(options)
     names = select(options)
     machine = conditions.set_up(options.device, options.threads)

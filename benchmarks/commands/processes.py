@@ -3,9 +3,10 @@
     uv run python -m benchmarks processes --model resnet18 --batch 64
 
 The batch stays the same, and the processes share it, with one thread each; beside them stands one process
-with as many threads. Each takes its turn in every round, in fresh processes started by torchrun. The
-simulation is arithmetic on a measured step: a ring within each node, then one between nodes, nothing hidden
-behind the backward pass.
+with as many threads, which the column "over as many threads" divides by. Each takes its turn in every round,
+in fresh processes started by torchrun. The all-reduce is timed by itself, after the steps: its share of a
+step is what communication costs where nothing of it is hidden. The simulation is arithmetic on a measured
+step: a ring within each node, then one between nodes, nothing hidden behind the backward pass.
 """
 
 from __future__ import annotations
@@ -87,14 +88,20 @@ def run(options: Options) -> None:
     baseline = next(iter(turns))
     seconds = {name: [timed.step for timed in timings] for name, timings in found.items()}
     rows = report.rows(seconds, baseline, images=options.batch)
-    more = {name: _communication(timings) for name, timings in found.items()}
+    figures = {
+        name: {**row, **_figures(turns[name][0], found[name])} for name, row in report.as_json(rows).items()
+    }
+    for count in options.processes:
+        if count > 1:
+            threads, processes = (found[name] for name in _turns(options, count))
+            figures[_name(count)]["over_threads"] = _over(threads, processes)
+    more = {name: _communication(figures[name]) for name in found}
     bytes_sent = max(timed.bytes for timings in found.values() for timed in timings)
     step = options.step_seconds or float(np.median(seconds[baseline]))
     simulated = [simulate(options, gpus, step, bytes_sent) for gpus in options.gpus]
     title = f"{options.model}, training step, batch {options.batch}, {options.size} px{options.toy_note}"
     heads = next(iter(more.values()))
     columns = {head: {name: texts[head] for name, texts in more.items()} for head in heads}
-    figures = {name: {**row, **_figures(found[name])} for name, row in report.as_json(rows).items()}
     report.publish(
         options,
         where,
@@ -123,8 +130,12 @@ def _turns(options: Options, count: int) -> dict[str, tuple[int, Work]]:
     def work(threads: int) -> Work:
         return Work(options.model, options.batch, options.size, options.device, threads, options.seconds)
 
-    both = {f"1 process, threads {count}": (1, work(count)), f"processes {count}, 1 thread": (count, work(1))}
+    both = {f"1 process, threads {count}": (1, work(count)), _name(count): (count, work(1))}
     return both if count > 1 else dict([next(iter(both.items()))])
+
+
+def _name(count: int) -> str:
+    return f"processes {count}, 1 thread"
 
 
 def start(count: int, work: Work) -> Timed:
@@ -144,8 +155,8 @@ def start(count: int, work: Work) -> Timed:
         )
     except subprocess.SubprocessError as error:
         raise measure.Disagreement(f"{count} processes: {error}") from error
-    told = [json.loads(found) for found in re.findall(r"{.*?}", done.stdout)]  # two may share a line
-    slowest = max(told, key=lambda timed: timed["step"])
+    timings = [json.loads(found) for found in re.findall(r"{.*?}", done.stdout)]  # two may share a line
+    slowest = max(timings, key=lambda timed: timed["step"])
     return Timed(**slowest)
 
 
@@ -185,15 +196,27 @@ def as_table(simulated: list[Simulated], step: float, bytes_sent: int) -> Table:
 # --------------------------------------------------------------------------- results
 
 
-def _figures(timings: list[Timed]) -> dict[str, float]:
+def _figures(count: int, timings: list[Timed]) -> dict[str, float]:
+    """Of so many processes; by a ring, each sends `2 (count - 1) / count` of the bytes that are summed."""
     step, summed = (float(np.median([getattr(t, name) for t in timings])) for name in ("step", "all_reduce"))
-    return {"all_reduce_seconds": summed, "all_reduce_share": summed / step, "bytes": timings[0].bytes}
+    sent = 2 * (count - 1) / count * timings[0].bytes
+    share = {"all_reduce_seconds": summed, "all_reduce_share": summed / step}
+    return {**share, "bytes": timings[0].bytes, "bytes_sent": sent}
 
 
-def _communication(timings: list[Timed]) -> dict[str, str]:
-    of = _figures(timings)
-    summed, share = f"{of['all_reduce_seconds'] * 1e3:.2f}", f"{of['all_reduce_share']:.1%}"
-    return {"MB summed": f"{of['bytes'] / 1e6:,.1f}", "all-reduce ms": summed, "of the step": share}
+def _over(threads: list[Timed], processes: list[Timed]) -> float:
+    """Throughput of processes over that of as many threads of one, the median of the rounds."""
+    pairs = zip(threads, processes, strict=True)
+    return float(np.median([one.step / many.step for one, many in pairs]))
+
+
+def _communication(of: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "over as many threads": f"{of['over_threads']:.3f}" if "over_threads" in of else "",
+        "MB sent": f"{of['bytes_sent'] / 1e6:,.1f}",
+        "all-reduce ms": f"{of['all_reduce_seconds'] * 1e3:.2f}",
+        "of the step": f"{of['all_reduce_share']:.1%}",
+    }
 
 
 def draw(
@@ -232,12 +255,16 @@ def section(contents: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
                 name,
                 report.rate(of["images_per_second"]),
                 f"{of['ratio']['median']:.3f}",
-                f"{of['bytes'] / 1e6:,.1f}",
-                f"{of['all_reduce_seconds'] * 1e3:.2f} ({of['all_reduce_share']:.1%})",
+                *_communication(of).values(),
             ]
             for name, of in content["figures"].items()
         ]
-        heads = [machine, "images/s", "time / the first", "MB summed", "all-reduce ms (of the step)"]
+        heads = [
+            machine,
+            "images/s",
+            "time / the first",
+            *_communication(next(iter(content["figures"].values()))),
+        ]
         lines += markdown.table(heads, rows)
         options = content["options"]
         lines += [

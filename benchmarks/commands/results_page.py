@@ -307,6 +307,7 @@ def accuracy(folder: Path) -> list[str]:
             "",
             *table(["what", "test accuracy", "command"], rows),
             f"![Loss and accuracy by epoch](results/{name}/curves.png)",
+            *[f"![{says}](results/{name}/{picture})" for picture, says in about.get("pictures", {}).items()],
             "",
         ]
     return ["## Accuracy", "", *lines] if lines else []

@@ -126,8 +126,11 @@ def make_module(case: Case) -> nn.Module:
     assert config is not None
 
     def construct() -> nn.Module:
-        if case.name in zoo.CIFAR:
-            return reference.cifar_resnet(case.name, num_classes=config.num_classes)
+        if config.shortcut == "pad" or case.name in zoo.CIFAR:
+            option = "A" if config.shortcut == "pad" else "B"
+            return reference.CifarResNet(
+                config.depths[0], option, num_classes=config.num_classes, widths=config.widths
+            )
         if case.name in zoo.WIDE:
             return reference.module(case.name)
         module = getattr(torchvision.models, case.name)(num_classes=config.num_classes)

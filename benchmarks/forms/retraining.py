@@ -11,7 +11,8 @@ from torch import Tensor
 
 import resnet_func as rf
 from resnet_func import attribution, losses, optim, train
-from resnet_func.app import checkpoint, data, training_set
+from resnet_func.app import data, training_set
+from resnet_func.app.storage import checkpoint
 from resnet_func.attribution.quantities import Checkpoint, log_odds
 from resnet_func.attribution.store import Store
 from resnet_func.types import Model

@@ -23,8 +23,8 @@ EXHIBITS = [
         "first versions of DP-SGD everywhere",
         AUDIT,
         edit(
-            step.make_private_parts,
-            ("else float(noise_multiplier)", "else float(noise_multiplier) / expected_batch_size"),
+            step._PrivateRule.std_of,
+            ("self.ratio * self", "self.ratio / self.expected_batch_size * self"),
         ),
     ),
     Exhibit(
@@ -32,7 +32,7 @@ EXHIBITS = [
         "noise has the multiplier's size, whatever the bound",
         "code in which the bound was 1 until somebody tuned it",
         SCALE,
-        edit(step.make_private_parts, ("ratio * bound_of(train_state)", "ratio * 1.0")),
+        edit(step._PrivateRule.std_of, ("self.ratio * self.bound_of(train_state)", "self.ratio * 1.0")),
     ),
     Exhibit(
         "noise-with-the-batch",
@@ -40,8 +40,11 @@ EXHIBITS = [
         "gradient accumulation around a private step",
         SCALE,
         edit(
-            step.make_private_parts,
-            ("leaves, std_of(train_state))", "leaves, std_of(train_state) * len(clipped.mask) ** 0.5)"),
+            step._PrivateRule.finish,
+            (
+                "leaves, self.std_of(train_state))",
+                "leaves, self.std_of(train_state) * len(clipped.mask) ** 0.5)",
+            ),
         ),
     ),
     Exhibit(
@@ -80,8 +83,8 @@ EXHIBITS = [
         "jax_privacy lists it first among its sharp edges",
         "privacy/a-batch-of-any-size-is-divided-by-the-expected",
         edit(
-            step.make_private_parts,
-            ("(leaf / expected_batch_size).to", "(leaf / clipped.mask.sum().clamp(min=1)).to"),
+            step._PrivateRule.finish,
+            ("(leaf / self.expected_batch_size).to", "(leaf / clipped.mask.sum().clamp(min=1)).to"),
         ),
     ),
     Exhibit(
@@ -90,10 +93,10 @@ EXHIBITS = [
         "data loaders that draw again, or skip",
         "privacy/an-empty-batch-is-a-step-of-noise-over-the-expected-size",
         edit(
-            step.make_private_parts,
+            step._PrivateRule.finish,
             (
                 "    noisy = add_noise(",
-                "    if not clipped.mask.any():\n            return train_state\n        noisy = add_noise(",
+                "    if not clipped.mask.any():\n        return train_state\n    noisy = add_noise(",
             ),
         ),
     ),
@@ -103,11 +106,11 @@ EXHIBITS = [
         "an average put around the wrong step",
         RELEASED,
         edit(
-            step.make_private_parts,
+            step._PrivateRule.finish,
             (
                 "ema_params = ema(ema_params, params,",
                 "clean = tree.map(lambda p, g: p - g.to(p.dtype), train_state.params, clipped.total)\n"
-                "            ema_params = ema(ema_params, clean,",
+                "        ema_params = ema(ema_params, clean,",
             ),
         ),
     ),

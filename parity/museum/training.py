@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, edit
-from resnet_func import losses, optim, train
+from resnet_func import losses, optim
 from resnet_func.optim import first_order
+from resnet_func.train import step
 
 OPTIMIZERS = "properties/optimizers-are-torchs"
 
@@ -120,7 +121,7 @@ EXHIBITS = [
         "the first micro-batch's gradient is in the second's too, and counts twice",
         "loops that keep p.grad, into which the next backward pass adds",
         "properties/microbatches-change-no-training-step",
-        edit(train.make_train_step, ("_add_wide, total, part", "lambda t, p: t + (t + p), total, part")),
+        edit(step._TrainStep.__call__, ("_add_wide, total, part", "lambda t, p: t + (t + p), total, part")),
     ),
     Exhibit(
         "mean-of-unequal-means",
@@ -128,8 +129,8 @@ EXHIBITS = [
         "transformers' Trainer until its pull request 34191",
         "properties/uneven-pieces-change-no-training-step",
         edit(
-            train.make_train_step,
-            ("widen(losses).sum() / batch_size", "losses.mean() / microbatches"),
+            step._TrainStep.objective,
+            ("widen(losses).sum() / batch_size", "losses.mean() / self.microbatches"),
         ),
     ),
     Exhibit(
@@ -138,7 +139,7 @@ EXHIBITS = [
         "functional training loops that thread parameters and forget the state",
         "properties/every-piece-moves-the-running-statistics",
         edit(
-            train.make_train_step,
+            step._TrainStep.__call__,
             (" state=state, x=x_part", " state=train_state.state, x=x_part"),
         ),
     ),
@@ -147,7 +148,7 @@ EXHIBITS = [
         "the moving average keeps the running statistics it started with",
         "torch's AveragedModel, unless asked with use_buffers=True, averages parameters alone",
         "properties/averages-follow-parameters-and-statistics",
-        edit(train.make_train_step, ("ema_state = ema(ema_state, state, decay)", "pass")),
+        edit(step._TrainStep.__call__, ("ema_state = ema(ema_state, state, decay)", "pass")),
     ),
     Exhibit(
         "average-without-warm-up",
@@ -155,8 +156,11 @@ EXHIBITS = [
         "reimplementations of moving averages",
         "properties/averages-follow-parameters-and-statistics",
         edit(
-            train.make_train_step,
-            ("torch.clamp((1 + steps) / (10 + steps), max=ema_decay)", "torch.full_like(steps, ema_decay)"),
+            step._TrainStep.__call__,
+            (
+                "torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay)",
+                "torch.full_like(steps, self.ema_decay)",
+            ),
         ),
     ),
 ]

@@ -20,6 +20,12 @@ from resnet_func.types import Model, Params, State
 
 SEEDS = st.integers(0, 2**32 - 1)
 EXACT_BITS = 53  # of a float64
+# As He et al., Zagoruyko and Komodakis and torchvision have them
+AS_PUBLISHED: dict[str, Any] = {
+    "activation_order": None,
+    "standardization_affine": False,
+    "scale_norm": False,
+}
 
 # --------------------------------------------------------------------------- exact data
 
@@ -136,7 +142,7 @@ def exact_cases(
 ) -> Exact:
     """Exact cases; one block in each stage, since every further one needs ten more bits."""
     config = draw(testing.configs(**{"norms": ("none", "batch"), **configs}))
-    config = replace(config, depths=(1,) * len(config.widths), weight_standardization=False)
+    config = replace(config, depths=(1,) * len(config.widths), weight_standardization=False, **AS_PUBLISHED)
     height = draw(st.sampled_from([8, 16]))  # powers of two, so that the mean over pixels is exact
     return exact(config, (draw(samples), config.in_channels, height, draw(width)), draw(SEEDS))
 
@@ -147,6 +153,8 @@ def exact_cases(
 def networks(dtype: torch.dtype = torch.float64, /, **fields: Any) -> st.SearchStrategy[testing.Network]:
     """Random networks; `blocks` and `norms` restrict the configs, other fields are set in each."""
     choice = {name: fields.pop(name) for name in ("blocks", "norms") if name in fields}
+    if fields.get("weight_standardization") is False:
+        fields = {"standardization_affine": False, **fields}
     return testing.models(
         testing.configs(**choice).map(lambda config: replace(config, **fields)), dtype=dtype
     )

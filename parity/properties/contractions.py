@@ -135,5 +135,5 @@ def batch_statistics_have_no_per_sample_gradient(
     transform = TRANSFORMS[name]
     options: Any = {"method": method, "train": train, "check": False}
     said = refusal(lambda: transform(model, cross_entropy, **options)(params, state, *batch))
-    told = f"{name} by {method} with train={train}"
-    assert "BatchNorm in training mode couples the samples" in said, f"{told}: {said or 'no error'}"
+    case = f"{name} by {method} with train={train}"
+    assert "BatchNorm in training mode couples the samples" in said, f"{case}: {said or 'no error'}"

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parity.properties.cases import SEEDS, batches, networks, normal
+from parity.properties.cases import AS_PUBLISHED, SEEDS, batches, networks, normal
 from parity.properties.table import prop
 from resnet_func import tree
 from resnet_func.models import layers
@@ -109,7 +109,9 @@ def only_training_counts_batches(network: Network, batch: Batch) -> None:
 @prop(
     tolerance="fp64 1e-10",
     why=ROUNDING + ", through a whole network",
-    network=networks(norms=["batch"], blocks=["basic", "bottleneck"], weight_standardization=False),
+    network=networks(
+        norms=["batch"], blocks=["basic", "bottleneck"], weight_standardization=False, **AS_PUBLISHED
+    ),
     batch=batches(),
 )
 def statistics_fold_into_convolutions(network: Network, batch: Batch) -> None:

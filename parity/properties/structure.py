@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import resnet_func as rf
-from parity.properties.cases import SEEDS, batches, networks, normal
+from parity.properties.cases import AS_PUBLISHED, SEEDS, batches, networks, normal
 from parity.properties.table import needs, prop
 from parity.rounding import assert_rounded, rounding_noise
 from parity.steps import function_step, module_step
@@ -196,6 +196,7 @@ TORCHVISION = {
     "stem": "imagenet",
     "shortcut": "projection",
     "weight_standardization": False,
+    **AS_PUBLISHED,
 }
 
 

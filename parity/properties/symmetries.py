@@ -195,7 +195,9 @@ def padding_is_a_projection_of_zeros_and_ones(network: Network, batch: Batch) ->
 @prop(
     tolerance="bitwise",
     why="a sum with 0 rounds nothing",
-    config=testing.configs().map(lambda c: replace(c, zero_init_residual=True, **TWO_STAGES)),
+    config=testing.configs().map(
+        lambda c: replace(c, zero_init_residual=True, scale_norm=False, **TWO_STAGES)
+    ),
     batch=batches(torch.float32),
     seed=SEEDS,
 )

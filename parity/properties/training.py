@@ -69,15 +69,15 @@ def our_run(optimizer: rf.optim.Optimizer, params: Params, steps: list[Params]) 
 
 
 def torchs_run(torchs: Callable[..., Any], params: Params, steps: list[Params]) -> Params:
-    moving = {key: leaf.clone().requires_grad_() for key, leaf in params.items()}
-    optimizer = torchs(list(moving.values()), foreach=False)
+    leaves = {key: leaf.clone().requires_grad_() for key, leaf in params.items()}
+    optimizer = torchs(list(leaves.values()), foreach=False)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3], gamma=0.3)
     for grads in steps:
-        for key, leaf in moving.items():
+        for key, leaf in leaves.items():
             leaf.grad = grads[key].clone()
         optimizer.step()
         scheduler.step()
-    return {key: leaf.detach() for key, leaf in moving.items()}
+    return {key: leaf.detach() for key, leaf in leaves.items()}
 
 
 @prop(
@@ -92,11 +92,11 @@ def uneven_pieces_change_no_training_step(network: Network, batch: Batch, pieces
     model, params, state = network
     optimizer = rf.optim.sgd(0.1)
     begin = rf.train.init_train_state(params, state, optimizer)
-    whole, told = rf.train.make_train_step(model, cross_entropy, optimizer)(begin, *batch)
+    whole, expected_metrics = rf.train.make_train_step(model, cross_entropy, optimizer)(begin, *batch)
     step = rf.train.make_train_step(model, cross_entropy, optimizer, microbatches=pieces)
     after, metrics = step(begin, *batch)
     assert_trees_near(after.params, whole.params, 1e-10)
-    assert_trees_near(metrics, told, 1e-6)  # the accuracy is a share in float32
+    assert_trees_near(metrics, expected_metrics, 1e-6)  # the accuracy is a share in float32
 
 
 @prop(

@@ -17,9 +17,6 @@ from parity.steps import function_step, module_step
 from resnet_func import testing, tree
 from resnet_func.testing import Batch, Network, assert_trees_equal, assert_trees_near, generator
 
-# What a block ends with: its norm, or its convolution where no norm follows.
-ENDS = {"basic": ("bn2", "conv2"), "bottleneck": ("bn3", "conv3"), "preact": ("conv2", "conv2")}
-
 
 @prop(
     tolerance="fp32 3 eps",
@@ -39,18 +36,21 @@ def networks_start_as_torchs_do(config: rf.ResNetConfig, seed: int) -> None:
         elif path.startswith("fc."):
             nn.init.uniform_(fresh, -bound, bound, generator=source)
         else:
-            nn.init.constant_(fresh, float(path.endswith("weight")))
+            nn.init.constant_(fresh, float(path.endswith(("weight", "gain"))))
         want[path] = fresh
     assert_trees_near(params, tree.unflatten(want), 3 * torch.finfo(torch.float32).eps)
 
 
 @prop(tolerance="bitwise", why="zeros and copies", config=testing.configs(), seed=SEEDS)
 def zero_initialisation_empties_the_end_of_each_block(config: rf.ResNetConfig, seed: int) -> None:
-    """`zero_init_residual` starts the last norm's weight of each block at zero, and changes no other leaf."""
+    """`zero_init_residual` starts what scales the end of each block at zero, and changes no other leaf."""
     flags = [replace(config, zero_init_residual=flag) for flag in (False, True)]
     plain, zeroed = (tree.flatten(rf.build(c).init(generator(seed))[0]) for c in flags)
-    end = ENDS[config.block][config.norm == "none"]
-    empty = [path for path in plain if path.startswith("layer") and path.endswith(f"{end}.weight")]
+    last = 3 if config.block == "bottleneck" else 2
+    end = f"bn{last}.weight"
+    if config.norm == "none" or config.order.endswith("conv"):  # no norm follows the convolution
+        end = f"conv{last}.gain" if config.standardization_affine else f"conv{last}.weight"
+    empty = [path for path in plain if path.startswith("layer") and path.endswith(f".{end}")]
     assert len(empty) == sum(config.depths)
     assert_trees_equal(zeroed, plain | {path: torch.zeros_like(plain[path]) for path in empty})
 

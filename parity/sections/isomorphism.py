@@ -89,14 +89,14 @@ class Side:
         for node in next(iter(trace.inputs)).graph.nodes:
             if trace.inputs.get(node) == "cotangent" or not self.backward.isdisjoint(node.all_input_nodes):
                 self.backward.add(node)
-            terms = {path: self.told(value) for path, value in self.arguments(node).items()}
+            terms = {path: self.describe_argument(value) for path, value in self.arguments(node).items()}
             order = sorted(terms.values()) if self.commutes(node) else terms.items()
             self.digests[node] = hash((self.operation(node), *order))
 
     def operation(self, node: Node) -> str:
         return self.trace.inputs.get(node, str(node.target))
 
-    def told(self, argument: Any) -> str:
+    def describe_argument(self, argument: Any) -> str:
         return f"#{self.digests[argument]}" if isinstance(argument, Node) else repr(argument)
 
     def commutes(self, node: Node) -> bool:
@@ -213,8 +213,8 @@ class Walk:
         return pairs
 
     def _crossed(self, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-        a, b = (self.got.told(ours[path]) for path in "01")
-        c, d = (self.want.told(theirs[path]) for path in "01")
+        a, b = (self.got.describe_argument(ours[path]) for path in "01")
+        c, d = (self.want.describe_argument(theirs[path]) for path in "01")
         return (a, b) != (c, d) and (a, b) == (d, c)
 
     def fail(self, output: str, a: Node, b: Node, why: str) -> NoReturn:

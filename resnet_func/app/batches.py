@@ -19,7 +19,7 @@ from resnet_func.distributed import Ranks
 from resnet_func.train import Batches
 from resnet_func.types import Images
 
-ALONE = Ranks(0, 1)
+ONE_RANK = Ranks(0, 1)
 
 
 def load_data(experiment: Experiment, *, download: bool = True) -> data.Splits:
@@ -185,7 +185,7 @@ def train_batches(
     prepare: Preparer,
     epoch: int,
     first: int,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_RANK,
 ) -> Batches:
     """The augmented batches of an epoch from batch `first` on, or a rank's part of each.
 
@@ -205,7 +205,7 @@ def train_batches(
 
 
 def evaluation_batches(
-    recipe: Recipe, source: data.Source, prepare: Preparer, epoch: int, ranks: Ranks = ALONE
+    recipe: Recipe, source: data.Source, prepare: Preparer, epoch: int, ranks: Ranks = ONE_RANK
 ) -> Batches:
     """The batches of a source in its own order, not augmented, at the size that the epoch trains at.
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, get_args
 
 import tyro
 
-from resnet_func.app import launch, recipes, run_folder
+from resnet_func.app import recipes
 from resnet_func.app.errors import AppError, Interrupted, Unspoken, UsageError, warn
 from resnet_func.app.experiment import Privacy
 from resnet_func.app.options import (
@@ -33,6 +33,8 @@ from resnet_func.app.options import (
     Summary,
     Train,
 )
+from resnet_func.app.ranks import launch
+from resnet_func.app.storage import run_folder
 
 INTERRUPTED = 130
 SUMMARY = "Train ResNets and other networks on images, test them, and ask them."

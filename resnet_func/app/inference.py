@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_func.app import checkpoint, data, run_folder
-from resnet_func.app.batches import ALONE, Preparer, evaluation_batches
+from resnet_func.app import data
+from resnet_func.app.batches import ONE_RANK, Preparer, evaluation_batches
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.parts import make_network, make_optimizer
 from resnet_func.app.private.trainer import begin
 from resnet_func.app.runtime import Runtime
+from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.distributed import Ranks, gather_rows
 from resnet_func.losses import cross_entropy
 from resnet_func.train import (
@@ -91,7 +92,7 @@ def evaluate_trained(
     runtime: Runtime,
     *,
     epoch: int | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_RANK,
 ) -> Evaluation:
     """Losses and logits of a network on a source; for the same options the same to the bit as in the run.
 

@@ -236,10 +236,10 @@ def convolution(
 def _product(x: Tensor, weight: Tensor, stride: tuple[int, ...], speeds: Speeds) -> Tensor | None:
     """A 1x1 convolution with these strides, where that pays as a matrix product."""
     rows, columns = stride
-    seen = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
-    if not product_pays(x.shape[1], len(weight), seen.shape[1], seen.shape[2], speeds):
+    strided = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
+    if not product_pays(x.shape[1], len(weight), strided.shape[1], strided.shape[2], speeds):
         return None
-    return (seen @ weight.flatten(1).T).permute(0, 3, 1, 2)
+    return (strided @ weight.flatten(1).T).permute(0, 3, 1, 2)
 
 
 def _pair(value: Any) -> tuple[Any, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import reduce
+from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -177,13 +178,14 @@ def make_private_step(
         ema_decay=ema_decay,
     )
 
-    def step(
-        train_state: TrainState, x: Any, y: Any, mask: Tensor, noise: Params
-    ) -> tuple[TrainState, Metrics]:
-        clipped = parts.clip(train_state, x, y, mask)
-        return parts.finish(train_state, clipped, noise), parts.measure(train_state, clipped)
+    return partial(_private_step, parts)
 
-    return step
+
+def _private_step(
+    parts: PrivateParts, train_state: TrainState, x: Any, y: Any, mask: Tensor, noise: Params
+) -> tuple[TrainState, Metrics]:
+    clipped = parts.clip(train_state, x, y, mask)
+    return parts.finish(train_state, clipped, noise), parts.measure(train_state, clipped)
 
 
 def _clipped_sum(
@@ -228,11 +230,32 @@ def make_private_parts(
     adaptive = max_norm if isinstance(max_norm, AdaptiveNorm) else None
     _check_bound(summed, max_norm)
     _check(noise_multiplier, expected_batch_size, summed.bound, neighbours, ema_decay)
-    ratio = adaptive.sum_multiplier(noise_multiplier) if adaptive else float(noise_multiplier)
+    rule = _PrivateRule(
+        summed, optimizer, adaptive, float(noise_multiplier), float(expected_batch_size), ema_decay
+    )
+    return PrivateParts(rule.clip, rule.finish, rule.measure)
 
-    def bound_of(train_state: TrainState) -> float | Tensor:
-        if adaptive is None:
-            return summed.bound
+
+@dataclass(frozen=True)
+class _PrivateRule:
+    """The arguments of `make_private_parts`, whose methods other processes can be sent."""
+
+    summed: ClippedSum
+    optimizer: Optimizer
+    adaptive: AdaptiveNorm | None
+    noise_multiplier: float
+    expected_batch_size: float
+    ema_decay: float | None
+
+    @property
+    def ratio(self) -> float:
+        """The noise of the sum, over the bound."""
+        adaptive = self.adaptive
+        return adaptive.sum_multiplier(self.noise_multiplier) if adaptive else self.noise_multiplier
+
+    def bound_of(self, train_state: TrainState) -> float | Tensor:
+        if self.adaptive is None:
+            return self.summed.bound
         if not isinstance(train_state.opt_state, AdaptiveState):
             raise ValueError(
                 "an adaptive bound has a state of its own; got an optimizer's alone. Begin with "
@@ -240,43 +263,41 @@ def make_private_parts(
             )
         return train_state.opt_state.max_norm
 
-    def std_of(train_state: TrainState) -> float | Tensor:
-        return ratio * bound_of(train_state) if noise_multiplier else 0.0  # not 0 * inf
+    def std_of(self, train_state: TrainState) -> float | Tensor:
+        return self.ratio * self.bound_of(train_state) if self.noise_multiplier else 0.0  # not 0 * inf
 
-    def clip(train_state: TrainState, x: Any, y: Any, mask: Tensor) -> Clipped:
-        bound = bound_of(train_state)
+    def clip(self, train_state: TrainState, x: Any, y: Any, mask: Tensor) -> Clipped:
+        bound = self.bound_of(train_state)
         chosen = bound if isinstance(bound, Tensor) else None
-        total, norms = summed(train_state.params, train_state.state, x, y, mask, max_norm=chosen)
+        total, norms = self.summed(train_state.params, train_state.state, x, y, mask, max_norm=chosen)
         counted = mask & norms.isfinite()
         half = torch.where(norms <= bound, 0.5, -0.5)
         return Clipped(total, norms, mask, torch.where(counted, half, 0.0).sum())
 
-    def finish(train_state: TrainState, clipped: Clipped, noise: Params) -> TrainState:
+    def finish(self, train_state: TrainState, clipped: Clipped, noise: Params) -> TrainState:
         params, state, opt_state, ema_params, ema_state = train_state
-        check_noise(noise, params, adaptive=adaptive is not None)
+        check_noise(noise, params, adaptive=self.adaptive is not None)
         leaves = {name: leaf for name, leaf in noise.items() if name != COUNT}
-        noisy = add_noise(clipped.total, leaves, std_of(train_state))
-        mean = tree.map(lambda leaf, like: (leaf / expected_batch_size).to(like.dtype), noisy, params)
-        inner = opt_state.optimizer if adaptive else opt_state
-        params, inner = optimizer.step(mean, inner, params)
-        if adaptive:
-            count = clipped.unclipped + adaptive.count_std(noise_multiplier) * noise[COUNT]
-            bound = adaptive.move(opt_state.max_norm, count, expected_batch_size)
+        noisy = add_noise(clipped.total, leaves, self.std_of(train_state))
+        mean = tree.map(lambda leaf, like: (leaf / self.expected_batch_size).to(like.dtype), noisy, params)
+        inner = opt_state.optimizer if self.adaptive else opt_state
+        params, inner = self.optimizer.step(mean, inner, params)
+        if self.adaptive:
+            count = clipped.unclipped + self.adaptive.count_std(self.noise_multiplier) * noise[COUNT]
+            bound = self.adaptive.move(opt_state.max_norm, count, self.expected_batch_size)
             opt_state = AdaptiveState(inner.step, bound, inner)
         else:
             opt_state = inner
-        if ema_decay is not None and ema_params:
+        if self.ema_decay is not None and ema_params:
             steps = to_float64(opt_state.step)
-            ema_params = ema(ema_params, params, torch.clamp((1 + steps) / (10 + steps), max=ema_decay))
+            ema_params = ema(ema_params, params, torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay))
         return TrainState(params, state, opt_state, ema_params, ema_state)
 
-    def measure(train_state: TrainState, clipped: Clipped) -> Metrics:
-        bound = bound_of(train_state)
-        found = _metrics(clipped, bound, std_of(train_state))
+    def measure(self, train_state: TrainState, clipped: Clipped) -> Metrics:
+        bound = self.bound_of(train_state)
+        found = _metrics(clipped, bound, self.std_of(train_state))
         marked = {f"{NOT_PRIVATE}{name}": value for name, value in found.items()}
         return {**marked, **({"max_norm": bound} if isinstance(bound, Tensor) else {})}
-
-    return PrivateParts(clip, finish, measure)
 
 
 def _metrics(clipped: Clipped, bound: float | Tensor, std: float | Tensor) -> Metrics:

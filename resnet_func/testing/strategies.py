@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.models.config import ResNetConfig
+from resnet_func.models.config import ActivationOrder, ResNetConfig
 from resnet_func.models.resnet import build
 from resnet_func.types import Model, Params, State
 
@@ -135,7 +135,10 @@ def configs(
         "shortcut": draw(st.sampled_from(["projection", "pad"])),
         "zero_init_residual": draw(st.booleans()),
         "weight_standardization": draw(st.booleans()),
+        "activation_order": draw(st.sampled_from([None, *get_args(ActivationOrder)])),
     }
+    fields["standardization_affine"] = fields["weight_standardization"] and draw(st.booleans())
+    fields["scale_norm"] = fields["norm"] != "none" and draw(st.booleans())
     if block == "bottleneck":
         fields["groups"] = draw(st.sampled_from([1, 2]))
         fields["width_per_group"] = draw(st.sampled_from([64, 96]))
@@ -158,8 +161,8 @@ def models(
         dtype: Of parameters and statistics.
 
     >>> from hypothesis import find
-    >>> find(models(), lambda network: True).model.config.widths
-    (4,)
+    >>> find(models(), lambda network: network.model.config.norm == "group").model.config.norm
+    'group'
     """
     return random_network(draw(configs() if config is None else config), draw(SEEDS), dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -131,46 +132,66 @@ def make_train_step(
             raise ValueError("sync_batch_norm needs ranks=, of distributed.join()")
         model = over_ranks(model, ranks)
 
+    options = (microbatches, ema_decay, metrics, trainable, ranks, sync_batch_norm)
+    return _TrainStep(model, loss_fn, optimizer, *options)
+
+
+@dataclass(frozen=True)
+class _TrainStep:
+    """What `make_train_step` returns: its arguments, as a function that other processes can be sent."""
+
+    model: Model
+    loss_fn: LossFn
+    optimizer: Optimizer
+    microbatches: int
+    ema_decay: float | None
+    metrics: Mapping[str, MetricFn] | None
+    trainable: Trainable | None
+    ranks: Ranks | None
+    sync_batch_norm: bool
+
     def objective(
-        trained: Params, params: Params, state: State, x: Images, y: Targets, batch_size: int
+        self, trained: Params, params: Params, state: State, x: Images, y: Targets, batch_size: int
     ) -> tuple[Tensor, tuple[State, Metrics]]:
-        params = trained if trainable is None else _replace(params, trained)
-        logits, state = model.apply(params, state, x, train=True)
-        losses = loss_fn(logits, y)
+        """The loss of a piece, over the size of the batch."""
+        params = trained if self.trainable is None else _replace(params, trained)
+        logits, state = self.model.apply(params, state, x, train=True)
+        losses = self.loss_fn(logits, y)
         check_per_sample(losses, len(x))
         loss = widen(losses).sum() / batch_size
-        return loss, (state, {"loss": loss.detach(), **_measure(metrics, logits, y, batch_size)})
+        return loss, (state, {"loss": loss.detach(), **_measure(self.metrics, logits, y, batch_size)})
 
-    def step(train_state: TrainState, x: Images, y: Targets) -> tuple[TrainState, Metrics]:
+    def __call__(self, train_state: TrainState, x: Images, y: Targets) -> tuple[TrainState, Metrics]:
         _check_batch(x, y)
         params, state, opt_state, ema_params, ema_state = detach_leaves(train_state)
-        trained, total = _select(params, trainable), None
-        if trainable is not None:
+        trained, total = _select(params, self.trainable), None
+        if self.trainable is not None:
             _check_opt_state(opt_state, params, trained)
-        divisor = len(x) if ranks is None else 1  # over ranks sums are divided last: exact where sums are
-        for x_part, y_part in _pieces(x, y, microbatches):
-            part_of = partial(objective, params=params, state=state, x=x_part, y=y_part, batch_size=divisor)
+        # over ranks sums are divided last: exact where sums are
+        divisor = len(x) if self.ranks is None else 1
+        for x_part, y_part in _pieces(x, y, self.microbatches):
+            part_of = partial(
+                self.objective, params=params, state=state, x=x_part, y=y_part, batch_size=divisor
+            )
             others = (params, state, x_part, y_part)
             _, grads, (state, measured) = value_and_grad(part_of, trained, others)
             part = (grads, measured)
             total = part if total is None else tree.map(_add_wide, total, part)
         assert total is not None  # _check_batch refuses an empty batch
-        if ranks is not None:
+        if self.ranks is not None:
             *total, state = _mean_over_ranks(
-                total[0], total[1], state, len(x), ranks, average_state=not sync_batch_norm
+                total[0], total[1], state, len(x), self.ranks, average_state=not self.sync_batch_norm
             )
         grads, measured = tree.map(lambda g, p: g.to(p.dtype), total[0], trained), total[1]
-        moved, opt_state = optimizer.step(grads, opt_state, trained)
-        if ema_decay is not None and ema_params:
+        moved, opt_state = self.optimizer.step(grads, opt_state, trained)
+        if self.ema_decay is not None and ema_params:
             steps = to_float64(opt_state.step)
-            decay = torch.clamp((1 + steps) / (10 + steps), max=ema_decay)
-            averages = ema(_select(ema_params, trainable), moved, decay)
-            ema_params = averages if trainable is None else _replace(ema_params, averages)
+            decay = torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay)
+            averages = ema(_select(ema_params, self.trainable), moved, decay)
+            ema_params = averages if self.trainable is None else _replace(ema_params, averages)
             ema_state = ema(ema_state, state, decay)
-        params = moved if trainable is None else _replace(params, moved)
+        params = moved if self.trainable is None else _replace(params, moved)
         return TrainState(params, state, opt_state, ema_params, ema_state), measured
-
-    return step
 
 
 def _mean_over_ranks(

@@ -1,10 +1,13 @@
-"""An experiment on a small folder of images, with its data, for the tests of batches and parts."""
+"""A small folder of images, and an experiment on another with its data; a working folder of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from resnet_func.app import data, runtime
 from resnet_func.app.batches import Preparer, load_data, make_task
@@ -13,6 +16,20 @@ from resnet_func.app.recipes import FAST
 from tests.app.image_folder import make_image_folder
 
 RECIPE = replace(FAST, epochs=4, batch_size=5, early_scales=((0.5, 0.5),))
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The working folder is empty, and torch has its number of threads again after the test."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

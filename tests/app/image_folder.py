@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from resnet_func.app.cli import main
+
 CLASSES = ("blue", "green", "red")
 
 
@@ -36,6 +38,18 @@ def make_image_folder(
                 pixels[..., channel] += 120
                 Image.fromarray(pixels).save(folder / f"{i:03d}.png")
     return root
+
+
+TINY = ("--model", "resnet20", "--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1")
+
+
+def train_run(images: Path, run: Path, *options: str) -> Path:
+    """A run of `resnet-func train` on an image folder, of a second or two."""
+    threads = torch.get_num_threads()
+    command = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", str(run)]
+    assert main([*command, *TINY, *options]) == 0
+    torch.set_num_threads(threads)
+    return run
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -15,36 +15,22 @@ import pytest
 import torch
 
 from resnet_func import calibration
-from resnet_func.app import checkpoint, recipes, run_folder, runtime
+from resnet_func.app import inference, recipes, runtime
+from resnet_func.app.answers import scoring
+from resnet_func.app.batches import load_data
 from resnet_func.app.cli import main
 from resnet_func.app.data import write_shards
+from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.app.training import budget
 from resnet_func.models import zoo
-from tests.app.image_folder import make_image_folder, read_metrics
+from tests.app.image_folder import TINY, make_image_folder, read_metrics, train_run
 
-TINY = ("--model", "resnet20", "--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_image_folder(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "run"
-    assert (
-        main(["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", str(run), *TINY]) == 0
-    )
-    return run
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    return train_run(images, tmp_path_factory.mktemp("runs") / "run")
 
 
 def test_train_fills_the_run_folder(trained):
@@ -86,7 +72,11 @@ def test_evaluate_with_flips_and_the_best_checkpoint(trained, capsys):
 def test_evaluate_with_the_last_layers_posterior(trained, capsys):
     assert main(["evaluate", "--run-dir", str(trained), "--laplace", "--threads", "1"]) == 0
     printed = capsys.readouterr().out
-    accuracy = f"accuracy {read_metrics(trained)[-1]['test_accuracy']:.2%}"
+    # of the images alone, where the recipe tests on mirror images, too
+    machine = scoring.exact(runtime.configure(device="cpu", threads=1, precision="fp32"))
+    network, _ = inference.load_trained(trained, "last", machine)
+    test = load_data(network.experiment).test
+    accuracy = f"accuracy {inference.evaluate_trained(network, test, machine).accuracy:.2%}"
     assert f"plain:   {accuracy}, negative log likelihood" in printed
     assert "Laplace: accuracy" in printed
     assert printed.count("calibration error") == 2

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_func.app import data, inference, run_folder, runtime
+from resnet_func.app import data, inference, runtime
 from resnet_func.app.batches import load_data
 from resnet_func.app.experiment import Experiment
 from resnet_func.app.recipes import FAST
 from resnet_func.app.runtime import Runtime
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training import run
 from resnet_func.models import winograd
 from resnet_func.train import Progress

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_func.app import recipes
-from resnet_func.app.recipes import ARTICLE, DIGITS, FAST, Recipe
+from resnet_func.app.recipes import ARTICLE, DIGITS, FAST, PRIVATE, PRIVATE_DIGITS, Recipe
 from resnet_func.models import zoo
 
 
@@ -95,7 +95,7 @@ def test_the_article_is_as_described() -> None:
 
 
 def test_every_recipe_names_a_network() -> None:
-    assert {recipe.model for recipe in (FAST, DIGITS, ARTICLE)} <= set(zoo.ZOO)
+    assert {recipe.model for recipe in (FAST, DIGITS, ARTICLE, PRIVATE, PRIVATE_DIGITS)} <= set(zoo.ZOO)
 
 
 @given(batch_size=st.integers(1, 2000), microbatches=st.integers(1, 50))

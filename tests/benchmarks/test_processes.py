@@ -11,6 +11,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.commands import processes
 from benchmarks.commands.processes import Options, simulate
+from benchmarks.forms.rank_step import Timed
 
 
 @pytest.mark.nightly
@@ -19,10 +20,23 @@ def test_a_toy_run_measures_processes_and_threads(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("processes-*.json")
     result = json.loads(path.read_text())
     assert set(result["figures"]) == {"1 process, threads 2", "processes 2, 1 thread"}
-    assert result["figures"]["processes 2, 1 thread"]["bytes"] > 0
+    two = result["figures"]["processes 2, 1 thread"]
+    assert two["bytes_sent"] == two["bytes"] > 0  # by a ring: 2 (2 - 1) / 2 of them
+    assert two["all_reduce_share"] > 0
+    assert two["over_threads"] > 0
+    assert "over_threads" not in result["figures"]["1 process, threads 2"]
     assert [row["gpus"] for row in result["simulated"]] == [8, 64, 512]
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert any("Simulated" in line for line in processes.section([("here", result)]))
+
+
+def test_processes_are_compared_with_threads_round_by_round() -> None:
+    threads, halves = (
+        [Timed(step, 0.0, 0) for step in steps] for steps in ((1.0, 2.0, 9.0), (2.0, 4.0, 3.0))
+    )
+    assert processes._over(threads, halves) == 0.5
+    figures = processes._figures(4, [Timed(2.0, 0.5, 1000)])
+    assert figures == {"all_reduce_seconds": 0.5, "all_reduce_share": 0.25, "bytes": 1000, "bytes_sent": 1500}
 
 
 def test_one_gpu_says_nothing_and_a_node_alone_is_one_ring() -> None:

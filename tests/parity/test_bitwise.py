@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parity.cell import Cell, run
 from parity.sections import bitwise, trajectory
-from resnet_func.models import layers
+from resnet_func.models import layers, zoo
 from resnet_func.types import Params, State
 
 CELLS = [*bitwise.cells(quick=True), *trajectory.cells(quick=True)]
@@ -28,7 +28,7 @@ def test_cell(cell: Cell) -> None:
 
 def test_the_full_matrix_has_every_variant() -> None:
     variants = len(bitwise.DTYPES) * 2 * len(bitwise.FORMATS) * 2
-    assert len(bitwise.cells(quick=False)) == 18 * variants
+    assert len(bitwise.cells(quick=False)) == len(zoo.ZOO) * variants
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

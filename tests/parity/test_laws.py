@@ -9,7 +9,7 @@ import torch
 
 from parity import laws
 from parity.__main__ import main
-from resnet_func.app import checkpoint
+from resnet_func.app.storage import checkpoint
 from resnet_func.testing import LAWS
 
 NETWORKS = """

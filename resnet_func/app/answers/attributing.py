@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from resnet_func.app import dealing
 from resnet_func.app.answers import scoring
 from resnet_func.app.batches import Preparer
 from resnet_func.app.inference import Trained
-from resnet_func.app.launch import ONE_PROCESS, Group
+from resnet_func.app.ranks import dealing
+from resnet_func.app.ranks.launch import ONE_PROCESS, Group
 from resnet_func.app.runtime import Runtime
 from resnet_func.app.training_set import Training, fingerprint
 from resnet_func.attribution import (
@@ -52,7 +52,7 @@ class Network(NamedTuple):
 
     folder: Path
     trained: Trained
-    checkpoints: list[tuple[Any, Any]]
+    checkpoints: list[scoring.Kept]
     training: Training
     data_key: str
     machine: Runtime
@@ -101,10 +101,9 @@ def scores(
         return None
     for store in stores:
         dealing.wait(store, network.group)
-    extract = make_features(network.trained.model, sketch, train=False)
     pairs = [
-        (Blocks(store), extract(*checkpoint, [(x, y)]))
-        for store, checkpoint in zip(stores, network.checkpoints, strict=True)
+        (Blocks(store), make_features(kept.model, sketch, train=False)(*kept.leaves, [(x, y)]))
+        for store, kept in zip(stores, network.checkpoints, strict=True)
     ]
     if method == "cosine":
         return cosine_scores(*pairs[-1])
@@ -134,8 +133,12 @@ def _rows(network: Network, start: int, stop: int) -> list[tuple[Tensor, Tensor]
     return [(prepare(images), labels.to(network.machine.device)) for images, labels in read]
 
 
-def _key(network: Network, checkpoint: tuple[Any, Any]) -> dict[str, Any]:
-    return {"checkpoint": tree_fingerprint(*checkpoint), "data": network.data_key}
+def _key(network: Network, checkpoint: scoring.Kept) -> dict[str, Any]:
+    return {
+        "checkpoint": tree_fingerprint(*checkpoint.leaves),
+        "scale": checkpoint.scale,
+        "data": network.data_key,
+    }
 
 
 def _path(network: Network, kind: str, key: dict[str, Any]) -> Path:
@@ -144,22 +147,22 @@ def _path(network: Network, kind: str, key: dict[str, Any]) -> Path:
     return network.folder / FOLDER / f"{kind}-{name}"
 
 
-def _features(network: Network, checkpoint: tuple[Any, Any], sketch: Sketch, progress: Progress) -> Store:
+def _features(network: Network, checkpoint: scoring.Kept, sketch: Sketch, progress: Progress) -> Store:
     """The features of the training images at a checkpoint: this rank computes its chunks that are missing."""
     key = {**_key(network, checkpoint), **sketch._asdict()}
     n = network.training.source.num_samples
     path = _path(network, "features", key)
     store = open_store(path, key, rows=n, width=sketch.dim + 1, chunk_rows=CHUNK_ROWS)
-    extract = make_features(network.trained.model, sketch, train=False)
+    extract = make_features(checkpoint.model, sketch, train=False)
 
     def compute(start: int, stop: int) -> Tensor:
-        return extract(*checkpoint, _rows(network, start, stop)).rows()
+        return extract(*checkpoint.leaves, _rows(network, start, stop)).rows()
 
     dealing.fill(store, compute, network.group, partial(progress, "gradients of the training images"))
     return store
 
 
-def _factor(network: Network, checkpoint: tuple[Any, Any], sketch: Sketch, blocks: Blocks) -> Tensor:
+def _factor(network: Network, checkpoint: scoring.Kept, sketch: Sketch, blocks: Blocks) -> Tensor:
     """The Cholesky factor of TRAK, kept beside the features."""
     key = {**_key(network, checkpoint), **sketch._asdict(), "damping": DAMPING}
     path = _path(network, "gram", key)
@@ -178,12 +181,13 @@ def _influence(network: Network, x: Tensor, y: Tensor, progress: Progress) -> Te
     rows = min(CHUNK_ROWS * 8, n)
     store = open_store(_path(network, "influence", key), key, rows=n, width=len(y), chunk_rows=rows)
     if store.missing(network.group.rank, network.group.world):
-        model, done = network.trained.model, progress("curvature of the training loss", 4 * n)
+        model, done = checkpoint.model, progress("curvature of the training loss", 4 * n)
         batches = scoring.TrainingBatches(
             network.training.source, Preparer(network.trained.task, network.machine), network.batch_size
         )
-        estimate = sampled_ekfac(model, cross_entropy, train=False)(*checkpoint, _Counted(batches, done))
-        run = partial(influence(model, cross_entropy, estimate, train=False), checkpoint)
+        counted = _Counted(batches, done)
+        estimate = sampled_ekfac(model, cross_entropy, train=False)(*checkpoint.leaves, counted)
+        run = partial(influence(model, cross_entropy, estimate, train=False), checkpoint.leaves)
 
         def compute(start: int, stop: int) -> Tensor:
             return run(_rows(network, start, stop), [(x, y)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +14,15 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from resnet_func import files
-from resnet_func.app import data, dealing, run_folder
+from resnet_func.app import data
 from resnet_func.app.batches import Preparer
 from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment
 from resnet_func.app.inference import Trained, load_trained
-from resnet_func.app.launch import ONE_PROCESS, Group
+from resnet_func.app.ranks import dealing
+from resnet_func.app.ranks.launch import ONE_PROCESS, Group
 from resnet_func.app.runtime import Runtime
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training import training_record
 from resnet_func.app.training_set import Training, image_name
 from resnet_func.attribution import (
@@ -33,6 +35,7 @@ from resnet_func.attribution import (
     suspicion_order,
 )
 from resnet_func.losses import cross_entropy
+from resnet_func.types import Model, Params, State
 
 
 class TrainingBatches:
@@ -60,16 +63,47 @@ def exact(machine: Runtime) -> Runtime:
     return replace(plain, memory_format=torch.contiguous_format)
 
 
-def load_checkpoints(folder: Path, machine: Runtime) -> tuple[Trained, list[tuple[Any, Any]], list[str]]:
-    """A run's network; parameters and state of each epoch that was kept, or else the last; warnings.
+class Kept(NamedTuple):
+    """A network as an epoch left it; `model` takes images of full size, and looks at them at the epoch's."""
+
+    model: Model
+    params: Params
+    state: State
+    scale: float
+
+    @property
+    def leaves(self) -> tuple[Params, State]:
+        return self.params, self.state
+
+
+def load_checkpoints(folder: Path, machine: Runtime) -> tuple[Trained, list[Kept], list[str]]:
+    """A run's network; what it kept of its epochs, or else the last; warnings.
 
     Raises:
         RunError, CheckpointError: as `inference.load_trained`.
     """
     names = run_folder.snapshots(folder) or ["last"]
     loaded = [load_trained(folder, name, machine) for name in names]
-    checkpoints = [(trained.params, trained.state) for trained, _ in loaded]
-    return loaded[-1][0], checkpoints, [warning for _, warning in loaded if warning]
+    kept = []
+    for name, (trained, _) in zip(names, loaded, strict=True):
+        recipe = trained.experiment.recipe
+        epoch = recipe.epochs if name == "last" else int(name.removeprefix("epoch-"))
+        scale = recipe.scale_at(epoch - 1)
+        model = trained.model
+        if scale != 1.0:
+            model = model._replace(apply=_Scaled(model, Preparer(trained.task, machine), scale))
+        kept.append(Kept(model, trained.params, trained.state, scale))
+    return loaded[-1][0], kept, [warning for _, warning in loaded if warning]
+
+
+class _Scaled:
+    """The `apply` of a network that was trained on smaller images: it makes them smaller first."""
+
+    def __init__(self, model: Model, prepare: Preparer, scale: float) -> None:
+        self.inner, self.prepare, self.size = model.apply, prepare, scale
+
+    def __call__(self, params: Params, state: State, x: Tensor, *, train: bool) -> tuple[Tensor, State]:
+        return self.inner(params, state, self.prepare.scale(x, self.size), train=train)
 
 
 def check_same_data(experiments: Sequence[Experiment]) -> None:
@@ -122,8 +156,7 @@ def score_runs(
         trained, checkpoints, notes = load_checkpoints(folder, machine)
         batches = TrainingBatches(training.source, Preparer(trained.task, machine), batch_size)
         if group.ranks is None:
-            score = score_dataset(trained.model, cross_entropy, own, train=False, **options)
-            scores = score(checkpoints, batches)
+            scores = _mean_scores(checkpoints, batches, own, **options)
         else:
             scores = _dealt_scores(folder, trained, checkpoints, batches, training, own, group)
         if scores is None:
@@ -138,10 +171,22 @@ def score_runs(
     return found[-1]._replace(values=means), warnings
 
 
+def _mean_scores(
+    checkpoints: list[Kept], batches: Iterable[tuple[Tensor, Tensor]], names: list[str], **options: Any
+) -> Scores:
+    """Scores averaged over checkpoints, each at its own image size; predictions are the last one's."""
+    found = [
+        score_dataset(kept.model, cross_entropy, names, train=False, **options)([kept.leaves], batches)
+        for kept in checkpoints
+    ]
+    sums = {name: sum([scores.values[name] for scores in found[1:]], found[0].values[name]) for name in names}
+    return found[-1]._replace(values={name: total / len(found) for name, total in sums.items()})
+
+
 def _dealt_scores(
     folder: Path,
     trained: Trained,
-    checkpoints: list[tuple[Any, Any]],
+    checkpoints: list[Kept],
     batches: TrainingBatches,
     training: Training,
     names: list[str],
@@ -152,7 +197,7 @@ def _dealt_scores(
     key = {
         "scores": names,
         "batch_size": batches.batch_size,
-        "checkpoints": [fingerprint(*checkpoint) for checkpoint in checkpoints],
+        "checkpoints": [(kept.scale, fingerprint(*kept.leaves)) for kept in checkpoints],
         "images": fingerprint({"places": training.places, "labels": source.labels}),
         "experiment": repr(replace(trained.experiment, data_dir=None)),
     }
@@ -162,8 +207,8 @@ def _dealt_scores(
     checks = iter([None])  # one chunk's scores are compared with those of a loop: the transforms are the same
 
     def compute(start: int, stop: int) -> Tensor:
-        score = score_dataset(trained.model, cross_entropy, names, train=False, check=next(checks, False))
-        return dealing.as_rows(score(checkpoints, [batches.rows(start, stop)]))
+        found = _mean_scores(checkpoints, [batches.rows(start, stop)], names, check=next(checks, False))
+        return dealing.as_rows(found)
 
     dealing.fill(store, compute, group)
     dealing.wait(store, group)
@@ -214,12 +259,12 @@ def write_csv(path: Path, scores: Scores, training: Training, rank_by: str) -> N
     labels = source.labels.tolist()
     for place in suspicion_order(scores.values[rank_by], rank_by).tolist():
         index = int(training.places[place])
-        told = (labels[place], int(scores.predictions[place]), int(scores.suggestions[place]))
+        label_indices = (labels[place], int(scores.predictions[place]), int(scores.suggestions[place]))
         row = [
             int(places[place]),
             index,
             image_name(source, place, index),
-            *[classes[label] for label in told],
+            *[classes[label] for label in label_indices],
         ]
         row += [f"{float(values[place]):.7g}" for values in scores.values.values()]
         writer.writerow([*row, int(training.planted[place])] if planted else row)

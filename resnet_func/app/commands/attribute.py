@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from resnet_func.app import batches, data, inference, launch, run_folder
+from resnet_func.app import batches, data, inference
 from resnet_func.app.answers import attributing, scoring
 from resnet_func.app.answers.attributing import Network, Ranked
 from resnet_func.app.commands.common import configure, plain_console, say
@@ -23,6 +23,8 @@ from resnet_func.app.errors import UsageError, warn
 from resnet_func.app.names import printable
 from resnet_func.app.options import Attribute
 from resnet_func.app.output.attributions import Shown, attribution
+from resnet_func.app.ranks import launch
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training_set import image_name
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from resnet_func import calibration
-from resnet_func.app import data, inference, launch, run_folder, runtime
+from resnet_func.app import data, inference, runtime
 from resnet_func.app.errors import warn
 from resnet_func.app.names import printable
 from resnet_func.app.options import Machine
+from resnet_func.app.ranks import launch
+from resnet_func.app.storage import run_folder
 
 
 def configure(

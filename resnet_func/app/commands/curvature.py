@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_func import curvature, files
-from resnet_func.app import batches, run_folder
+from resnet_func.app import batches
 from resnet_func.app.answers import scoring
 from resnet_func.app.batches import Preparer
 from resnet_func.app.commands.common import configure, load, plain_console, say
@@ -17,6 +17,7 @@ from resnet_func.app.errors import UsageError
 from resnet_func.app.inference import Trained
 from resnet_func.app.options import Curvature
 from resnet_func.app.output import spectrum as picture
+from resnet_func.app.storage import run_folder
 from resnet_func.curvature import Estimate, Spectrum
 from resnet_func.losses import cross_entropy
 

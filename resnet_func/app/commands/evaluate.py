@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from resnet_func.app import batches, inference, run_folder
+from resnet_func.app import batches, inference
 from resnet_func.app.answers import calibrating, scoring
 from resnet_func.app.commands.common import configure, load, plain_console, say
 from resnet_func.app.errors import UsageError
 from resnet_func.app.options import Evaluate
 from resnet_func.app.output import report
+from resnet_func.app.storage import run_folder
 
 
 def main(options: Evaluate) -> None:

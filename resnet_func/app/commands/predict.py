@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from rich.table import Column, Table
 
-from resnet_func.app import inference, run_folder
+from resnet_func.app import inference
 from resnet_func.app.commands.common import configure, load, plain_console, say
 from resnet_func.app.names import printable
 from resnet_func.app.options import Predict
+from resnet_func.app.storage import run_folder
 
 
 def main(options: Predict) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from resnet_func.app import batches, dealing, launch, run_folder
+from resnet_func.app import batches
 from resnet_func.app.answers import scoring
 from resnet_func.app.commands.common import configure, plain_console, say
 from resnet_func.app.errors import UsageError, warn
 from resnet_func.app.options import Scores
 from resnet_func.app.output import suspects
+from resnet_func.app.ranks import dealing, launch
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training import training_record
 from resnet_func.app.training_set import Training, image_name
 from resnet_func.attribution import SUSPICIOUS, found_curve, suspicion_order
@@ -97,7 +99,7 @@ def _draw_suspects(scores: Scored, training: Training, rank_by: str, folder: Pat
     source = training.source
     images = torch.cat([images for images, _ in source.read(order.split(1))]).cpu()
     planted = training.planted[order]
-    told = f"; framed: {int(planted.sum())} planted ones" if training.planted.any() else ""
+    planted_note = f"; framed: {int(planted.sum())} planted ones" if training.planted.any() else ""
     suspects.suspects(
         images,
         source.labels.cpu()[order],
@@ -105,7 +107,7 @@ def _draw_suspects(scores: Scored, training: Training, rank_by: str, folder: Pat
         [image_name(source, place, int(training.places[place])) for place in order.tolist()],
         source.classes,
         folder / "suspects.png",
-        f"{title}: the {len(order)} likeliest wrong labels by {rank_by}{told}",
+        f"{title}: the {len(order)} likeliest wrong labels by {rank_by}{planted_note}",
         planted=planted,
     )
 

@@ -13,13 +13,15 @@ from pathlib import Path
 from rich.console import Console
 
 from resnet_func import calibration
-from resnet_func.app import batches, data, launch, parts, run_folder, runtime
+from resnet_func.app import batches, data, parts, runtime
 from resnet_func.app.commands.common import configure, describe_data, plain_console, say
 from resnet_func.app.errors import Interrupted
 from resnet_func.app.experiment import Experiment
 from resnet_func.app.options import Machine, Train
 from resnet_func.app.output import console, plots, report
 from resnet_func.app.private import guarantee
+from resnet_func.app.ranks import launch
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training import budget, run
 
 # Of a run by the machine's speeds, with convolutions as half of a step: below, compiling costs what it saves

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from resnet_func import train
 from resnet_func.app.names import printable
-from resnet_func.app.run_folder import Record
+from resnet_func.app.storage.run_folder import Record
 
 
 class ConsoleReporter:
@@ -58,11 +58,11 @@ class ConsoleReporter:
     def epoch(self, record: Record) -> None:
         """Print an epoch's line; that of a private run tells what was spent, and nothing of its images."""
         if "epsilon" in record:
-            told = f"epsilon {record['epsilon']:#.4g}"
+            measured = f"epsilon {record['epsilon']:#.4g}"
         else:
-            told = f"train loss {record['train_loss']:.4f}  accuracy {record['train_accuracy']:6.2%}"
+            measured = f"train loss {record['train_loss']:.4f}  accuracy {record['train_accuracy']:6.2%}"
         self.note(
-            f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}  {told}"
+            f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}  {measured}"
             f"  |  test loss {record['test_loss']:.4f}  accuracy {record['test_accuracy']:6.2%}"
             f"  |  {record['seconds']:.1f} s  {record['images_per_second']:,.0f} images/s"
         )

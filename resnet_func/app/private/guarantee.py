@@ -11,7 +11,7 @@ from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment, Privacy
 from resnet_func.app.options import PrivateTraining
 from resnet_func.app.recipes import Recipe
-from resnet_func.app.run_folder import RunError
+from resnet_func.app.storage.run_folder import RunError
 
 
 class PrivateError(AppError):

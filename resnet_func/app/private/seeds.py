@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from resnet_func import files
-from resnet_func.app.run_folder import SECRET_SEEDS, RunError, checkpoints
+from resnet_func.app.storage.run_folder import SECRET_SEEDS, RunError, checkpoints
 
 BITS = 128
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resnet_func import privacy, tree
 from resnet_func.app import data
-from resnet_func.app.batches import ALONE, Preparer, make_generator
+from resnet_func.app.batches import ONE_RANK, Preparer, make_generator
 from resnet_func.app.data import augment
 from resnet_func.app.experiment import Experiment, Privacy, Task
 from resnet_func.app.private.guarantee import PrivateError, budget
@@ -71,7 +71,7 @@ def private_batches(
     prepare: Preparer,
     epoch: int,
     first: int,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_RANK,
 ) -> Iterator[tuple[Any, Any]]:
     """The batches of an epoch from batch `first` on: a `PrivateBatch` each, targets inside, and None.
 

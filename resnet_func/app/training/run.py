@@ -13,18 +13,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from resnet_func.app import checkpoint, data, run_folder
-from resnet_func.app.batches import ALONE, Preparer, check_classes, describe_changes, make_task, train_batches
+from resnet_func.app import data
+from resnet_func.app.batches import (
+    ONE_RANK,
+    Preparer,
+    check_classes,
+    describe_changes,
+    make_task,
+    train_batches,
+)
 from resnet_func.app.errors import AppError, Interrupted
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.inference import Trained, evaluate_trained, parameters_to_test
-from resnet_func.app.launch import ONE_PROCESS, Group, is_lost
 from resnet_func.app.parts import make_parts
 from resnet_func.app.private import seeds
 from resnet_func.app.private.guarantee import PrivateError, check_budget
 from resnet_func.app.private.trainer import PrivateTrainer, private_batches
+from resnet_func.app.ranks.launch import ONE_PROCESS, Group, is_lost
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
+from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.app.training import training_record
 from resnet_func.distributed import Ranks, fingerprint
 from resnet_func.train import Evaluation, Progress, average_flips, train_epoch
@@ -103,7 +111,7 @@ def train(
             _save(folder, train_state, progress, records)
     _check_alike(train_state, group)
 
-    prepare, ranks = Preparer(task, runtime), group.ranks or ALONE
+    prepare, ranks = Preparer(task, runtime), group.ranks or ONE_RANK
     with _deferred_interrupt(once=group.ranks is None) as received:
         for epoch in range(progress.epoch, recipe.epochs):
             where = (splits.train, prepare, epoch, progress.batch, ranks)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from resnet_func.app import checkpoint, run_folder
+from resnet_func.app.storage import checkpoint, run_folder
 
 NAME = "record"
 

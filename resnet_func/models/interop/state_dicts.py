@@ -262,8 +262,8 @@ def _resembling(given: Mapping[str, Tensor]) -> str | None:
             config = zoo.config(name, shortcut=shortcut, **changes)
             if _shapes(_layout(build(config)).leaves) == _shapes(given):
                 chosen = {field: getattr(config, field) for field in (*changes, "shortcut")}
-                told = [f"{field}={v!r}" for field, v in chosen.items() if v != getattr(default, field)]
-                return f"{name}({', '.join(told)})"
+                arguments = [f"{field}={v!r}" for field, v in chosen.items() if v != getattr(default, field)]
+                return f"{name}({', '.join(arguments)})"
     return None
 
 

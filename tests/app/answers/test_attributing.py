@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from resnet_func import losses
-from resnet_func.app import batches, data, run_folder, runtime
+from resnet_func.app import batches, data, runtime
 from resnet_func.app.answers import attributing, scoring
 from resnet_func.app.answers.attributing import Network
 from resnet_func.app.cli import main
-from resnet_func.app.launch import Group
+from resnet_func.app.ranks.launch import Group
+from resnet_func.app.storage import run_folder
 from resnet_func.attribution import (
     Sketch,
     cosine_scores,
@@ -25,45 +26,17 @@ from resnet_func.attribution import (
     trak_scores,
 )
 from resnet_func.distributed import Ranks
-from tests.app.image_folder import make_image_folder
+from tests.app.image_folder import train_run
 from tests.distributed.processes import run_ranks
 
-TINY = (
-    "--model",
-    "resnet20",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "8",
-    "--crop",
-    "1",
-    "--threads",
-    "1",
-    "--norm",
-    "group",
-)
+pytestmark = pytest.mark.usefixtures("own_folder")
 DIM = 12
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_image_folder(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def trained(images, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
-    call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", str(run)]
-    assert main([*call, "--snapshots", "2", *TINY]) == 0
-    return run
+    return train_run(images, run, "--snapshots", "2", "--norm", "group")
 
 
 def opened(folder: Path) -> tuple[Network, Tensor, Tensor]:
@@ -105,8 +78,10 @@ def test_scores_are_the_librarys_and_are_kept(trained, method):
         )
     )
     model, sketch = network.trained.model, Sketch(dim=DIM)
-    extract = make_features(model, sketch, train=False)
-    pairs = [([extract(*c, whole)], extract(*c, [(x, y)])) for c in network.checkpoints]
+    pairs = []
+    for kept in network.checkpoints:
+        extract = make_features(kept.model, sketch, train=False)
+        pairs.append(([extract(*kept.leaves, whole)], extract(*kept.leaves, [(x, y)])))
     assert len(pairs) == 2
     if method == "cosine":
         expected = cosine_scores(*pairs[-1])
@@ -115,7 +90,7 @@ def test_scores_are_the_librarys_and_are_kept(trained, method):
     elif method == "trak":
         expected = trak_scores(pairs, damping=attributing.DAMPING)
     else:
-        checkpoint = network.checkpoints[-1]
+        checkpoint = network.checkpoints[-1].leaves
         estimate = sampled_ekfac(model, losses.cross_entropy, train=False)(*checkpoint, whole)
         run = influence(model, losses.cross_entropy, estimate, train=False)
         expected = run(checkpoint, whole, [(x, y)])

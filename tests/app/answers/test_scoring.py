@@ -9,43 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_func.app import run_folder
+from resnet_func.app import batches, runtime
 from resnet_func.app.answers import scoring
 from resnet_func.app.cli import main
 from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment, TrainingSet
 from resnet_func.app.recipes import FAST
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training_set import Training
 from resnet_func.attribution import Scores
-from tests.app.image_folder import make_image_folder
+from resnet_func.losses import cross_entropy
+from tests.app.image_folder import TINY, train_run
 
-TINY = (
-    "--model",
-    "resnet20",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "8",
-    "--crop",
-    "1",
-    "--threads",
-    "1",
-    "--norm",
-    "group",
-)
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_image_folder(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("own_folder")
+NORM = ("--norm", "group")
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +30,8 @@ def runs(images, tmp_path_factory):
     """Two seeds with a third of the labels wrong."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in ("0", "1"):
-        call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", str(folder / seed)]
-        more = ["--seed", seed, "--corrupt", "0.34", "--record", "--snapshots", "2"]
-        assert main([*call, *more, *TINY]) == 0
+        options = ("--corrupt", "0.34", "--record", "--snapshots", "2", *NORM)
+        train_run(images, folder / seed, "--seed", seed, *options)
     return folder
 
 
@@ -93,7 +69,7 @@ def test_scores_of_two_seeds_are_means(runs, capsys):
 
 def test_what_a_score_keeps_is_trained_on_and_resumes(runs, images, tmp_path, capsys):
     assert main(["scores", str(runs / "0"), "--threads", "1"]) == 0
-    call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", "kept", *TINY]
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", "kept", *TINY, *NORM]
     chosen = ["--keep", "0.5", "--which", "easy", "--by", "loss", "--scores", str(runs / "0" / "scores.csv")]
     assert main([*call, *chosen]) == 0
     assert "12 training and 9 test images" in capsys.readouterr().out
@@ -120,7 +96,7 @@ def test_wrong_options_get_one_line(runs, capsys, words, code, said):
 def test_runs_on_other_data_have_no_mean(runs, images, capsys):
     assert main(["scores", "no such run"]) == 1
     assert "is not a run folder" in capsys.readouterr().err
-    call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", "clean", *TINY]
+    call = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", "clean", *TINY, *NORM]
     assert main([*call, "--epochs", "1"]) == 0
     assert main(["scores", str(runs / "0"), "clean"]) == 1
     assert "trained on other images or labels" in capsys.readouterr().err
@@ -147,3 +123,23 @@ def test_advice_names_the_best_score() -> None:
     found = scoring.found_by_score(scores, planted)
     assert found["el2n"] == (1.0, 1.0)
     assert found["loss"] == (0.0, 0.0)
+
+
+def test_an_epoch_of_small_images_is_scored_on_small_images(images, tmp_path):
+    """The networks that a run keeps are looked at as they were trained, each at its epoch's size."""
+    run = tmp_path / "run"
+    train_run(images, run, "--snapshots", "2", "--early-scales", "0.5", "0.5", *NORM)
+    machine = scoring.exact(runtime.configure(device="cpu", threads=1, precision="fp32", compile="off"))
+    trained, kept, _ = scoring.load_checkpoints(run, machine)
+    assert [each.scale for each in kept] == [0.5, 1.0]
+    splits = batches.load_data(trained.experiment)
+    training = Training(splits.train, torch.arange(24), torch.zeros(24, dtype=torch.bool))
+    scores, _ = scoring.score_runs([run], training, ["loss"], machine, batch_size=8)
+    prepare = batches.Preparer(trained.task, machine)
+    want = torch.zeros(24)
+    for each, scale in zip(kept, (0.5, 1.0), strict=True):
+        x = prepare.scale(prepare(splits.train.images), scale)
+        assert x.shape[-1] == round(scale * trained.task.image_size)
+        logits, _ = trained.model.apply(*each.leaves, x, train=False)
+        want += cross_entropy(logits, splits.train.labels) / 2
+    torch.testing.assert_close(scores.values["loss"], want, rtol=1e-4, atol=1e-5)

@@ -10,21 +10,14 @@ import torch
 from resnet_func.app.cli import main
 from resnet_func.app.commands.curvature import describe
 from resnet_func.curvature import Estimate, Spectrum
-from tests.app.image_folder import make_image_folder
+from tests.app.image_folder import train_run
 
 TINY = ("--steps", "3", "--probes", "2", "--images", "4", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "run"
-    images = make_image_folder(tmp_path_factory.mktemp("data"))
-    options = ("--epochs", "1", "--batch-size", "8", "--crop", "1", "--threads", "1")
-    command = ["train", "--dataset", "folder", "--data-dir", str(images), "--run-dir", str(run), *options]
-    threads = torch.get_num_threads()
-    assert main(command) == 0
-    torch.set_num_threads(threads)
-    return run
+def trained(images, tmp_path_factory):
+    return train_run(images, tmp_path_factory.mktemp("runs") / "run", "--epochs", "1")
 
 
 @pytest.mark.parametrize("matrix", ["hessian", "ggn"])

@@ -12,7 +12,7 @@ from resnet_func.app.experiment import Experiment, Privacy
 from resnet_func.app.options import PrivateTraining
 from resnet_func.app.private import guarantee
 from resnet_func.app.recipes import Recipe
-from resnet_func.app.run_folder import RunError
+from resnet_func.app.storage.run_folder import RunError
 
 pytest.importorskip("dp_accounting")
 WISH = PrivateTraining(private=True, epsilon=2.0, delta=1e-5)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from resnet_func.app.private import seeds
-from resnet_func.app.run_folder import SECRET_SEEDS, RunError
+from resnet_func.app.storage.run_folder import SECRET_SEEDS, RunError
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from resnet_func.app.experiment import Experiment, Privacy
 from resnet_func.app.private import seeds, trainer
 from resnet_func.app.private.guarantee import PrivateError
 from resnet_func.app.recipes import Recipe
-from resnet_func.app.run_folder import RunError
+from resnet_func.app.storage.run_folder import RunError
 from resnet_func.app.training import run
 from resnet_func.train import Progress
 from resnet_func.types import TrainState
@@ -108,6 +110,32 @@ def test_a_step_repeated_after_a_kill_is_the_same_release(
     with pytest.raises(Killed):
         train(images, tmp_path, Killer(after))
     assert (timeless(train(images, tmp_path, resume=True)), weights(tmp_path)) == whole
+
+
+def train_and_die(images: Path, folder: Path, after: int, *, resume: bool) -> None:
+    """Train in a process of its own until SIGKILL, which nothing can catch, comes after so many batches."""
+    reporter = Silent(after, signal.SIGKILL)
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=train, args=(images, folder, reporter), kwargs={"resume": resume})
+    process.start()
+    process.join(timeout=240)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kills", [[1], [STEPS // 2 + 1], [STEPS], [2, STEPS // 2, STEPS // 2]], ids=str)
+def test_a_run_killed_by_the_system_spends_once(
+    images: Path, tmp_path: Path, whole: Any, kills: list[int]
+) -> None:
+    """In its first step, between checkpoints, in its last, and again and again: the same bytes."""
+    for number, after in enumerate(kills):
+        train_and_die(images, tmp_path, after, resume=number > 0)
+        assert (tmp_path / "checkpoints" / SECRET).exists()
+    records = train(images, tmp_path, resume=True)
+    assert (timeless(records), weights(tmp_path)) == whole
+    spent = privacy.epsilon(4.0, 1e-3, sampling_rate=RECIPE.batch_size / 18, steps=STEPS)
+    assert records[-1]["epsilon"] == spent
+    assert not (tmp_path / "checkpoints" / SECRET).exists()
 
 
 def test_the_seeds_are_the_owners_alone_and_go_with_the_run(images: Path, tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from resnet_func import tree
-from resnet_func.app import checkpoint, data, inference, parts, run_folder, runtime
+from resnet_func.app import data, inference, parts, runtime
 from resnet_func.app.batches import load_data
 from resnet_func.app.errors import Interrupted
 from resnet_func.app.experiment import Experiment
 from resnet_func.app.recipes import FAST, Recipe
+from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.app.training import run
 from resnet_func.train import Progress
 from tests.app.image_folder import CLASSES, global_defaults, make_image_folder, read_metrics

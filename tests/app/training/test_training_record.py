@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_func.app.checkpoint import CheckpointError
+from resnet_func.app.storage.checkpoint import CheckpointError
 from resnet_func.app.training import training_record
 
 

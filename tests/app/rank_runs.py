@@ -7,14 +7,19 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from resnet_func.app import launch, run_folder, runtime
+from resnet_func import per_sample, tree
+from resnet_func.app import runtime
 from resnet_func.app.batches import load_data
 from resnet_func.app.errors import Interrupted, Unspoken
-from resnet_func.app.experiment import Experiment
+from resnet_func.app.experiment import Experiment, Privacy
+from resnet_func.app.private import trainer
+from resnet_func.app.ranks import launch
 from resnet_func.app.recipes import Recipe
+from resnet_func.app.storage import run_folder
 from resnet_func.app.training import run
 from resnet_func.train import Progress
 
@@ -65,8 +70,36 @@ def train(
     return run.train(experiment, splits, folder, machine, reporter, resume=resume, group=group).records
 
 
-def main(images: Path, runs: Path) -> None:
+def train_privately(images: Path, folder: Path, group: launch.Group) -> None:
+    """A private run of ResNet-20, whose sums of clipped gradients are exact from a part of a batch on."""
+
+    def clipped_sum_on_a_grid(*args: Any, **options: Any) -> Any:
+        summed = per_sample.clipped_sum(*args, **options)
+
+        def rounded(*inputs: Any, **more: Any) -> Any:
+            total, norms = summed(*inputs, **more)
+            return tree.map(lambda leaf: (leaf * 2.0**12).round() / 2.0**12, total), norms
+
+        rounded.bound, rounded.max_norm = summed.bound, summed.max_norm
+        return rounded
+
+    recipe = replace(RECIPE, model="resnet20", norm="group", batch_size=48, ema=0.0)
+    wish = Privacy(epsilon=8.0, delta=1e-3, noise_multiplier=0.9, insecure=True)
+    machine = runtime.configure(device="cpu", threads=1, precision="fp32", winograd="off", compile="off")
+    experiment = Experiment("folder", str(images), 3, recipe, privacy=wish)
+    run_folder.checkpoints(folder).mkdir(parents=True, exist_ok=True)
+    splits = group.first_on_node(lambda: load_data(experiment))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "clipped_sum", clipped_sum_on_a_grid)
+        run.train(experiment, splits, folder, machine, Recorder(), insecure_seed=1, group=group)
+
+
+def main(images: Path, runs: Path, what: str = "") -> None:
     """All of `check`; then the last rank fails, which it tells with its number, and the others are silent."""
+    if what == "private":
+        with launch.group(timeout=60) as group:
+            train_privately(images, runs / "private", group)
+        return
     with pytest.raises((launch.RankError, Unspoken)) as raised, launch.group(timeout=60) as group:  # noqa: PT012
         check(images, runs, group)
         fail_on(group.world - 1, group)
@@ -102,4 +135,4 @@ def check(images: Path, runs: Path, group: launch.Group) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

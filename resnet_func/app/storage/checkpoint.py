@@ -23,6 +23,7 @@ from resnet_func import files
 from resnet_func.app.errors import AppError
 
 Tree = TypeVar("Tree")
+# a name for files, which stays when the module moves
 _KIND = {"format": "resnet_func.app.checkpoint", "version": 1}
 
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resnet_func import files, tree
-from resnet_func.app import checkpoint
-from resnet_func.app.checkpoint import CheckpointError
+from resnet_func.app.storage import checkpoint
+from resnet_func.app.storage.checkpoint import CheckpointError
 from resnet_func.types import TrainState
 from tests.app.image_folder import global_defaults
 
@@ -794,3 +794,10 @@ def test_global_defaults_change_nothing(tmp_path: Path, device: str) -> None:
         got, _, _ = checkpoint.load(tmp_path / "plain", "last", saved)
     assert contents(tmp_path / "plain") == contents(tmp_path / "changed")
     assert_same(saved, got)
+
+
+def test_the_format_is_called_the_same_wherever_the_module_lies(tmp_path: Path) -> None:
+    """Or no run that was begun before a move could go on."""
+    checkpoint.save(tmp_path, "last", state_at(1), meta={})
+    written = json.loads((tmp_path / "last.json").read_text())
+    assert (written["format"], written["version"]) == ("resnet_func.app.checkpoint", 1)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_func.app import dealing
 from resnet_func.app.errors import UsageError
-from resnet_func.app.launch import ONE_PROCESS, Group, RankError
+from resnet_func.app.ranks import dealing
+from resnet_func.app.ranks.launch import ONE_PROCESS, Group, RankError
 from resnet_func.attribution import Store
 from resnet_func.distributed import Ranks
 

@@ -154,7 +154,7 @@ def forget_launch(folder: Path) -> None:
 
 
 def _has_checkpoint(folder: Path, which: str) -> bool:
-    from resnet_func.app import checkpoint  # imports torch, which a refused option does not wait for
+    from resnet_func.app.storage import checkpoint  # imports torch, which a refused option does not wait for
 
     return checkpoint.exists(checkpoints(folder), which)
 

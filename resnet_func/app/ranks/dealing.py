@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resnet_func.app.errors import UsageError
-from resnet_func.app.launch import Group, RankError
+from resnet_func.app.ranks.launch import Group, RankError
 from resnet_func.attribution import Scores, Store, open_store
 
 PER_ROW = ("loss", "margin", "el2n", "grand", "self_influence")

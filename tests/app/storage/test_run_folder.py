@@ -12,16 +12,12 @@ from pathlib import Path
 import pytest
 
 from resnet_func import calibration
-from resnet_func.app import checkpoint, run_folder
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.recipes import ARTICLE, FAST, Recipe
-from resnet_func.app.run_folder import RunError
+from resnet_func.app.storage import checkpoint, run_folder
+from resnet_func.app.storage.run_folder import RunError
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 EXPERIMENT = Experiment("cifar10", None, 7, FAST)
 TASK = Task(("a", "[b]"), 3, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), 32, 50, 10)

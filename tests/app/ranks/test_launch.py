@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from resnet_func.app import launch
 from resnet_func.app.errors import Interrupted
+from resnet_func.app.ranks import launch
 from resnet_func.distributed import Ranks
 from tests.app.image_folder import make_image_folder, read_metrics
-from tests.app.ranks import Recorder, train
+from tests.app.rank_runs import Recorder, train, train_privately
 from tests.distributed.processes import ROOT, run_ranks
 
 ALONE = launch.Group(Ranks(0, 1), None, 60.0)
@@ -36,7 +37,7 @@ def test_two_ranks_train_and_test_the_run_of_one(tmp_path: Path) -> None:
     """To the bit, also where it stops on two and goes on on one: order and augmentation know no ranks."""
     images, runs = make_image_folder(tmp_path / "images", train=9, test=3), tmp_path / "runs"
     runs.mkdir()
-    run_ranks(2, "tests.app.ranks", str(images), str(runs))
+    run_ranks(2, "tests.app.rank_runs", str(images), str(runs))
     train(images, tmp_path / "alone", ALONE)
     assert newest(runs / "whole") == newest(tmp_path / "alone")
     assert results(runs / "whole") == results(tmp_path / "alone")
@@ -157,28 +158,65 @@ def test_a_signal_to_the_launcher_saves_and_leaves_nobody(tmp_path: Path, number
     assert not any(map(is_running, ranks))
 
 
+SCORES = ["scores", "run", "--batch-size", "16"]
+ATTRIBUTE = ["attribute", "--test-index", "0", "--run-dir", "run", "--batch-size", "16", "--dim", "64"]
+
+
 @pytest.mark.nightly
-def test_scores_of_ranks_that_are_killed_are_those_of_one_process(tmp_path: Path) -> None:
-    """Two kills at random times; the rows that were written stay."""
-    words = ["train", "--epochs", "1", "--batch-size", "64", "--norm", "group", "--run-dir", "run"]
-    assert start(tmp_path, "--standalone", words=words).wait(timeout=300) == 0
-    scores, scored = ["scores", "run", "--batch-size", "16"], tmp_path / "run/scores.csv"
-    draw = random.Random(0)
-    alone = [sys.executable, "-m", "resnet_func", *scores]
+@pytest.mark.parametrize(("words", "kills"), [(SCORES, 20), (ATTRIBUTE, 6)], ids=["scores", "attribute"])
+def test_ranks_that_are_killed_leave_what_one_process_does(
+    tmp_path: Path, words: list[str], kills: int
+) -> None:
+    """Random ranks at random times; the rows that were written stay, and nothing else that was begun."""
+    train_words = ["train", "--epochs", "1", "--batch-size", "64", "--norm", "group", "--run-dir", "run"]
+    assert start(tmp_path, "--standalone", words=train_words).wait(timeout=300) == 0
+    run, trained, draw = tmp_path / "run", tmp_path / "trained", random.Random(0)
+    shutil.copytree(run, trained)
+    alone = [sys.executable, "-m", "resnet_func", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(alone, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=300)
-    wanted = scored.read_bytes()
-    scored.unlink()
-    process = start(tmp_path, "--standalone", "--max-restarts", "2", words=scores)
-    for _ in range(2):
-        ranks, written, end = children(process), set(tmp_path.glob("run/*.zarr/c/*")), time.monotonic() + 120
-        while set(tmp_path.glob("run/*.zarr/c/*")) == written and process.poll() is None:
-            assert time.monotonic() < end, (tmp_path / "log").read_text()
-            time.sleep(0.02)
-        time.sleep(draw.uniform(0, 1))
-        if ranks and process.poll() is None:
-            os.kill(draw.choice(ranks), signal.SIGKILL)
-            time.sleep(1)
-    assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
-    assert scored.read_bytes() == wanted
-    assert not list(tmp_path.glob("run/*.zarr*"))
+    wanted = contents(run)
+    while kills:
+        shutil.rmtree(run)
+        shutil.copytree(trained, run)
+        process, seen = start(tmp_path, "--standalone", "--max-restarts", "20", words=words), set()
+        try:
+            while kills and (ranks := computing(process, run, seen)):
+                time.sleep(draw.uniform(0, 3))
+                seen |= set(ranks)
+                if process.poll() is None and any(map(is_running, ranks)):
+                    os.kill(draw.choice([rank for rank in ranks if is_running(rank)]), signal.SIGKILL)
+                    kills -= 1
+            assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+        finally:
+            process.kill()
+        assert contents(run) == wanted
+        assert not any(map(is_running, seen))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def computing(process: subprocess.Popen[str], run: Path, seen: set[int]) -> list[int]:
+    """The ranks of a new start, once they have written a chunk of rows; none where the command has ended."""
+    chunks, end = set(run.rglob("c/*/0")), time.monotonic() + 200
+    while process.poll() is None:
+        assert time.monotonic() < end
+        ranks = children(process)
+        if ranks and not seen & set(ranks) and set(run.rglob("c/*/0")) - chunks:
+            return ranks
+        time.sleep(0.02)
+    return []
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("world", [2, 3], ids="{}-ranks".format)
+def test_a_private_run_is_the_same_on_any_number_of_ranks(tmp_path: Path, world: int) -> None:
+    """ResNet-20, clipped sums of parts rounded to a grid: the same Poisson batches, and noise once."""
+    images = make_image_folder(tmp_path / "images", train=60, test=3)
+    (tmp_path / "runs").mkdir()
+    run_ranks(world, "tests.app.rank_runs", str(images), str(tmp_path / "runs"), "private")
+    train_privately(images, tmp_path / "alone", ALONE)
+    assert newest(tmp_path / "runs/private") == newest(tmp_path / "alone")
+    assert results(tmp_path / "runs/private") == results(tmp_path / "alone")

@@ -1,0 +1,1 @@
+"""Several processes as one run: joining under torchrun, and rows dealt to ranks."""
