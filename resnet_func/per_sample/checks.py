@@ -73,8 +73,34 @@ def _check_loss(task: Task, batch: Batch, captured: Captured) -> None:
 
 
 def _check_gradients(task: Task, batch: Batch) -> None:
-    """The gradients of two samples together against those of each alone."""
+    """The gradients of two samples together against those of each alone.
+
+    Rounding may open a ReLU in the one alone, and then all gradients before it differ: float64 tells this
+    from samples that meet.
+    """
     few = _first_samples(batch, SAMPLES)
+    path = _first_that_differs(task, few)
+    if path is not None:
+        with suppress(RuntimeError, TypeError):  # a device or a network without float64
+            path = _first_that_differs(*_in_float64(task, few))
+    if path is not None:
+        raise ValueError(
+            f"the gradient of {path} is another in a batch of {few.samples} than sample by sample. Are "
+            "samples coupled (attention or statistics across the batch), or is the network random? "
+            "Use method='vmap' if each sample's own gradient is meant"
+        )
+
+
+def _in_float64(task: Task, batch: Batch) -> tuple[Task, Batch]:
+    def widen(values: Any) -> Any:
+        return tree.map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, values)
+
+    wide = task._replace(trained=widen(task.trained), frozen=widen(task.frozen), state=widen(task.state))
+    return wide, batch._replace(x=widen(batch.x), y=widen(batch.y))
+
+
+def _first_that_differs(task: Task, few: Batch) -> str | None:
+    """The first leaf whose gradients are others in the batch than sample by sample."""
     with torch.enable_grad():
         ours = capture(task, few)
         alone = reference(task, few, how="loop").factors
@@ -82,11 +108,8 @@ def _check_gradients(task: Task, batch: Batch) -> None:
     dtype = _coarsest(ours)
     for path, factors in alone.items():
         if _differ(contract.grads(ours.factors[path]), contract.grads(factors), scale, dtype):
-            raise ValueError(
-                f"the gradient of {path} is another in a batch of {few.samples} than sample by sample. Are "
-                "samples coupled (attention or statistics across the batch), or is the network random? "
-                "Use method='vmap' if each sample's own gradient is meant"
-            )
+            return path
+    return None
 
 
 def _finite_norm(tensor: Tensor) -> float:

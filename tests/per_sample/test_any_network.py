@@ -300,6 +300,28 @@ def test_coupled_samples_are_refused() -> None:
     refused(Mean(), images(7), "Are samples coupled")
 
 
+class Kink(nn.Module):
+    """A ReLU on the edge, which float32's rounding opens in a batch and shuts for a sample alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(7, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        rounding = 0.0 if y.dtype == torch.float64 else 1e-9 if len(x) > 1 else -1e-9
+        return self.head(torch.tanh(y) + torch.relu(y - y.detach() + rounding))
+
+
+def test_a_relu_that_rounding_opens_is_no_coupling() -> None:
+    model, params, state = rf.from_module(Kink())
+    x, y = images(7).float(), torch.arange(N)
+    assert ps.norms(model, losses.cross_entropy, check=True)(params, state, x, y).shape == (N,)
+    model, params, state = rf.from_module(Mean().float())
+    with pytest.raises(ValueError, match="Are samples coupled"):
+        ps.norms(model, losses.cross_entropy, check=True)(params, state, x, y)
+
+
 class Flattened(nn.Module):
     """Positions of all samples as one batch, `[N * T, C]`, and back."""
 
