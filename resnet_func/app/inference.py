@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from resnet_func.app import data
 from resnet_func.app.batches import ONE_RANK, Preparer, evaluation_batches
 from resnet_func.app.experiment import Experiment, Task
-from resnet_func.app.parts import make_network, make_optimizer
+from resnet_func.app.parts import make_network, make_optimizer, model_to_test
 from resnet_func.app.private.trainer import begin
 from resnet_func.app.runtime import Runtime
 from resnet_func.app.storage import checkpoint, run_folder
@@ -21,7 +22,6 @@ from resnet_func.distributed import Ranks, gather_rows
 from resnet_func.losses import cross_entropy
 from resnet_func.train import (
     Evaluation,
-    average_flips,
     evaluate,
     make_eval_step,
     to_memory_format,
@@ -81,9 +81,8 @@ def load_trained(
         saved, _, warning = checkpoint.load(checkpoints, which, start, device=runtime.device)
         params, state = parameters_to_test(saved)
     params = to_memory_format(params, runtime.memory_format)
-    wants_flips = recipe.test_flips if flips is None else flips
-    tested = average_flips(model) if wants_flips else model
-    return Trained(tested, params, state, task, experiment), warning
+    asked = recipe if flips is None else replace(recipe, test_flips=flips)
+    return Trained(model_to_test(model, asked), params, state, task, experiment), warning
 
 
 def evaluate_trained(

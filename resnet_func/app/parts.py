@@ -18,7 +18,7 @@ from resnet_func.losses import smoothed_cross_entropy
 from resnet_func.models import summary, winograd, zoo
 from resnet_func.models.interop.load import load_network
 from resnet_func.models.interop.state_dicts import from_state_dict
-from resnet_func.train import Step, autocast, make_train_step, to_memory_format
+from resnet_func.train import Step, autocast, average_flips, make_train_step, to_memory_format
 from resnet_func.types import Model, Params, State, TrainState
 
 
@@ -115,6 +115,17 @@ def compute_by(runtime: Runtime, model: Model) -> Model:
     if runtime.winograd:
         model = winograd.wrap(model, runtime.speeds)
     return autocast(model, runtime.device.type, torch.bfloat16) if runtime.precision == "bf16" else model
+
+
+def model_to_test(model: Model, recipe: Recipe) -> Model:
+    """The model as the recipe tests it: over each image and its mirror image, or as it is.
+
+    >>> from resnet_func import resnet20
+    >>> model = resnet20()
+    >>> model_to_test(model, Recipe(test_flips=False)) is model
+    True
+    """
+    return average_flips(model) if recipe.test_flips else model
 
 
 def make_optimizer(

@@ -13,11 +13,11 @@ import torch
 from resnet_func.app import data
 from resnet_func.app.batches import Preparer, make_task, train_batches
 from resnet_func.app.experiment import Experiment, Task
-from resnet_func.app.parts import make_parts
+from resnet_func.app.parts import make_parts, model_to_test
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
 from resnet_func.losses import cross_entropy
-from resnet_func.train import Step, average_flips, make_eval_step
+from resnet_func.train import Step, make_eval_step
 from resnet_func.types import TrainState
 
 SPARE = 0.97  # of the time is planned; the rest is for checkpoints, pictures and a machine that slows down
@@ -174,8 +174,7 @@ def _measure_all(
         for scale in scales
     }
     state, recipe = parts.train_state, experiment.recipe
-    tested = average_flips(parts.model) if recipe.test_flips else parts.model
-    eval_step = make_eval_step(tested, cross_entropy)
+    eval_step = make_eval_step(model_to_test(parts.model, recipe), cross_entropy)
     passes = -(-splits.test.num_samples // recipe.evaluation_batch)
     evaluations = {}
     for scale in scales:

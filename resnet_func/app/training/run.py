@@ -25,7 +25,7 @@ from resnet_func.app.batches import (
 from resnet_func.app.errors import AppError, Interrupted
 from resnet_func.app.experiment import Experiment, Task
 from resnet_func.app.inference import Trained, evaluate_trained, parameters_to_test
-from resnet_func.app.parts import make_parts
+from resnet_func.app.parts import make_parts, model_to_test
 from resnet_func.app.private import seeds
 from resnet_func.app.private.guarantee import PrivateError, check_budget
 from resnet_func.app.private.trainer import PrivateTrainer, private_batches
@@ -35,7 +35,7 @@ from resnet_func.app.runtime import Runtime
 from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.app.training import training_record
 from resnet_func.distributed import Ranks, fingerprint
-from resnet_func.train import Evaluation, Progress, average_flips, train_epoch
+from resnet_func.train import Evaluation, Progress, train_epoch
 from resnet_func.types import TrainState
 
 
@@ -100,7 +100,7 @@ def train(
         experiment, task, folder, runtime, group, resume=resume, insecure=insecure_seed
     )
     model, step, train_state = make_parts(experiment, task, runtime, trainer, group.ranks)
-    tested = average_flips(model) if recipe.test_flips else model
+    tested = model_to_test(model, recipe)
     progress, records, evaluation = Progress(), [], None
     if resume:
         train_state, progress, records = _restore(folder, train_state, reporter, writes=writes)
