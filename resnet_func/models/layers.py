@@ -21,6 +21,9 @@ from resnet_func.types import Params, State
 NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1  # the weight of the NEW value, as in torch
 STANDARDIZATION_EPS = 1e-10
+# Up to 2.13 at least, torch's group norm refuses other layouts, channels_last too, in forward mode, and some
+# views under vmap; 2.15 takes them.
+GROUP_NORM_WANTS_CONTIGUOUS = torch.__version__ < (2, 15)
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,10 @@ def _check_members(x: Tensor, mean: Tensor) -> None:
         )
 
 
+def _is_mapped(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and _is_batched(x)
+
+
 def _is_batched(x: Tensor) -> bool:
     """Whether some `vmap` around maps over `x`."""
     inner = debug_unwrap(x, recurse=False)
@@ -195,6 +202,8 @@ def _is_batched(x: Tensor) -> bool:
 
 def group_norm(spec: GroupNorm, params: Params, x: Tensor) -> Tensor:
     """Group normalisation of `x [N, C, H, W]`."""
+    if GROUP_NORM_WANTS_CONTIGUOUS and (forward_ad._current_level >= 0 or _is_mapped(x)):
+        x = x.contiguous()
     return F.group_norm(x, spec.groups, params["weight"], params["bias"], NORM_EPS)
 
 

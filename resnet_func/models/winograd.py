@@ -91,7 +91,10 @@ def conv2d(
     outputs = maps.output @ (inputs @ filters).reshape(points, -1)
     y = outputs.reshape(tile, tile, n, rows, columns, c_out).permute(2, 3, 0, 4, 1, 5)
     y = y.reshape(n, rows * tile, columns * tile, c_out)
-    return y[:, :height, :width].permute(0, 3, 1, 2)
+    if (rows * tile, columns * tile) != (height, width):
+        # without gaps, as `F.conv2d` has it: torch 2.11's group norm refuses others
+        y = y[:, :height, :width].clone(memory_format=torch.contiguous_format)
+    return y.permute(0, 3, 1, 2)
 
 
 def _tiles(x: Tensor, tile: int) -> Tensor:

@@ -196,6 +196,25 @@ def test_second_derivatives_of_norms_in_every_composition(
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)  # h**2 of truncation, eps / h of round-off
 
 
+@pytest.mark.parametrize("wants", [False, True] if torch.__version__ >= (2, 15) else [True])
+def test_forward_mode_through_group_norm_takes_any_layout(
+    wants: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "GROUP_NORM_WANTS_CONTIGUOUS", wants)
+    spec, params = layers.GroupNorm(8, 4), {"weight": double(8, seed=0), "bias": double(8, seed=1)}
+    x, direction = double(3, 8, 5, 4, seed=2), double(3, 8, 5, 4, seed=3)
+
+    def derivative(layout: torch.memory_format) -> Tensor:
+        at = x.contiguous(memory_format=layout)
+        return torch.func.jvp(lambda x: layers.group_norm(spec, params, x), (at,), (direction,))[1]
+
+    plain, channels_last = derivative(torch.contiguous_format), derivative(torch.channels_last)
+    torch.testing.assert_close(channels_last, plain, rtol=1e-12, atol=1e-13)
+    one_by_one = torch.vmap(lambda row: layers.group_norm(spec, params, row.permute(0, 3, 1, 2)))
+    mapped = one_by_one(x.permute(0, 2, 3, 1).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(mapped, layers.group_norm(spec, params, x), rtol=1e-12, atol=1e-13)
+
+
 def test_forward_mode_gives_the_values_of_the_kernel() -> None:
     params, state = {"weight": double(4, seed=1), "bias": double(4, seed=2)}, statistics(3)
     x = double(3, 4, 3, 3, seed=0)

@@ -147,6 +147,15 @@ def test_gradient_is_checked_by_differences() -> None:
     assert torch.autograd.gradgradcheck(winograd.conv2d, (x, weight))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("side", [8, 9])
+def test_the_result_lies_in_memory_as_that_of_a_convolution(n: int, side: int) -> None:
+    x = torch.ones(n, 3, side, side).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(4, 3, 3, 3)
+    wanted = F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), padding=1).stride()
+    assert winograd.conv2d(x, weight, 4).stride() == wanted
+
+
 def test_no_image_is_no_error() -> None:
     assert winograd.conv2d(torch.zeros(0, 3, 8, 8), torch.ones(5, 3, 3, 3)).shape == (0, 5, 8, 8)
 
