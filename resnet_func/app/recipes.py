@@ -168,6 +168,9 @@ class Recipe:
         return 1.0
 
 
+STEPS_OF_SMALL = 8  # at least, in an epoch over a small data set
+SMALL_BATCH = 8  # of which BatchNorm's statistics still say something
+
 FAST = Recipe(
     model="resnet10",
     epochs=0,
@@ -249,3 +252,15 @@ def recipe(name: str, dataset: str) -> Recipe:
     if dataset == "digits":
         return DIGITS
     return replace(FAST, flip=False, test_flips=False) if dataset == "mnist" else FAST
+
+
+def fit_batch(chosen: Recipe, images: int) -> Recipe:
+    """The recipe with its batch halved until an epoch of so many images has eight steps, or it is 8.
+
+    >>> [fit_batch(Recipe(batch_size=512), images).batch_size for images in (50_000, 200)]
+    [512, 16]
+    """
+    size = chosen.batch_size
+    while size > max(1, images) or (size > SMALL_BATCH and STEPS_OF_SMALL * size > images):
+        size //= 2
+    return replace(chosen, batch_size=size)

@@ -23,7 +23,7 @@ BATCH_NORM_MOMENTUM = 0.1  # the weight of the NEW value, as in torch
 STANDARDIZATION_EPS = 1e-10
 # Up to 2.13 at least, torch's group norm refuses other layouts, channels_last too, in forward mode, and some
 # views under vmap; 2.15 takes them.
-GROUP_NORM_WANTS_CONTIGUOUS = torch.__version__ < (2, 15)
+GROUP_NORM_WANTS_CONTIGUOUS = torch.__version__ < "2.15"  # compared as versions
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,17 @@ def test_the_default_run_folder_and_the_latest_run(images, capsys):
     assert "runs/folder-resnet20-2/confusion.png" in capsys.readouterr().out
 
 
+def test_the_default_batch_follows_a_small_folder(images, capsys):
+    where = ["--dataset", "folder", "--data-dir", str(images), "--run-dir", "run"]
+    call = ["train", *where, "--model", "resnet20", "--epochs", "1", "--crop", "1", "--threads", "1"]
+    assert main(call) == 0
+    said = capsys.readouterr().out
+    assert "batch size: 8 in place of 512, for 24 training images" in " ".join(said.split())
+    assert run_folder.read_config(Path("run"))[0].recipe.batch_size == 8
+    assert main(["train", "--resume", "run"]) == 0  # the config is what decides
+    assert "in place of" not in capsys.readouterr().out
+
+
 def test_resume_of_a_finished_run_changes_nothing(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)

@@ -103,3 +103,11 @@ def test_evaluation_takes_the_images_of_a_microbatch_at_a_time(batch_size: int, 
     recipe = Recipe(batch_size=batch_size, microbatches=microbatches)
     largest = len(torch.empty(batch_size).chunk(microbatches)[0])
     assert recipe.evaluation_batch == min(largest, 500)
+
+
+@given(batch=st.integers(1, 1000), images=st.integers(1, 100_000))
+def test_a_fitting_batch_is_the_largest_of_the_halves_with_eight_steps(batch: int, images: int) -> None:
+    fitting = recipes.fit_batch(Recipe(batch_size=batch), images).batch_size
+    halves = {batch >> times for times in range(11)} - {0}
+    fits = {half for half in halves if half <= images and (half <= 8 or half * 8 <= images)}
+    assert fitting == max(fits)

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from resnet_func import calibration
-from resnet_func.app import batches, data, parts, runtime
+from resnet_func.app import batches, data, parts, recipes, runtime
 from resnet_func.app.commands.common import configure, describe_data, plain_console, say
 from resnet_func.app.errors import Interrupted
 from resnet_func.app.experiment import Experiment
@@ -47,6 +47,7 @@ def _train(options: Train, folder: Path, group: launch.Group, *, resume: bool, s
     wished = replace(options.machine, precision="fp32") if options.privacy.private else options.machine
     machine = _configure(wished, folder if resume else None, group)
     splits = group.first_on_node(lambda: batches.load_data(experiment, download=options.download))
+    experiment, about_batch = _with_fitting_batch(options, experiment, splits)
     sentence = None
     if experiment.recipe.epochs == 0:
         left = 60 * experiment.recipe.minutes - (time.perf_counter() - start)
@@ -55,7 +56,7 @@ def _train(options: Train, folder: Path, group: launch.Group, *, resume: bool, s
         machine = replace(machine, compile=_compiles(experiment, splits, machine, folder if resume else None))
     if options.privacy.private:
         if not resume:
-            wish = guarantee.calibrate(options.privacy, options.hyper, splits.train.num_samples)
+            wish = guarantee.calibrate(options.privacy, experiment.recipe, splits.train.num_samples)
             experiment = replace(experiment, privacy=wish)
         elif experiment.privacy is None:
             experiment = replace(experiment, privacy=run_folder.read_config(folder)[0].privacy)
@@ -64,7 +65,7 @@ def _train(options: Train, folder: Path, group: launch.Group, *, resume: bool, s
     say(output, runtime.describe(machine))
     if group.ranks:
         say(output, f"ranks: {group.world}; {_about_batch_norm(recipe.sync_batchnorm)}")
-    for line in filter(None, [describe_data(options.dataset, splits), sentence]):
+    for line in filter(None, [describe_data(options.dataset, splits), about_batch, sentence]):
         say(output, line)
     try:
         with console.ConsoleReporter(output, recipe.epochs) as reporter:
@@ -121,6 +122,19 @@ def _experiment(options: Train) -> Experiment:
     described = options.dataset, data_dir, options.seed, options.hyper, init
     kept = options.snapshots, options.record
     return Experiment(*described, changes, *kept, shuffle_window=options.shuffle_window)
+
+
+def _with_fitting_batch(
+    options: Train, experiment: Experiment, splits: data.Splits
+) -> tuple[Experiment, str | None]:
+    """A batch that is the recipe's own, and not a wish, follows the size of the data; and a line about it."""
+    recipe, images = experiment.recipe, splits.train.num_samples
+    fitting = recipes.fit_batch(recipe, images)
+    named = recipes.recipe(options.recipe, options.dataset)
+    if fitting == recipe or recipe.batch_size != named.batch_size:
+        return experiment, None
+    said = f"batch size: {fitting.batch_size} in place of {recipe.batch_size}, for {images:,} training images"
+    return replace(experiment, recipe=fitting), said
 
 
 # --------------------------------------------------------------------------- what rank 0 decides for all
