@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+from dataclasses import is_dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ import torch
 from torch import Tensor
 
 import resnet_func as rf
-from resnet_func import losses, optim, privacy, tree
+from resnet_func import attribution, curvature, losses, optim, privacy, tree
 from resnet_func import per_sample as ps
 from resnet_func.attribution import quantities
 from resnet_func.attribution.fisher import diagonal_fisher, sampled_ekfac
+from resnet_func.distributed import Ranks, sync_batch_norm
+from resnet_func.types import Model
 
 SCHEDULES = {
     "constant": optim.constant(0.1),
@@ -80,6 +84,7 @@ def calls() -> list[tuple[Any, tuple[Any, ...]]]:
     noise = privacy.gaussian_noise(params, seed=0, step=0)
     adaptive_noise = privacy.gaussian_noise(params, seed=0, step=0, adaptive=True)
     mask = torch.ones(4, dtype=torch.bool)
+    synchronised = sync_batch_norm(rf.resnet20(depths=(1, 1, 1)), Ranks(0, 1))
     wanted = {
         "margin": quantities.margin(),
         "prediction": quantities.prediction(),
@@ -104,14 +109,46 @@ def calls() -> list[tuple[Any, tuple[Any, ...]]]:
         (ps.over_dataset(model, losses.cross_entropy, wanted), (params, state, batches)),
         (diagonal_fisher(model, losses.cross_entropy), (params, state, batches)),
         (losses.logit(1), (x.flatten(1), y)),
+        *answers(model, (params, state), batches),
+        (partial(synchronised.apply, train=True), (*synchronised.init(generator), x)),
     ]
 
 
+def answers(model: Model, checkpoint: Any, batches: Any) -> list[tuple[Any, tuple[Any, ...]]]:
+    """What `attribution` and `curvature` return, with arguments."""
+    task, sketch = (model, losses.cross_entropy), attribution.Sketch(dim=8)
+    names = ["loss", "grand", "self_influence_diagonal", "self_influence_ekfac"]
+    fisher = diagonal_fisher(*task)(*checkpoint, batches)
+    direction = tree.map(torch.ones_like, checkpoint[0])
+    canaries = privacy.insert_canaries(*task, *checkpoint, 2)
+    images = {"x": batches[0][0], "canary": torch.tensor([-1, 0, 1, -1])}
+    return [
+        (attribution.score_dataset(*task, names), ([checkpoint], batches)),
+        (attribution.make_features(model, sketch), (*checkpoint, batches)),
+        (attribution.trak(model, sketch), ([checkpoint], batches, batches)),
+        (attribution.tracin(*task, cosine=True), ([checkpoint], batches, batches)),
+        (attribution.influence(*task, fisher), (checkpoint, batches, batches)),
+        (attribution.in_run_values(*task, order=2), (*checkpoint, batches[0], batches[0], 0.1)),
+        (curvature.hvp(*task), (*checkpoint, *batches[0], direction)),
+        (curvature.ggn_vp(*task), (*checkpoint, *batches[0], direction)),
+        (curvature.kfac(*task), (*checkpoint, batches)),
+        (curvature.ekfac(*task), (*checkpoint, batches)),
+        (partial(seeded, curvature.trace(*task, probes=2)), (*checkpoint, batches)),
+        (partial(seeded, curvature.spectrum(*task, steps=3)), (*checkpoint, batches)),
+        (curvature.laplace(*task), (*checkpoint, batches)),
+        (partial(canaries.model.apply, train=True), (canaries.params, canaries.state, images)),
+        (canaries.loss_fn, (torch.ones(4, 3), (batches[0][1] % 2, images["canary"]))),
+    ]
+
+
+def seeded(function: Any, *given: Any) -> Any:
+    return function(*given, generator=torch.Generator().manual_seed(0))
+
+
 def compute(pickled: bytes) -> bytes:
-    """In the worker: the leaves of what each function returns."""
+    """In the worker: what each function returns."""
     torch.set_num_threads(1)
-    found = [tree.leaves(function(*given)) for function, given in pickle.loads(pickled)]
-    return pickle.dumps(found)
+    return pickle.dumps([function(*given) for function, given in pickle.loads(pickled)])
 
 
 def test_a_spawned_worker_computes_the_same_bits() -> None:
@@ -119,12 +156,19 @@ def test_a_spawned_worker_computes_the_same_bits() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pickle.loads(pool.apply(compute, (pickle.dumps(listed),)))
     for (function, given), theirs in zip(listed, found, strict=True):
-        ours = tree.leaves(function(*given))
-        assert all(same(a, b) for a, b in zip(ours, theirs, strict=True)), function
+        assert same(function(*given), theirs), function
 
 
 def same(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+    """Whether two values are equal to the bit, whatever they are made of."""
+    match a:
+        case Tensor():
+            return torch.equal(a, b)
+        case dict():
+            return a.keys() == b.keys() and all(same(value, b[key]) for key, value in a.items())
+        case tuple() | list():
+            return len(a) == len(b) and all(map(same, a, b))
+    return same(vars(a), vars(b)) if is_dataclass(a) else a == b
 
 
 def test_an_estimate_of_curvature_is_sent_with_its_inverse() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeAlias, Unpack
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import torch
 from jaxtyping import Float
@@ -84,13 +85,12 @@ def make_features(
     torch.Size([2, 16])
     """
     wanted = {"sketches": sketch_quantity(*(sketch or Sketch())), "log_odds": loss_quantity()}
-    run = over_dataset(model, log_odds, wanted, progress=progress, **options)
+    return partial(_features, over_dataset(model, log_odds, wanted, progress=progress, **options))
 
-    def features(params: Params, state: State, batches: Batches) -> Features:
-        found = run(params, state, batches)
-        return Features(found["sketches"], torch.sigmoid(-found["log_odds"]))
 
-    return features
+def _features(run: Callable[..., Any], params: Params, state: State, batches: Batches) -> Features:
+    found = run(params, state, batches)
+    return Features(found["sketches"], torch.sigmoid(-found["log_odds"]))
 
 
 def sketch_tree(of: Params, sketch: Sketch) -> Float[Tensor, "n dim"]:

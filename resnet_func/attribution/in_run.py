@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeAlias, Unpack, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, Unpack, cast
 
 import torch
 from jaxtyping import Float
@@ -52,29 +52,37 @@ def in_run_values(
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2; got {order}")
-    products = dot(model, loss_fn, **options)
-    trainable = options.get("trainable") or _every
+    return _Values(model, loss_fn, order, options.get("trainable") or _every, dot(model, loss_fn, **options))
 
-    def values(
+
+class _Values(NamedTuple):
+    """`in_run_values`, bound to its arguments."""
+
+    model: Model
+    loss_fn: LossFn
+    order: int
+    trainable: Callable[[str], bool]
+    products: Callable[..., Tensor]
+
+    def __call__(
+        self,
         params: Params,
         state: State,
-        batch: tuple[Any, Any],
-        validation: tuple[Any, Any],
+        batch: Pair,
+        validation: Pair,
         learning_rate: float,
     ) -> Tensor:
-        chosen = {path: leaf for path, leaf in tree.flatten(params).items() if trainable(path)}
-        mean = partial(_mean_loss, model, loss_fn, params, state, *validation)
-        gradient = torch.func.grad(mean)
-        if order == 1:
+        chosen = {path: leaf for path, leaf in tree.flatten(params).items() if self.trainable(path)}
+        task = self.model, self.loss_fn, params, state
+        gradient = torch.func.grad(partial(_mean_loss, *task, *validation))
+        if self.order == 1:
             along = {path: learning_rate * leaf for path, leaf in gradient(chosen).items()}
         else:
-            total = torch.func.grad(partial(_sum_loss, model, loss_fn, params, state, *batch))(chosen)
+            total = torch.func.grad(partial(_sum_loss, *task, *batch))(chosen)
             first, second = cast(tuple[Any, Any], torch.func.jvp(gradient, (chosen,), (total,)))
             along = {p: learning_rate * (first[p] - learning_rate / 2 * second[p]) for p in first}
         zeros = {path: torch.zeros_like(leaf) for path, leaf in tree.flatten(params).items()}
-        return products(params, state, *batch, tree.unflatten({**zeros, **along}))
-
-    return values
+        return self.products(params, state, *batch, tree.unflatten({**zeros, **along}))
 
 
 def _every(path: str) -> bool:

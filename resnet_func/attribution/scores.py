@@ -94,29 +94,45 @@ def score_dataset(
         raise ValueError(
             f"expected scores among {', '.join(FROM_NETWORKS)}; got {', '.join(map(str, unknown)) or 'none'}"
         )
+    return _ScoreDataset(model, loss_fn, tuple(names), damping, progress, options)
 
-    def score(checkpoints: Sequence[Checkpoint], batches: Batches) -> Scores:
+
+class _ScoreDataset(NamedTuple):
+    """`score_dataset`, bound to its arguments."""
+
+    model: Model
+    loss_fn: LossFn
+    names: tuple[str, ...]
+    damping: float | None
+    progress: bool
+    options: Options
+
+    def __call__(self, checkpoints: Sequence[Checkpoint], batches: Batches) -> Scores:
         if not checkpoints:
             raise ValueError("expected at least one checkpoint, a pair (params, state); got none")
         total: dict[str, Tensor] = {}
         found: dict[str, Any] = {}
-        for params, state in checkpoints:
-            wanted = _quantities(names)
-            if "self_influence_diagonal" in names:
-                fisher = diagonal_fisher(model, loss_fn, progress=progress, **options)
-                weights = fisher(params, state, batches).inverse(damping)
-                wanted["self_influence_diagonal"] = quantities.weighted_squared_norms(weights)
-            if "self_influence_ekfac" in names:
-                estimate = sampled_ekfac(model, loss_fn, **options)(params, state, batches)
-                wanted["self_influence_ekfac"] = quantities.self_products(_by_block(estimate, damping))
-            found = over_dataset(model, loss_fn, wanted, progress=progress, **options)(params, state, batches)
-            for name in names:
+        for checkpoint in checkpoints:
+            wanted = _quantities(self.names) | self._by_curvature(checkpoint, batches)
+            run = over_dataset(self.model, self.loss_fn, wanted, progress=self.progress, **self.options)
+            found = run(*checkpoint, batches)
+            for name in self.names:
                 value = _value(name, found)
                 total[name] = total[name] + value if name in total else value
         means = {name: value / len(checkpoints) for name, value in total.items()}
         return Scores(means, found["prediction"], found["suggestion"])
 
-    return score
+    def _by_curvature(self, checkpoint: Checkpoint, batches: Batches) -> dict[str, Quantity]:
+        """The quantities that need passes of their own first: estimates of the curvature."""
+        wanted, task = {}, (self.model, self.loss_fn)
+        if "self_influence_diagonal" in self.names:
+            fisher = diagonal_fisher(*task, progress=self.progress, **self.options)(*checkpoint, batches)
+            weights = fisher.inverse(self.damping)
+            wanted["self_influence_diagonal"] = quantities.weighted_squared_norms(weights)
+        if "self_influence_ekfac" in self.names:
+            estimate = sampled_ekfac(*task, **self.options)(*checkpoint, batches)
+            wanted["self_influence_ekfac"] = quantities.self_products(_by_block(estimate, self.damping))
+        return wanted
 
 
 def _by_block(estimate: KroneckerEstimate, damping: float | None) -> Callable[[str, Tensor], Tensor]:

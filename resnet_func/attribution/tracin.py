@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Unpack
+from functools import partial
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from jaxtyping import Float
@@ -65,15 +66,21 @@ def tracin(
     products = gradient_products(
         model, loss_fn, cosine=cosine, block_elements=block_elements, progress=progress, **options
     )
+    return partial(_tracin, products, learning_rates)
 
-    def scores(checkpoints: Sequence[Checkpoint], train_batches: Batches, test_batches: Batches) -> Tensor:
-        rates = check_rates(len(checkpoints), learning_rates)
-        total = torch.zeros((), dtype=torch.float32, device="cpu")
-        for rate, checkpoint in zip(rates, checkpoints, strict=True):
-            total = total + rate * products(checkpoint, train_batches, test_batches)
-        return total
 
-    return scores
+def _tracin(
+    products: Callable[[Checkpoint, Batches, Batches], Tensor],
+    learning_rates: Sequence[float] | None,
+    checkpoints: Sequence[Checkpoint],
+    train_batches: Batches,
+    test_batches: Batches,
+) -> Tensor:
+    rates = check_rates(len(checkpoints), learning_rates)
+    total = torch.zeros((), dtype=torch.float32, device="cpu")
+    for rate, checkpoint in zip(rates, checkpoints, strict=True):
+        total = total + rate * products(checkpoint, train_batches, test_batches)
+    return total
 
 
 def check_rates(checkpoints: int, learning_rates: Sequence[float] | None) -> Sequence[float]:
@@ -103,28 +110,36 @@ def gradient_products(
 ) -> Callable[[Checkpoint, Batches, Batches], Tensor]:
     """`<gradient of train i, transform(gradient of test j)>` `[train, test]`, by a map of batched trees."""
     gradients = grads(model, loss_fn, **options)
+    run = partial(over_dataset, model, loss_fn, progress=progress, **options)
+    return _Products(gradients, run, transform, cosine, block_elements)
 
-    def products(checkpoint: Checkpoint, train_batches: Batches, test_batches: Batches) -> Tensor:
+
+class _Products(NamedTuple):
+    """`gradient_products`, bound to its arguments; `run(wanted)` goes over a data set."""
+
+    gradients: Callable[..., Params]
+    run: Callable[..., Callable[..., Any]]
+    transform: Callable[[Params], Params] | None
+    cosine: bool
+    block_elements: int
+
+    def __call__(self, checkpoint: Checkpoint, train_batches: Batches, test_batches: Batches) -> Tensor:
         columns = []
-        parts = (gradients(*checkpoint, x, y) for x, y in test_batches)
-        for block in _joined(parts, block_elements):
-            directions = tree.flatten(block if transform is None else transform(block))
+        parts = (self.gradients(*checkpoint, x, y) for x, y in test_batches)
+        for block in _joined(parts, self.block_elements):
+            directions = tree.flatten(block if self.transform is None else self.transform(block))
             wanted: dict[str, Any] = {"products": quantities.products(directions)}
-            if cosine:
+            if self.cosine:
                 wanted["norms"] = "norms"
-            found = over_dataset(model, loss_fn, wanted, progress=progress, **options)(
-                *checkpoint, train_batches
-            )
+            found = self.run(wanted)(*checkpoint, train_batches)
             values = found["products"]
-            if cosine:
+            if self.cosine:
                 lengths = found["norms"][:, None] * tree_norms(tree.unflatten(directions)).cpu()
                 values = values / lengths.clamp(min=torch.finfo(values.dtype).tiny)
             columns.append(values)
         if not columns:
             raise ValueError("expected at least one batch of test samples (x, y); got none")
         return torch.cat(columns, 1)
-
-    return products
 
 
 def _joined(parts: Iterable[Params], elements: int) -> Iterator[Params]:

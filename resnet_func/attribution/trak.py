@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Unpack
 
 import torch
@@ -51,16 +52,21 @@ def trak(
     >>> trak(model, Sketch(dim=16))([checkpoint], train, train).shape
     torch.Size([4, 4])
     """
-    features = make_features(model, sketch, progress=progress, **options)
+    return partial(_trak, make_features(model, sketch, progress=progress, **options), damping)
 
-    def scores(checkpoints: Sequence[Checkpoint], train_batches: Batches, test_batches: Batches) -> Tensor:
-        pairs = (
-            ([features(*checkpoint, train_batches)], features(*checkpoint, test_batches))
-            for checkpoint in checkpoints
-        )
-        return trak_scores(pairs, damping=damping)
 
-    return scores
+def _trak(
+    features: Callable[..., Features],
+    damping: float,
+    checkpoints: Sequence[Checkpoint],
+    train_batches: Batches,
+    test_batches: Batches,
+) -> Tensor:
+    pairs = (
+        ([features(*checkpoint, train_batches)], features(*checkpoint, test_batches))
+        for checkpoint in checkpoints
+    )
+    return trak_scores(pairs, damping=damping)
 
 
 def trak_scores(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from resnet_func.distributed.ranks import Ranks, all_reduce
-from resnet_func.types import Images, Logits, Model, Params, State
+from resnet_func.types import Apply, Images, Logits, Model, Params, State
 
 
 def sync_batch_norm(model: Model, ranks: Ranks) -> Model:
@@ -33,14 +34,16 @@ def sync_batch_norm(model: Model, ranks: Ranks) -> Model:
     >>> model.apply(params, state, torch.zeros(2, 3, 8, 8), train=True)[0].shape
     torch.Size([2, 10])
     """
+    return model._replace(apply=partial(_apply_over_ranks, model.apply, ranks))
 
-    def apply(params: Params, state: State, x: Images, *, train: bool) -> tuple[Logits, State]:
-        if not train:
-            return model.apply(params, state, x, train=train)
-        with _OverRanks(ranks):
-            return model.apply(params, state, x, train=train)
 
-    return model._replace(apply=apply)
+def _apply_over_ranks(
+    apply: Apply, ranks: Ranks, params: Params, state: State, x: Images, *, train: bool
+) -> tuple[Logits, State]:
+    if not train:
+        return apply(params, state, x, train=train)
+    with _OverRanks(ranks):
+        return apply(params, state, x, train=train)
 
 
 class _OverRanks(TorchFunctionMode):

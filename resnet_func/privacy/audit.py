@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.models.interop.modules import from_function
-from resnet_func.types import LossFn, Model, Params, State, TrainState
+from resnet_func.types import Apply, LossFn, Model, Params, State, TrainState
 
 CANARY_LOSS = 1e3  # times an output: its gradient is longer than any bound that is used
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)  # of the canaries, to guess
@@ -63,22 +64,30 @@ def insert_canaries(model: Model, loss_fn: LossFn, params: Params, state: State,
     """
     if count < 1:
         raise ValueError(f"an audit needs a canary or more; got {count}. A thousand give a sharp bound")
-
-    def apply(params: Params, state: State, x: Any, *, train: bool) -> tuple[Tensor, State]:
-        own = {name: value for name, value in params.items() if name != "zz_canaries"}
-        logits, state = model.apply(own, state, x["x"], train=train)
-        index = x["canary"]
-        place = F.one_hot(index.clamp(min=0), count).to(logits.dtype) * (index >= 0).to(logits.dtype)[:, None]
-        return torch.cat([logits, F.linear(place, params["zz_canaries"]["weight"])], 1), state
-
-    def losses(logits: Tensor, targets: Any) -> Tensor:
-        y, index = targets
-        own, canary = loss_fn(logits[:, :-1], y), logits[:, -1] * CANARY_LOSS
-        return torch.where(index >= 0, canary, own)
-
     leaf = tree.leaves(params)[0]
     weight = torch.zeros(1, count, dtype=leaf.dtype, device=leaf.device)
-    return Canaries(from_function(apply), losses, {**params, "zz_canaries": {"weight": weight}}, state)
+    return Canaries(
+        model=from_function(partial(_apply_with_canaries, model.apply, count)),
+        loss_fn=partial(_losses_with_canaries, loss_fn),
+        params={**params, "zz_canaries": {"weight": weight}},
+        state=state,
+    )
+
+
+def _apply_with_canaries(
+    apply: Apply, count: int, params: Params, state: State, x: Any, *, train: bool
+) -> tuple[Tensor, State]:
+    own = {name: value for name, value in params.items() if name != "zz_canaries"}
+    logits, state = apply(own, state, x["x"], train=train)
+    index = x["canary"]
+    place = F.one_hot(index.clamp(min=0), count).to(logits.dtype) * (index >= 0).to(logits.dtype)[:, None]
+    return torch.cat([logits, F.linear(place, params["zz_canaries"]["weight"])], 1), state
+
+
+def _losses_with_canaries(loss_fn: LossFn, logits: Tensor, targets: Any) -> Tensor:
+    y, index = targets
+    own, canary = loss_fn(logits[:, :-1], y), logits[:, -1] * CANARY_LOSS
+    return torch.where(index >= 0, canary, own)
 
 
 class Audit(NamedTuple):
