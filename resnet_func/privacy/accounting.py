@@ -129,9 +129,9 @@ def noise_multiplier(
         ImportError: dp-accounting is not installed.
 
     >>> from resnet_func import privacy
-    >>> sigma = privacy.noise_multiplier(4.0, 1e-5, sampling_rate=0.01, steps=1)
-    >>> sigma.neighbours
-    'add-or-remove-one'
+    >>> sigma = privacy.noise_multiplier(0.5, 1e-5, sampling_rate=0.05, steps=100)
+    >>> round(sigma, 2), sigma.neighbours
+    (3.74, 'add-or-remove-one')
     """
     _check(delta, sampling_rate, steps, neighbours, sampling, least_steps=1)
     if not 0 < epsilon < math.inf:

@@ -122,6 +122,7 @@ def test_ranks_together_give_the_scores_of_one_process(trained, tmp_path, monkey
     assert {path: (kept / path).read_bytes() for path in wanted} == wanted
 
 
+@pytest.mark.nightly
 def test_two_processes_keep_and_draw_what_one_does(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(attributing, "CHUNK_ROWS", 1)
     call = ["attribute", "--test-index", "1", "--dim", str(DIM + 2), "--method", "tracin", "--threads", "1"]
