@@ -40,6 +40,29 @@ def make_image_folder(
     return root
 
 
+def noise(*shape: int, seed: int = 0, high: int = 256) -> np.ndarray:
+    """Random bytes."""
+    return np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
+
+
+def save(path: Path, image: Any, **options: Any) -> Path:
+    """Write an image, or an array of its pixels, with its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image.save(path, **options)
+    return path
+
+
+def write_split(folder: Path, counts: tuple[int, ...] = (5, 4), side: int = 8) -> torch.Tensor:
+    """Classes a, b ... of random PNGs; returns the pixels [N, 3, side, side] in the order of a listing."""
+    pixels = noise(sum(counts), side, side, 3)
+    paths = [folder / name / f"{i:02}.png" for name, count in zip("abc", counts) for i in range(count)]  # noqa: B905
+    for path, image in zip(paths, pixels, strict=True):
+        save(path, image)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
 TINY = ("--model", "resnet20", "--epochs", "2", "--batch-size", "8", "--crop", "1", "--threads", "1")
 
 

@@ -18,30 +18,10 @@ from torchvision.transforms import functional as TF
 from resnet_func.app.data import DataError, batches, decode, load
 from resnet_func.app.data import folder as folder_module
 from resnet_func.app.data.folder import CACHE_FOLDER, list_images, load_images
+from tests.app.image_folder import noise, save, write_split
 
 # Python 3.12 and later warn about every fork of a process with threads; DataLoader forks by default.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
-
-def noise(*shape, seed=0, high=256):
-    return np.random.default_rng(seed).integers(0, high, shape, dtype=np.uint8)
-
-
-def save(path, image, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    image.save(path, **options)
-    return path
-
-
-def write_split(folder, counts=(5, 4), side=8):
-    """Classes a, b ... of random PNGs; returns the pixels [N, 3, side, side] in the order of a listing."""
-    pixels = noise(sum(counts), side, side, 3)
-    paths = [folder / name / f"{i:02}.png" for name, count in zip("abc", counts) for i in range(count)]  # noqa: B905
-    for path, image in zip(paths, pixels, strict=True):
-        save(path, image)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def paletted():
