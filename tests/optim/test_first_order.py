@@ -257,12 +257,13 @@ def test_a_step_that_overflows_is_infinite_as_in_torch() -> None:
 
 
 def test_one_term_would_not_reach_every_value() -> None:
-    """Why `residue` exists; if torch ever makes this pass without it, the second term can go."""
+    """Why `residue` exists: where torch adds a multiple in one rounding, as CPUs with FMA do."""
     params, grads = {"w": torch.tensor([-1.0])}, {"w": torch.tensor([-(1 + 2**-23)])}
     optimizer = optim.sgd(1 - 2**-24)
     (delta, residue), _ = optimizer.update(grads, optimizer.init(params), params)
     target = params["w"].add(grads["w"], alpha=-(1 - 2**-24))
-    assert params["w"] + delta["w"] != target
+    fuses = target != params["w"] + grads["w"] * -(1 - 2**-24)
+    assert torch.equal(params["w"] + delta["w"] != target, fuses)
     assert params["w"] + delta["w"] + residue["w"] == target
 
 

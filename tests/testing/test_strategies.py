@@ -182,7 +182,7 @@ def test_every_name_that_is_promised_is_there() -> None:
 def test_tensors_reach_every_dtype_layout_and_special_value() -> None:
     dtypes, strides, values = set(), set(), set()
 
-    @settings(max_examples=400, database=None)
+    @settings(max_examples=600, database=None, derandomize=True)
     @given(testing.tensors())
     def collect(leaf: torch.Tensor) -> None:
         dtypes.add(leaf.dtype)
