@@ -67,8 +67,7 @@ def score_dataset(
             https://arxiv.org/abs/2107.07075). "grand": length of the gradient (the same paper):
             the error times how strongly the network reacts to the sample. Early in training the reaction
             differs more between samples than the error does, so that for wrong labels late checkpoints tell
-            more (on digits with a tenth of the labels wrong, the first tenth by "grand" holds 49 % of them
-            after 4 of 20 epochs, 94 % after 20; by "margin" 89 and 98).
+            more.
             "self_influence": its square (TracIn of a sample on itself; Pruthi et al. 2020,
             https://arxiv.org/abs/2002.08484). "self_influence_diagonal": the same by the inverse of the
             diagonal Fisher matrix (Koh and Liang 2017, https://arxiv.org/abs/1703.04730), which takes one

@@ -118,8 +118,11 @@ def train_and_die(images: Path, folder: Path, after: int, *, resume: bool) -> No
     spawn = multiprocessing.get_context("spawn")
     process = spawn.Process(target=train, args=(images, folder, reporter), kwargs={"resume": resume})
     process.start()
-    process.join(timeout=240)
-    assert process.exitcode == -signal.SIGKILL
+    try:
+        process.join(timeout=240)
+        assert process.exitcode == -signal.SIGKILL
+    finally:
+        process.kill()  # where it did not end by itself
 
 
 @pytest.mark.nightly
