@@ -21,8 +21,8 @@ def cross_entropy(logits: Logits, targets: Targets) -> PerSample:
     Args:
         logits: `[N, classes]`, floating.
         targets: `[N]` class indices, int64; or `[N, classes]` probabilities, floating, which weigh the
-            classes. Indices out of range raise on CPU and assert on CUDA: check untrusted labels with
-            `check_targets` first.
+            classes. A sample of index -100, torch's `ignore_index`, has loss 0; other indices out of range
+            raise on CPU and assert on CUDA: check untrusted labels with `check_targets` first.
 
     Raises:
         ValueError: targets of another shape or dtype.

@@ -70,13 +70,16 @@ def main(argv: list[str] | None = None) -> int:
                 raise UsageError(
                     f"{name} runs on one process: start it without torchrun, which {', '.join(DEALT)} take"
                 )
-    except (ValueError, OSError, AppError) as error:  # of every rank alike
+    except (ValueError, OSError, ImportError, AppError) as error:  # of every rank alike
         return _fail(error) if launch.is_first() else _exit_code(error)
     try:
         importlib.import_module(f"resnet_func.app.commands.{name}").main(options)
     except Unspoken as told:
         return _exit_code(told.cause)
-    except (KeyboardInterrupt, RuntimeError, ValueError, OSError, Interrupted, AppError) as error:
+    except (
+        *(KeyboardInterrupt, Interrupted, AppError),
+        *(RuntimeError, ValueError, OSError, ImportError),
+    ) as error:
         return _fail(error)
     return 0
 
@@ -120,7 +123,10 @@ def _parse(argv: list[str]) -> Any:
         options = parse()  # once more, to print the help, or what the parser itself refuses
     if isinstance(options, Train):
         _check_private(options)
+        _check_training(options)
     match options:
+        case Summary() if ":" in options.model and (options.norm, options.stem) != ("batch", "auto"):
+            raise UsageError(f"--norm and --stem are of the zoo's networks; {options.model} has its own")
         case Train(resume=Path()):
             _check_resume(options, defaults["train"])
         case Train():
@@ -132,6 +138,9 @@ def _parse(argv: list[str]) -> Any:
                 "attribute needs an image file or more, or --test-index: resnet-func attribute IMAGE..."
             )
         case Scores():
+            for name in options.scores:
+                if Path(name).is_dir():
+                    raise UsageError(f"{name} was read as the name of a score: put runs before --scores")
             for folder in options.runs or (run_folder.latest(),):
                 run_folder.read_config(folder)
         case Curvature():
@@ -240,6 +249,15 @@ def _check_private(options: Train) -> None:
         raise UsageError("--private must know its steps before the first: give --epochs instead of --minutes")
     if options.machine.precision == "bf16":
         raise UsageError("--private computes in fp32: rounding to bf16 lets a gradient exceed its bound")
+
+
+def _check_training(options: Train) -> None:
+    if options.seed < 0:
+        raise UsageError(f"--seed must be 0 or more; got {options.seed}")
+    if options.dataset == "digits" and options.data_dir is not None:
+        raise UsageError(
+            "digits come with scikit-learn and need no --data-dir. For your own images: --dataset folder"
+        )
 
 
 def _epochs_or_minutes(options: Train, default: recipes.Recipe) -> Train:

@@ -149,8 +149,8 @@ class Scores:
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")] = ()
     """Run folders, such as of several seeds, whose scores are averaged; by default the latest run."""
     scores: tuple[str, ...] = ()
-    """Of loss, margin, el2n, grand, self_influence (also with _diagonal, _ekfac), forgetting; by default what
-    takes one pass."""
+    """Of loss, margin, el2n, grand, self_influence (also with _diagonal, _ekfac), forgetting, after the RUNs;
+    by default what takes one pass."""
     rank_by: str = ""
     """The score that ranks the images and picks the suspects; by default margin, or the first of --scores."""
     data_dir: Path | None = None
@@ -167,7 +167,7 @@ class Attribute:
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")] = ()
     """Image files."""
     test_index: tuple[int, ...] = ()
-    """Places of test images, from 0, instead of files or beside them."""
+    """Places of test images, from 0, instead of files or after them."""
     run_dir: Path | None = None
     """The run folder, which keeps what is computed of the training set; by default the latest below runs/."""
     method: Literal["cosine", "tracin", "trak", "influence"] = "cosine"

@@ -21,6 +21,8 @@ from resnet_func.types import Logits, LossFn, PerSample
 Fisher: TypeAlias = Literal["exact", "sampled", "empirical"]
 Mixture: TypeAlias = Float[Tensor, "n k"]
 
+IGNORED = -100  # the class index that torch's cross-entropy leaves out
+
 
 def mixing_loss(loss_fn: LossFn) -> LossFn:
     """A loss of targets `(y, mixture)` whose gradient in the logits is `S mixture`.
@@ -45,10 +47,11 @@ def root_product(loss_fn: LossFn, logits: Logits, y: Any, mixture: Mixture) -> M
 
     Where the Hessian has negative eigenvalues, they count as zero.
     """
-    if loss_fn is losses.cross_entropy and logits.ndim == 2:  # H = diag(p) - p p'
+    if loss_fn is losses.cross_entropy and logits.ndim == 2:  # H = weight of the targets * (diag(p) - p p')
         p = logits.softmax(1)
         mixed = p.sqrt() * mixture
-        return mixed - p * mixed.sum(1, keepdim=True)
+        weight = y.sum(1) if y.is_floating_point() else (y != IGNORED).to(p.dtype)
+        return (mixed - p * mixed.sum(1, keepdim=True)) * weight.clamp(min=0).sqrt()[:, None]
 
     def one(flat: Tensor, y: Any) -> Tensor:
         alone = flat.reshape(1, *logits.shape[1:])

@@ -194,6 +194,8 @@ class _Passes(NamedTuple):
         params, state = detach_leaves((params, state))
         total, repeats = None, 1
         for x, y in batches:
+            if not len(tree.leaves(x)[0]):
+                continue
             targets = list(self._targets(params, state, x, y, generator))
             repeats = len(targets)
             found = [evaluate(self.settings, [quantity], params, state, x, y)[0] for y in targets]

@@ -14,7 +14,7 @@ from resnet_func import tree
 from resnet_func.autodiff import detach_leaves
 from resnet_func.losses import check_per_sample
 from resnet_func.numerics import widen
-from resnet_func.per_sample.capture import Task, make_task
+from resnet_func.per_sample.capture import Task, leaves_like, make_task
 from resnet_func.per_sample.engine import fold_batch, parts, refuse_unstated_statistics
 from resnet_func.per_sample.options import Settings, check_options
 from resnet_func.types import Logits, LossFn, Model, Params, State, Trainable
@@ -119,23 +119,6 @@ def _product(
         total = {path: leaf + found[path] for path, leaf in total.items()}
     mean = {path: leaf / max(samples, 1) for path, leaf in total.items()}
     return tree.unflatten({path: leaf.to(task.trained[path].dtype) for path, leaf in mean.items()})
-
-
-def leaves_like(trained: Leaves, given: Params, name: str) -> Leaves:
-    """The leaves of a tree that have their namesake among `trained`, in that order.
-
-    Raises:
-        ValueError: one is missing, or has another shape.
-    """
-    flat = tree.flatten(given)
-    for path, leaf in trained.items():
-        if path not in flat or flat[path].shape != leaf.shape:
-            got = list(flat[path].shape) if path in flat else f"leaves {', '.join(list(flat)[:3])}, ..."
-            raise ValueError(
-                f"expected a {name} like the trainable parameters, with {path} of {list(leaf.shape)}; "
-                f"got {got}. Make one by tree.map(torch.randn_like, params)"
-            )
-    return {path: flat[path].to(leaf.dtype) for path, leaf in trained.items()}
 
 
 def _network(task: Task, x: Any) -> Callable[[Leaves], Logits]:

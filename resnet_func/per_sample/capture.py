@@ -27,6 +27,7 @@ from resnet_func.per_sample.intercept import (
     substitute,
     tensors_of,
 )
+from resnet_func.per_sample.layers.any_call import any_call
 from resnet_func.per_sample.layers.factors import ConvFactors, Derived, Direct, Factors, Several
 from resnet_func.per_sample.layers.layer import Layer
 from resnet_func.per_sample.layers.layer_factors import factors_of_layer
@@ -121,6 +122,23 @@ def _forward(task: Task, batch: Batch, trained: dict[str, Tensor], calls: Calls)
     return losses.reshape(batch.views, batch.samples).mean(0), logits
 
 
+def leaves_like(trained: dict[str, Tensor], given: Params, name: str) -> dict[str, Tensor]:
+    """The leaves of a tree that have their namesake among `trained`, in that order.
+
+    Raises:
+        ValueError: one is missing, or has another shape.
+    """
+    flat = tree.flatten(given)
+    for path, leaf in trained.items():
+        if path not in flat or flat[path].shape != leaf.shape:
+            got = list(flat[path].shape) if path in flat else f"leaves {', '.join(list(flat)[:3])}, ..."
+            raise ValueError(
+                f"expected a {name} like the trainable parameters, with {path} of {list(leaf.shape)}; "
+                f"got {got}. Make one by tree.map(torch.randn_like, params)"
+            )
+    return {path: flat[path].to(leaf.dtype) for path, leaf in trained.items()}
+
+
 def losses_of(task: Task, batch: Batch, trained: dict[str, Tensor]) -> Tensor:
     """Losses `[N]` as a function of the trained leaves, with the same refusals as `capture`'s."""
     return _forward(task, batch, trained, _make_calls(task, batch, trained, edges=False))[0]
@@ -200,9 +218,15 @@ def _cut(tensors: list[Tensor], lengths: list[int]) -> list[list[Tensor]]:
 
 
 def _gradients(value: Tensor, wanted: list[Any], differentiable: bool) -> tuple[Tensor | None, ...]:
-    if not wanted or not value.requires_grad:
-        return (None,) * len(wanted)
-    return torch.autograd.grad(value, wanted, allow_unused=True, create_graph=differentiable)
+    """One for each place; None where there is no edge, as of a detached leaf, or no part in the value."""
+    places = [place for place, edge in enumerate(wanted) if edge is not None]
+    found: list[Tensor | None] = [None] * len(wanted)
+    if places and value.requires_grad:
+        edges = [wanted[place] for place in places]
+        grads = torch.autograd.grad(value, edges, allow_unused=True, create_graph=differentiable)
+        for place, grad in zip(places, grads, strict=True):
+            found[place] = grad
+    return tuple(found)
 
 
 def _run_with_taps(task: Task, batch: Batch) -> _Pass:
@@ -270,7 +294,8 @@ def _add_call(
     layer = Layer(
         call.func, args, kwargs, parameters, batched, call.indices, *of_outputs, batch.samples, batch.views
     )
-    found = factors_of_layer(layer)
+    once = all(sum(tensor is other for other in inside) == 1 for tensor, _ in call.parameters)
+    found = factors_of_layer(layer) if once else any_call(layer)  # no rule knows one leaf in two places
     for tensor, source in call.parameters:
         factors = found[values[tensor]]
         for path in source.paths:

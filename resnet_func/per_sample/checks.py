@@ -36,19 +36,29 @@ class Checks:
         Raises:
             ValueError: they differ: the loss is not per-sample, or samples are coupled.
         """
-        if self.wanted is False or torch.compiler.is_compiling():
+        if not self._are_due(task, batch) or not can_read(captured.losses):
             return
-        done = _compared_losses(task.model.apply)
-        if self.wanted is None and task.loss_fn in done:
-            return
-        tensors = [*task.trained.values(), *tree.leaves((batch.x, batch.y, task.state)), captured.losses]
-        if not all(can_read(tensor) for tensor in tensors):
-            return
+        few = _first_samples(batch, SAMPLES)
         with torch.no_grad():
             _check_loss(task, batch, captured)
-            _check_gradients(task, batch)
-        with suppress(TypeError):  # a loss that nothing can refer to weakly
-            done.add(task.loss_fn)
+            _check_gradients(task, few)
+        if _tells_samples_apart(few):
+            with suppress(TypeError):  # a loss that nothing can refer to weakly
+                _compared_losses(task.model.apply).add(task.loss_fn)
+
+    def before(self, task: Task, batch: Batch) -> None:
+        """The same for what does without such a pass: the first samples get one, where a check is due."""
+        if self._are_due(task, batch):
+            few = _first_samples(batch, SAMPLES)
+            self.after(task, few, capture(task, few))
+
+    def _are_due(self, task: Task, batch: Batch) -> bool:
+        if self.wanted is False or torch.compiler.is_compiling():
+            return False
+        if self.wanted is None and task.loss_fn in _compared_losses(task.model.apply):
+            return False
+        tensors = [*task.trained.values(), *tree.leaves((batch.x, batch.y, task.state))]
+        return all(can_read(tensor) for tensor in tensors)
 
 
 def _compared_losses(apply: Any) -> WeakSet[Any]:
@@ -72,13 +82,12 @@ def _check_loss(task: Task, batch: Batch, captured: Captured) -> None:
         )
 
 
-def _check_gradients(task: Task, batch: Batch) -> None:
+def _check_gradients(task: Task, few: Batch) -> None:
     """The gradients of two samples together against those of each alone.
 
     Rounding may open a ReLU in the one alone, and then all gradients before it differ: float64 tells this
     from samples that meet.
     """
-    few = _first_samples(batch, SAMPLES)
     path = _first_that_differs(task, few)
     if path is not None:
         with suppress(RuntimeError, TypeError):  # a device or a network without float64
@@ -126,6 +135,13 @@ def _first_samples(batch: Batch, count: int) -> Batch:
         return split_views(leaf, batch.views)[:, :count].flatten(0, 1)
 
     return Batch(tree.map(first, batch.x), tree.map(first, batch.y), count, batch.views)
+
+
+def _tells_samples_apart(few: Batch) -> bool:
+    """Whether there are two samples, and they differ: one, or two equal ones, may hide that they meet."""
+    leaves = tree.leaves((few.x, few.y))
+    rows = [split_views(leaf, few.views).unbind(1) for leaf in leaves]
+    return few.samples == SAMPLES and any(not torch.equal(*pair) for pair in rows)
 
 
 def _differ(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> bool:

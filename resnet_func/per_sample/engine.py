@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from resnet_func import tree
 from resnet_func.autodiff import can_read
 from resnet_func.numerics import without_autocast
-from resnet_func.per_sample.capture import Batch, Captured, capture, losses_of, make_task
+from resnet_func.per_sample.capture import Batch, Captured, capture, leaves_like, losses_of, make_task
 from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.layers.contract import Way
 from resnet_func.per_sample.layers.factors import Derived, Direct, Factors, sample_slices
@@ -172,12 +172,13 @@ def directional_derivatives(
     task = make_task(settings.model, settings.loss_fn, settings.trainable, params, state)
     if batch.samples == 0:
         return tree.leaves(x)[0].new_zeros(0, dtype=_float_dtype(params))
-    along = tree.flatten(direction)
+    along = leaves_like(task.trained, direction, "direction")
+    settings.checks.before(task, batch)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no forward mode
         return torch.func.jvp(
             lambda trained: losses_of(task, batch, trained),
             (task.trained,),
-            ({path: along[path] for path in task.trained},),
+            (along,),
         )[1]
 
 

@@ -9,6 +9,7 @@ is a `Call`: one place where the loss depends on the leaf.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -106,7 +107,7 @@ class Calls:
 
     def meet(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call, and keep what it says about the leaves."""
-        tensors = tensors_of(args, kwargs)
+        tensors = list(dict.fromkeys(tensors_of(args, kwargs)))
         refuse_coupling(func, args, kwargs, self.sources)
         known = [(tensor, self.sources[tensor]) for tensor in tensors if tensor in self.sources]
         parameters = [(tensor, source) for tensor, source in known if source.paths]
@@ -136,7 +137,8 @@ class Calls:
         if self.taps is not None:
             output = outputs[index] = output + self.taps[self.count]
         elif self.edges and (output.requires_grad or not self.ordinary):
-            edge = get_gradient_edge(output)  # not the tensor: a later call may overwrite it
+            with suppress(RuntimeError):  # of a leaf that was detached there is none
+                edge = get_gradient_edge(output)  # not the tensor: a later call may overwrite it
         self.count += 1
         return Output(edge, tuple(output.shape), output.dtype)
 

@@ -159,6 +159,13 @@ USAGE = {
         "no network is called 'resnet19'; the zoo has resnet18",
     ),
     "predict-nothing": (["predict"], "IMAGE"),
+    "seed-negative": (["train", "--seed", "-1"], "--seed must be 0 or more; got -1"),
+    "images-for-digits": (["train", "--data-dir", "."], "digits come with scikit-learn"),
+    "norm-of-another": (
+        ["summary", "torchvision:resnet18", "--norm", "group"],
+        "torchvision:resnet18 has its own",
+    ),
+    "run-after-scores": (["scores", "--scores", "margin", "."], ". was read as the name of a score"),
 }
 
 
@@ -189,6 +196,7 @@ def test_what_could_steer_a_terminal_is_escaped(capsys):
 
 
 FAILURES = {
+    "summary-of-no-such-module": (["summary", "nosuch:net"], "no package or module 'nosuch'"),
     "summary-of-no-such-model": (["summary", "vgg"], "no network of the zoo is called 'vgg'"),
     "no-such-folder": (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
     "folder-without-data-dir": (["train", "--dataset", "folder"], "data_dir"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import resnet_func as rf
-from resnet_func import curvature, tree
+from resnet_func import attribution, curvature, losses, tree
 from resnet_func.curvature.kronecker import Block, KroneckerEstimate
 from resnet_func.testing import generator
 from tests.curvature import oracles
@@ -211,3 +211,40 @@ def test_mistakes_are_told_in_one_line() -> None:
     for nothing in ([], [(x[:0], y[:0])]):
         with pytest.raises(ValueError, match="at least one batch"):
             curvature.kfac(model, CROSS_ENTROPY)(params, state, nothing)
+
+
+TARGETS = {
+    "ignored": torch.tensor([0, 1, -100, -100, -100, -100]),
+    "weights": torch.linspace(0, 3, 24, dtype=torch.float64).reshape(6, 4),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_trace_is_that_of_the_matrix_whatever_the_targets_weigh(name: str) -> None:
+    model, params, state = rf.from_module(torch.nn.Linear(3, 4).double())
+    x = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(6, 3).sin()
+    found = curvature.ekfac(model, losses.cross_entropy)(params, state, [(x, TARGETS[name])]).trace()
+    product = curvature.ggn_vp(model, losses.cross_entropy)
+    units = torch.eye(tree.size(params), dtype=torch.float64)
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(params).items()}
+    exact = 0.0
+    for unit in units:
+        parts = unit.split([shape.numel() for shape in shapes.values()])
+        leaves = {path: part.reshape(shapes[path]) for path, part in zip(shapes, parts, strict=True)}
+        along = tree.unflatten(leaves)
+        exact = exact + tree.dot(product(params, state, x, TARGETS[name], along), along)
+    torch.testing.assert_close(torch.as_tensor(found).double(), exact, rtol=1e-8, atol=1e-10)
+
+
+def test_an_empty_batch_among_others_changes_nothing() -> None:
+    model, params, state = rf.from_module(torch.nn.Linear(3, 4).double())
+    x, y = (
+        torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(6, 3).sin(),
+        torch.tensor([0, 1, 2, 3, 0, 1]),
+    )
+    parts = [(x[:3], y[:3]), (x[:0], y[:0]), (x[3:], y[3:])]
+    estimate = curvature.kfac(model, losses.cross_entropy)
+    with_empty, without = (estimate(params, state, part) for part in (parts, [parts[0], parts[2]]))
+    assert torch.equal(torch.as_tensor(with_empty.trace()), torch.as_tensor(without.trace()))
+    scores = attribution.score_dataset(model, losses.cross_entropy)([(params, state)], parts)
+    assert len(scores.predictions) == 6

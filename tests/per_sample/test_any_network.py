@@ -19,7 +19,7 @@ import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample import dataset
-from resnet_func.testing import assert_trees_near
+from resnet_func.testing import assert_trees_near, randn
 from resnet_func.types import Model, Params, State
 from tests.per_sample.cases import batch, generator, network, small
 
@@ -528,3 +528,63 @@ def test_wrapped_networks_can_be_sent_to_another_process(wrapper: str) -> None:
     assert all(map(torch.equal, tree.leaves(actual), tree.leaves(expected)))
     evaluate = rf.train.make_eval_step(model, losses.logit(1))
     assert all(map(torch.equal, sent(evaluate)(params, state, x, y), evaluate(params, state, x, y)))
+
+
+# --------------------------------------------------------------------------- what a check sees
+
+FEW = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3).sin()
+LABELS = torch.tensor([0, 1, 2, 0])
+SQUARE: Params = {"w": torch.linspace(-1, 2, 9, dtype=torch.float64).reshape(3, 3).cos()}
+
+
+def centred(params: Params, x: Tensor) -> Tensor:
+    return (x - x.mean(0) / 2) @ params["w"]
+
+
+@pytest.mark.parametrize("first", [FEW[:1], FEW[[0, 0, 0, 0]]], ids=["one-sample", "equal-samples"])
+def test_a_first_batch_that_cannot_tell_does_not_end_the_checks(first: Tensor) -> None:
+    model = rf.from_function(lambda params, x: centred(params, x))
+    ps.norms(model, losses.cross_entropy)(SQUARE, {}, first, torch.zeros(len(first), dtype=torch.int64))
+    with pytest.raises(ValueError, match="Are samples coupled"):
+        ps.norms(model, losses.cross_entropy)(SQUARE, {}, FEW, LABELS)
+
+
+def test_dot_refuses_coupled_samples_and_other_directions() -> None:
+    model = rf.from_function(lambda params, x: centred(params, x))
+    with pytest.raises(ValueError, match="Are samples coupled"):
+        ps.dot(model, losses.cross_entropy)(SQUARE, {}, FEW, LABELS, SQUARE)
+    products = ps.dot(rf.from_function(lambda params, x: x @ params["w"]), losses.cross_entropy)
+    for direction in ({}, {"w": torch.ones(3, 1)}):
+        with pytest.raises(ValueError, match="expected a direction like the trainable parameters, with w of"):
+            products(SQUARE, {}, FEW, LABELS, direction)
+
+
+MET_TWICE = {
+    "einsum": lambda p, x: torch.einsum("ni,ij,jk->nk", x, p["w"], p["w"]),
+    "layer-norm": lambda p, x: F.layer_norm(x @ p["w"], (3,), p["w"][0], p["w"][0]),
+    "detached": lambda p, x: F.linear(F.linear(x, p["w"].detach()), p["w"]) + F.linear(x, p["w"].data),
+}
+
+
+@pytest.mark.parametrize("name", MET_TWICE)
+def test_a_leaf_twice_in_one_call_or_detached_in_one_is_counted_as_it_is(name: str) -> None:
+    model = rf.from_function(MET_TWICE[name])
+    fast, slow = (
+        ps.grads(model, losses.cross_entropy, method=method, check=False)(SQUARE, {}, FEW, LABELS)
+        for method in ("auto", "loop")
+    )
+    torch.testing.assert_close(fast["w"], slow["w"], rtol=1e-12, atol=1e-13)
+
+
+def test_gram_of_batches_with_other_numbers_of_views() -> None:
+    model = rf.resnet20(norm="group", depths=(1, 1, 1))
+    params, state = model.init(generator(0), dtype=torch.float64)
+    x = randn(8, 3, 8, 8, seed=1, dtype=torch.float64)
+    viewed, plain = (x[:4].reshape(2, 2, 3, 8, 8), torch.tensor([0, 1])), (x[4:], LABELS)
+    products = ps.gram(model, losses.cross_entropy)(params, state, viewed, plain)
+    gradients = ps.grads(model, losses.cross_entropy)
+    a, b = (
+        torch.cat([leaf.flatten(1) for leaf in tree.leaves(gradients(params, state, *part))], 1)
+        for part in (viewed, plain)
+    )
+    torch.testing.assert_close(products, a @ b.T, rtol=1e-10, atol=1e-12)

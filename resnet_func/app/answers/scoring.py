@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -276,16 +277,20 @@ def write_csv(path: Path, scores: Scores, training: Training, rank_by: str) -> N
         ) from error
 
 
-def advice(scores: Scores, training: Training, rank_by: str, folder: Path) -> str:
+def advice(scores: Scores, training: Training, rank_by: str, folder: Path, experiment: Experiment) -> str:
     """What to do next, in one line."""
     labels = training.source.labels.cpu()
     differ = int((scores.predictions != labels).sum())
     share = differ / max(len(labels), 1)
+    out = min(max(share, 0.01), 0.99)
+    where = ["--dataset", experiment.dataset]
+    if experiment.data_dir is not None:
+        where += ["--data-dir", experiment.data_dir]
     text = (
         f"the network disagrees with {differ:,} of {len(labels):,} labels ({share:.1%}): look at {folder}/"
-        f"suspects.png, correct what is wrong, or leave the {max(share, 0.01):.0%} most suspicious out with: "
-        f"resnet-func train --keep {1 - max(share, 0.01):.2f} --which easy --by {rank_by} "
-        f"--scores {folder}/scores.csv"
+        f"suspects.png, correct what is wrong, or leave the {out:.0%} most suspicious out with: "
+        f"resnet-func train {shlex.join(where)} --keep {1 - out:.2f} --which easy --by {rank_by} "
+        f"--scores {shlex.quote(f'{folder}/scores.csv')}"
     )
     if training.planted.any():
         found = found_by_score(scores, training.planted)

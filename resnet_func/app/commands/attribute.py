@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,14 +66,24 @@ def _attribute(options: Attribute, group: launch.Group) -> None:
     if launch.is_restarted():
         run_folder.remove_leftovers(folder)
     say(output, f"{options.method} over {len(scores):,} training images in {seconds:.1f} s")
+    stems = _distinct([Path(name).stem.replace(" ", "-") for name in names])
     for place, (name, image) in enumerate(zip(names, images, strict=True)):
         target = int(y[place])
         says = f"{task.classes[target]} ({float(probabilities[place, target]):.1%})"
         ranked = attributing.rank(scores[:, place], options.shown)
         _tell(output, network, ranked, f"{name}: {says}")
-        path = folder / f"attribute-{Path(name).stem.replace(' ', '-')}-{options.method}.png"
+        path = folder / f"attribute-{stems[place]}-{options.method}.png"
         _draw(network, ranked, image, says, path, f"{experiment.recipe.model} on {experiment.dataset}")
         say(output, f"wrote {path}")
+
+
+def _distinct(stems: list[str]) -> list[str]:
+    """The names, with a number where one came before: files in several folders may have the same."""
+    names: list[str] = []
+    for stem in stems:
+        numbered = (f"{stem}-{count}" for count in itertools.count(2))
+        names.append(next(name for name in itertools.chain([stem], numbered) if name not in names))
+    return names
 
 
 def _images(options: Attribute, network: Network, test: data.Source) -> tuple[list[str], list[Tensor]]:

@@ -72,7 +72,7 @@ def _score(options: Scores, group: launch.Group) -> None:
     )
     if training.planted.any():
         _draw_found(scores, training, folder, title)
-    say(output, scoring.advice(scores, training, rank_by, folder))
+    say(output, scoring.advice(scores, training, rank_by, folder, experiment))
 
 
 def _names(options: Scores, folders: tuple[Path, ...]) -> list[str]:

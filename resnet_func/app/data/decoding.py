@@ -87,12 +87,14 @@ def decode_with_notes(
         try:
             if member is not None:
                 file = io.BytesIO(members.read(path) if archives is None else archives.read(member))
-            elif stat.S_ISREG(os.stat(path).st_mode):
+            elif _is_file(path):
                 file = path
             else:  # opening a pipe would wait for its writer for ever
                 raise ValueError("not a regular file")
             with Image.open(file) as image:
                 rgb = to_rgb(image)
+        except DataError:
+            raise
         except Exception as error:  # each of Pillow's formats raises its own: OSError, SyntaxError ...
             raise DataError(
                 f"{path}: cannot be decoded ({_reason(error)}); replace it or delete it"
@@ -105,6 +107,21 @@ def decode_with_notes(
         rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR, box=square)
     notes = tuple(printable(f"{path}: {message}") for message in dict.fromkeys(caught))
     return np.asarray(rgb).transpose(2, 0, 1), notes
+
+
+def _is_file(path: str) -> bool:
+    """Whether it is a regular file.
+
+    Raises:
+        DataError: it is a folder, or there is nothing.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file") from error
+    if stat.S_ISDIR(mode):
+        raise DataError(f"{path}: a folder, not an image")
+    return stat.S_ISREG(mode)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

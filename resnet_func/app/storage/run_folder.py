@@ -99,7 +99,7 @@ def latest() -> Path:
     if not configs:
         raise RunError(
             "there is no run with a checkpoint below runs/. Make one with: resnet-func train, "
-            "or name one with --run-dir"
+            "or name the folder of one"
         )
     return max(configs, key=lambda path: path.stat().st_mtime).parent
 

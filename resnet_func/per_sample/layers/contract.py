@@ -320,9 +320,10 @@ def inner_products(
     "materialize" forms at most about `max_elements` gradient entries at a time: output channels in turn where
     the leaf is a convolution's, samples in turn elsewhere.
     """
-    if isinstance(a, LinearFactors) and isinstance(b, LinearFactors):
+    alike = getattr(a, "views", 1) == getattr(b, "views", 1)
+    if alike and isinstance(a, LinearFactors) and isinstance(b, LinearFactors):
         return ghost.linear_inner_products(a.inputs, a.cotangents, b.inputs, b.cotangents, a.views)
-    if isinstance(a, ConvFactors) and isinstance(b, ConvFactors):
+    if alike and isinstance(a, ConvFactors) and isinstance(b, ConvFactors):
         if way == "ghost":
             if not has_ghost(a):
                 raise ValueError("this convolution has no ghost inner products; use 'materialize'")

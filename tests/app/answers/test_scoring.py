@@ -119,7 +119,13 @@ def test_advice_names_the_best_score() -> None:
     good[3] = 1
     scores = Scores({"loss": bad, "el2n": good}, source.labels, (source.labels + 1) % 10)
     training = Training(source, torch.arange(10), planted)
-    assert "el2n finds 100.0% in the first 10 %" in scoring.advice(scores, training, "loss", Path("run"))
+    experiment = Experiment("folder", "my images", 0, FAST)
+    said = scoring.advice(scores, training, "loss", Path("run"), experiment)
+    assert "el2n finds 100.0% in the first 10 %" in said
+    clean = training._replace(planted=torch.zeros(10, dtype=torch.bool))
+    said = scoring.advice(scores, clean, "loss", Path("a run"), experiment)
+    assert "train --dataset folder --data-dir 'my images' --keep 0.99 --which easy --by loss" in said
+    assert said.endswith("--scores 'a run/scores.csv'")
     found = scoring.found_by_score(scores, planted)
     assert found["el2n"] == (1.0, 1.0)
     assert found["loss"] == (0.0, 0.0)

@@ -104,7 +104,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """End what is left where something failed: a launcher that is asked to ends its ranks, killed it cannot."""
+    """End what is left where something failed: a launcher that is asked to ends its ranks, too."""
     process.terminate()
     try:
         process.wait(timeout=60)
