@@ -1,4 +1,4 @@
-"""Curvatures for influence: the diagonal of the empirical Fisher matrix, and EKFAC by sampled labels."""
+"""Curvatures for influence: the diagonal of the empirical Fisher matrix, and EKFAC by random signs."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _diagonal_fisher(
 def sampled_ekfac(
     model: Model, loss_fn: LossFn, *, seed: int = 0, **options: Unpack[Options]
 ) -> Callable[[Params, State, Batches], KroneckerEstimate]:
-    """`curvature.ekfac` of a data set, its Gauss-Newton matrix estimated by random signs: four passes in all.
+    """`curvature.ekfac` of a data set, its Gauss-Newton matrix estimated by random signs: two passes.
 
     Args:
         model, loss_fn: As in `curvature.ekfac`.

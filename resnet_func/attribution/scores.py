@@ -71,8 +71,8 @@ def score_dataset(
             "self_influence": its square (TracIn of a sample on itself; Pruthi et al. 2020,
             https://arxiv.org/abs/2002.08484). "self_influence_diagonal": the same by the inverse of the
             diagonal Fisher matrix (Koh and Liang 2017, https://arxiv.org/abs/1703.04730), which takes one
-            more pass; "self_influence_ekfac": by EKFAC's inverse (Grosse et al. 2023), which takes four more,
-            of labels drawn from the network's own probabilities.
+            more pass; "self_influence_ekfac": by EKFAC's inverse (Grosse et al. 2023), which takes two more,
+            of random signs in the place of labels.
         damping: Added to the curvature's eigenvalues; None is a tenth of their mean, of EKFAC in each layer.
         progress: Show a progress bar.
 

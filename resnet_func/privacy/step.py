@@ -15,7 +15,7 @@ from resnet_func import tree
 from resnet_func.numerics import to_float64, widen
 from resnet_func.optim import Optimizer, ema
 from resnet_func.per_sample import clipped_sum
-from resnet_func.per_sample.options import Method
+from resnet_func.per_sample.options import Method, every_leaf
 from resnet_func.per_sample.quantities.quantity import Clipping
 from resnet_func.per_sample.transforms import ClippedSum
 from resnet_func.privacy.accounting import Neighbours, check_calibrated_for, check_neighbours
@@ -220,13 +220,18 @@ def make_private_parts(
         optimizer, noise_multiplier, expected_batch_size, neighbours, ema_decay: As in `make_private_step`.
 
     Raises:
-        ValueError: as in `make_private_step`, or `max_norm` is not the transform's.
+        ValueError: as in `make_private_step`, `max_norm` is not the transform's, or that has `trainable=`.
 
     >>> import resnet_func as rf
     >>> model, rule = rf.resnet20(norm="group"), {"noise_multiplier": 1.1, "expected_batch_size": 64}
     >>> summed = rf.per_sample.clipped_sum(model, rf.losses.cross_entropy, max_norm=1.0, nonfinite="zero")
     >>> parts = rf.privacy.make_private_parts(summed, rf.optim.sgd(0.5), max_norm=1.0, **rule)
     """
+    if summed.settings.trainable is not every_leaf:
+        raise ValueError(
+            "a private step moves every leaf: leave trainable= out of the clipped sum. To freeze a part of a "
+            "network, close over it in rf.from_function"
+        )
     adaptive = max_norm if isinstance(max_norm, AdaptiveNorm) else None
     _check_bound(summed, max_norm)
     _check(noise_multiplier, expected_batch_size, summed.bound, neighbours, ema_decay)

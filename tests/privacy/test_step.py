@@ -307,3 +307,12 @@ def test_a_step_is_one_graph(adaptive: bool) -> None:
     compiled, _ = torch.compile(step, fullgraph=True)(before, x, y, mask, noise)
     for a, b in zip(tree.leaves(eager), tree.leaves(compiled), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_frozen_leaves_are_refused_before_a_step() -> None:
+    model = rf.resnet20(norm="group", depths=(1, 1, 1))
+    head: dict[str, Any] = {"max_norm": 1.0, "nonfinite": "zero", "trainable": lambda path: path[:2] == "fc"}
+    summed = rf.per_sample.clipped_sum(model, losses.cross_entropy, **head)
+    rule = {"max_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4}
+    with pytest.raises(ValueError, match="a private step moves every leaf"):
+        privacy.make_private_parts(summed, optim.sgd(0.1), **rule)
