@@ -50,6 +50,8 @@ COMMANDS = {
 """Options by name; what a command does is `main` in `commands/NAME.py`."""
 DEALT = ("train", "scores", "attribute")
 """The commands that several processes share."""
+REFUSALS = (ValueError, OSError, ImportError, AppError)
+"""What says in one line what is wrong; an ImportError names the package that is not there."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,16 +72,13 @@ def main(argv: list[str] | None = None) -> int:
                 raise UsageError(
                     f"{name} runs on one process: start it without torchrun, which {', '.join(DEALT)} take"
                 )
-    except (ValueError, OSError, ImportError, AppError) as error:  # of every rank alike
+    except REFUSALS as error:  # of every rank alike
         return _fail(error) if launch.is_first() else _exit_code(error)
     try:
         importlib.import_module(f"resnet_func.app.commands.{name}").main(options)
     except Unspoken as told:
         return _exit_code(told.cause)
-    except (
-        *(KeyboardInterrupt, Interrupted, AppError),
-        *(RuntimeError, ValueError, OSError, ImportError),
-    ) as error:
+    except (KeyboardInterrupt, Interrupted, RuntimeError, *REFUSALS) as error:
         return _fail(error)
     return 0
 
@@ -123,13 +122,13 @@ def _parse(argv: list[str]) -> Any:
         options = parse()  # once more, to print the help, or what the parser itself refuses
     if isinstance(options, Train):
         _check_private(options)
-        _check_training(options)
     match options:
         case Summary() if ":" in options.model and (options.norm, options.stem) != ("batch", "auto"):
             raise UsageError(f"--norm and --stem are of the zoo's networks; {options.model} has its own")
         case Train(resume=Path()):
             _check_resume(options, defaults["train"])
         case Train():
+            _check_training(options)
             options = _epochs_or_minutes(options, defaults["train"].hyper)
         case Predict(images=()):
             raise UsageError("predict needs an image file or more: resnet-func predict IMAGE...")

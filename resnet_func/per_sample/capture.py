@@ -155,7 +155,7 @@ def run_under_interception(task: Task, batch: Batch) -> _Pass:
     made: list[Calls] = []
 
     def run(trained: dict[str, Tensor], *, ordinary: bool = False) -> tuple[Tensor, list[Tensor]]:
-        calls = _make_calls(task, batch, trained, ordinary=ordinary)
+        calls = _make_calls(task, batch, trained)
         made.append(calls)
         losses, logits = _forward(task, batch, trained, calls)
         met = _met(calls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -20,8 +20,15 @@ from resnet_func.per_sample.reference import reference
 SAMPLES = 2
 
 
+class _Compared(NamedTuple):
+    """The losses that a network was compared with: on two different samples, or on what cannot tell."""
+
+    apart: WeakSet[Any]
+    alike: WeakSet[Any]
+
+
 # The networks that were compared, with their losses: both as long as they live.
-_COMPARED: WeakKeyDictionary[Any, WeakSet[Any]] = WeakKeyDictionary()
+_COMPARED: WeakKeyDictionary[Any, _Compared] = WeakKeyDictionary()
 
 
 class Checks:
@@ -36,36 +43,46 @@ class Checks:
         Raises:
             ValueError: they differ: the loss is not per-sample, or samples are coupled.
         """
-        if not self._are_due(task, batch) or not can_read(captured.losses):
+        few = self._due(task, batch)
+        if few is None or not can_read(captured.losses):
             return
-        few = _first_samples(batch, SAMPLES)
         with torch.no_grad():
             _check_loss(task, batch, captured)
             _check_gradients(task, few)
-        if _tells_samples_apart(few):
-            with suppress(TypeError):  # a loss that nothing can refer to weakly
-                _compared_losses(task.model.apply).add(task.loss_fn)
+        done = _compared_losses(task.model.apply)
+        with suppress(TypeError):  # a loss that nothing can refer to weakly
+            (done.apart if _tells_samples_apart(few) else done.alike).add(task.loss_fn)
 
     def before(self, task: Task, batch: Batch) -> None:
         """The same for what does without such a pass: the first samples get one, where a check is due."""
-        if self._are_due(task, batch):
-            few = _first_samples(batch, SAMPLES)
+        few = self._due(task, batch)
+        if few is not None:
             self.after(task, few, capture(task, few))
 
-    def _are_due(self, task: Task, batch: Batch) -> bool:
+    def _due(self, task: Task, batch: Batch) -> Batch | None:
+        """The samples to compare; None where nothing is due, or values cannot be read.
+
+        What cannot tell samples apart is compared once, too, and not with every batch of one.
+        """
         if self.wanted is False or torch.compiler.is_compiling():
-            return False
-        if self.wanted is None and task.loss_fn in _compared_losses(task.model.apply):
-            return False
+            return None
+        done = _compared_losses(task.model.apply)
+        alike = self.wanted is None and task.loss_fn in done.alike
+        if (self.wanted is None and task.loss_fn in done.apart) or (alike and batch.samples < SAMPLES):
+            return None
         tensors = [*task.trained.values(), *tree.leaves((batch.x, batch.y, task.state))]
-        return all(can_read(tensor) for tensor in tensors)
+        if not all(can_read(tensor) for tensor in tensors):
+            return None
+        few = _first_samples(batch, SAMPLES)
+        return None if alike and not _tells_samples_apart(few) else few
 
 
-def _compared_losses(apply: Any) -> WeakSet[Any]:
+def _compared_losses(apply: Any) -> _Compared:
+    nothing = _Compared(WeakSet(), WeakSet())
     try:
-        return _COMPARED.setdefault(apply, WeakSet())
+        return _COMPARED.setdefault(apply, nothing)
     except TypeError:  # a network that nothing can refer to weakly is compared every time
-        return WeakSet()
+        return nothing
 
 
 def _check_loss(task: Task, batch: Batch, captured: Captured) -> None:
@@ -139,9 +156,10 @@ def _first_samples(batch: Batch, count: int) -> Batch:
 
 def _tells_samples_apart(few: Batch) -> bool:
     """Whether there are two samples, and they differ: one, or two equal ones, may hide that they meet."""
-    leaves = tree.leaves((few.x, few.y))
-    rows = [split_views(leaf, few.views).unbind(1) for leaf in leaves]
-    return few.samples == SAMPLES and any(not torch.equal(*pair) for pair in rows)
+    if few.samples < SAMPLES:
+        return False
+    rows = [split_views(leaf, few.views).unbind(1) for leaf in tree.leaves((few.x, few.y))]
+    return any(not torch.equal(*pair) for pair in rows)
 
 
 def _differ(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> bool:

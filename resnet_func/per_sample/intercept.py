@@ -9,7 +9,6 @@ is a `Call`: one place where the loss depends on the leaf.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -81,7 +80,6 @@ class Calls:
         batch: Samples times views: the first dimension of every tensor that carries samples.
         taps: Zeros to add to the calls' outputs, one each; None keeps the outputs' gradient edges instead.
         edges: Whether to keep those: not where only shapes are asked for.
-        ordinary: Whether outputs may have none, as inside of an `autograd.Function` without `vjp`.
     """
 
     leaves: Mapping[str, Tensor]
@@ -89,7 +87,6 @@ class Calls:
     batch: int
     taps: list[Tensor] | None = None
     edges: bool = True
-    ordinary: bool = False
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     sources: dict[Tensor, Source] = field(default_factory=dict)
@@ -136,9 +133,8 @@ class Calls:
         edge = None
         if self.taps is not None:
             output = outputs[index] = output + self.taps[self.count]
-        elif self.edges and (output.requires_grad or not self.ordinary):
-            with suppress(RuntimeError):  # of a leaf that was detached there is none
-                edge = get_gradient_edge(output)  # not the tensor: a later call may overwrite it
+        elif self.edges and output.requires_grad:  # what comes of a detached leaf does not
+            edge = get_gradient_edge(output)  # not the tensor: a later call may overwrite it
         self.count += 1
         return Output(edge, tuple(output.shape), output.dtype)
 

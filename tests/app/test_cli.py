@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -117,6 +118,16 @@ def test_the_default_batch_follows_a_small_folder(images, capsys):
     assert "batch size: 8 in place of 512, for 24 training images" in " ".join(said.split())
     assert run_folder.read_config(Path("run"))[0].recipe.batch_size == 8
     assert main(["train", "--resume", "run"]) == 0  # the config is what decides
+    assert "in place of" not in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_the_batch_it_began_with(images, capsys, monkeypatch):
+    monkeypatch.setattr(recipes, "FAST", replace(recipes.FAST, batch_size=12))
+    where = ["--dataset", "folder", "--data-dir", str(images), "--run-dir", "run"]
+    call = ["train", *where, "--model", "resnet20", "--epochs", "1", "--crop", "1", "--threads", "1"]
+    with mock.patch.object(recipes, "fit_batch", lambda recipe, images: recipe):  # as it was begun long ago
+        assert main(call) == 0
+    assert main(["train", "--resume", "run"]) == 0
     assert "in place of" not in capsys.readouterr().out
 
 

@@ -549,6 +549,24 @@ def test_a_first_batch_that_cannot_tell_does_not_end_the_checks(first: Tensor) -
         ps.norms(model, losses.cross_entropy)(SQUARE, {}, FEW, LABELS)
 
 
+def test_what_cannot_tell_samples_apart_is_compared_once_too() -> None:
+    calls = 0
+
+    def counting(params: Params, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x @ params["w"]
+
+    norms, made = ps.norms(rf.from_function(counting), losses.cross_entropy), []
+    for batch_of in ([0], [0], [0, 0], [0, 1], [2, 3]):
+        before = calls
+        norms(SQUARE, {}, FEW[batch_of], LABELS[batch_of])
+        made.append(calls - before)
+    assert made[0] > 1  # with its comparison
+    assert made[3] > 1  # the first that tells
+    assert made[1] == made[2] == made[4] == 1
+
+
 def test_dot_refuses_coupled_samples_and_other_directions() -> None:
     model = rf.from_function(lambda params, x: centred(params, x))
     with pytest.raises(ValueError, match="Are samples coupled"):

@@ -47,7 +47,9 @@ def _train(options: Train, folder: Path, group: launch.Group, *, resume: bool, s
     wished = replace(options.machine, precision="fp32") if options.privacy.private else options.machine
     machine = _configure(wished, folder if resume else None, group)
     splits = group.first_on_node(lambda: batches.load_data(experiment, download=options.download))
-    experiment, about_batch = _with_fitting_batch(options, experiment, splits)
+    about_batch = None
+    if not resume:  # a run goes on with the batch that it began with
+        experiment, about_batch = _with_fitting_batch(options, experiment, splits)
     sentence = None
     if experiment.recipe.epochs == 0:
         left = 60 * experiment.recipe.minutes - (time.perf_counter() - start)

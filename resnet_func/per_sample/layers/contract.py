@@ -320,10 +320,9 @@ def inner_products(
     "materialize" forms at most about `max_elements` gradient entries at a time: output channels in turn where
     the leaf is a convolution's, samples in turn elsewhere.
     """
-    alike = getattr(a, "views", 1) == getattr(b, "views", 1)
-    if alike and isinstance(a, LinearFactors) and isinstance(b, LinearFactors):
+    if isinstance(a, LinearFactors) and isinstance(b, LinearFactors) and a.views == b.views:
         return ghost.linear_inner_products(a.inputs, a.cotangents, b.inputs, b.cotangents, a.views)
-    if alike and isinstance(a, ConvFactors) and isinstance(b, ConvFactors):
+    if isinstance(a, ConvFactors) and isinstance(b, ConvFactors) and a.views == b.views:
         if way == "ghost":
             if not has_ghost(a):
                 raise ValueError("this convolution has no ghost inner products; use 'materialize'")
