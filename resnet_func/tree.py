@@ -25,14 +25,13 @@ def map_unzip(fn: Callable[..., tuple[Any, ...]], outputs: int, tree: Any, *rest
     """Like `map`, for an `fn` that returns a tuple of `outputs` leaves: as many trees.
 
     Raises:
-        ValueError: the trees do not have the same number of leaves.
+        ValueError: the trees do not have the same structure.
 
     >>> map_unzip(lambda n: (n, n * n), 2, {"x": 2, "y": 3})
     ({'x': 2, 'y': 3}, {'x': 4, 'y': 9})
     """
-    flat, structure = optree.tree_flatten(tree)
-    results = [fn(*together) for together in zip(flat, *(leaves(other) for other in rest), strict=True)]
-    return tuple(optree.tree_unflatten(structure, [result[i] for result in results]) for i in range(outputs))
+    results = map(fn, tree, *rest)
+    return tuple(map(lambda _, result, i=i: result[i], tree, results) for i in range(outputs))
 
 
 def leaves(tree: Any) -> list[Any]:

@@ -99,14 +99,18 @@ def check_fit(grads: Params, params: Params, *states: Params) -> None:
 
 
 def _check_like(given_tree: Params, params: Params, name: str, remedy: str) -> None:
-    given, wanted = tree.flatten(given_tree), tree.flatten(params)
-    for path in {**wanted, **given}:
-        got, need = (getattr(leaves.get(path), "shape", None) for leaves in (given, wanted))
-        if got != need:
-            raise ValueError(
-                f"{name} must have the leaves and shapes of params: {path!r} must be {need}; got {got}. "
-                f"{remedy}"
-            )
+    given, wanted = _shapes(given_tree), _shapes(params)
+    if given == wanted:
+        return
+    path = next(path for path in {**wanted, **given} if given.get(path) != wanted.get(path))
+    raise ValueError(
+        f"{name} must have the leaves and shapes of params: {path!r} must be {wanted.get(path)}; "
+        f"got {given.get(path)}. {remedy}"
+    )
+
+
+def _shapes(params: Params) -> dict[str, torch.Size | None]:
+    return {path: getattr(leaf, "shape", None) for path, leaf in tree.flatten(params).items()}
 
 
 # --------------------------------------------------------------------------- numbers or 0-d tensors

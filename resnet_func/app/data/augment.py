@@ -25,7 +25,7 @@ class Augment:
 
     Attributes:
         crop: pixels of padding on each side before a crop back to the image's size; 0 for none.
-        flip: mirror left and right with probability one half.
+        flip: mirror left and right: with probability one half, or those that `apply` is told.
         cutout: side of the square that is blanked, in pixels; 0 for none.
         pad: what the padding holds: the mirrored image ("reflect") or zeros ("constant").
     """
@@ -48,7 +48,13 @@ class Part(NamedTuple):
     size: int
 
 
-def apply(augment: Augment, x: Batch, generator: torch.Generator, part: Part | None = None) -> Batch:
+def apply(
+    augment: Augment,
+    x: Batch,
+    generator: torch.Generator,
+    part: Part | None = None,
+    mirrored: Bool[Tensor, "n"] | None = None,
+) -> Batch:
     """Crop, flip and cut out, each as `augment` says.
 
     Zeros fill the cutout and the constant padding. After `data.normalize` zero is the mean of the data, the
@@ -59,6 +65,7 @@ def apply(augment: Augment, x: Batch, generator: torch.Generator, part: Part | N
         x: images [N, C, H, W]; N may be 0.
         generator: on the device of `x`.
         part: `x` is so much of a batch, and gets what those images get in the whole of it.
+        mirrored: which images to flip, where flips are on; nothing is drawn for them then.
 
     Returns:
         Images of the same shape, dtype and memory format.
@@ -74,7 +81,8 @@ def apply(augment: Augment, x: Batch, generator: torch.Generator, part: Part | N
     if augment.crop:
         x = random_crop(x, augment.crop, generator, augment.pad, part)
     if augment.flip:
-        x = random_flip(x, generator, part)
+        told = mirrored is not None
+        x = _mirror(x, mirrored.view(-1, 1, 1, 1)) if told else random_flip(x, generator, part)
     if augment.cutout:
         x = cutout(x, augment.cutout, generator, part)
     return x
@@ -143,8 +151,26 @@ def random_flip(x: Batch, generator: torch.Generator, part: Part | None = None) 
     True
     """
     _check(x, generator)
-    sides = _draw(2, (-1, 1, 1, 1), x, generator, part)
-    return torch.where(sides == 1, x.flip(3), x)
+    return _mirror(x, _draw(2, (-1, 1, 1, 1), x, generator, part) == 1)
+
+
+def mirrored_in(epoch: int, images: int, generator: torch.Generator) -> Bool[Tensor, "images"]:
+    """Which images an epoch mirrors: a drawn half in the first, the others in the next, in turn.
+
+    So an image is seen from both sides in any two epochs, where independent draws would show half of them
+    twice from the same one: Jordan 2024, https://arxiv.org/abs/2404.00498.
+
+    Args:
+        epoch: from 0.
+        images: of the data set; 0 or more.
+        generator: on the CPU, with the same seed in every epoch.
+
+    >>> first, second = (mirrored_in(epoch, 4, torch.Generator().manual_seed(0)) for epoch in (0, 1))
+    >>> (first ^ second).all()
+    tensor(True)
+    """
+    drawn = torch.randint(0, 2, (images,), generator=generator, dtype=torch.int64, device="cpu")
+    return (drawn + epoch) % 2 == 1
 
 
 def cutout(x: Batch, size: int, generator: torch.Generator, part: Part | None = None) -> Batch:
@@ -249,6 +275,10 @@ def _draw(
     whole = tuple(size if side == -1 else side for side in shape)
     drawn = torch.randint(0, high, whole, generator=generator, dtype=torch.int64, device=x.device)
     return drawn[(slice(None),) * shape.index(-1) + (rows,)]
+
+
+def _mirror(x: Batch, which: Bool[Tensor, "n 1 1 1"]) -> Batch:
+    return torch.where(which.to(x.device), x.flip(3), x)
 
 
 def _check(x: Tensor, generator: torch.Generator) -> None:

@@ -191,6 +191,21 @@ def test_apply_is_crop_then_flip_then_cutout():
     assert torch.equal(augment.apply(Augment(crop=2, flip=True, cutout=4, pad="constant"), x, a), expected)
 
 
+def test_every_image_is_mirrored_in_one_of_any_two_epochs():
+    epochs = torch.stack([augment.mirrored_in(epoch, 5000, seeded(3)) for epoch in range(4)])
+    assert (epochs[:-1] ^ epochs[1:]).all()
+    assert abs(epochs[0].float().mean() - 0.5) < 5 * 0.5 / 5000**0.5  # five standard deviations
+
+
+def test_apply_mirrors_the_images_that_it_is_told():
+    x, mirrored = torch.arange(24.0).view(3, 1, 2, 4), torch.tensor([True, False, True])
+    generator = seeded()
+    out = augment.apply(augment.Augment(flip=True), x, generator, mirrored=mirrored)
+    assert out.equal(torch.stack([x[0].flip(2), x[1], x[2].flip(2)]))
+    assert generator.get_state().equal(seeded().get_state())  # nothing is drawn
+    assert augment.apply(augment.Augment(), x, generator, mirrored=mirrored).equal(x)
+
+
 def test_apply_of_nothing_draws_nothing():
     x, generator = numbered(8, 3, 8, 8), seeded()
     state = generator.get_state()
