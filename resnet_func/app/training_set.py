@@ -55,6 +55,15 @@ def load_training(experiment: Experiment, *, download: bool = True) -> tuple[Tra
     return prepare(experiment.training_set, splits.train, experiment.seed), splits.test
 
 
+def describe(name: str, splits: data.Splits) -> str:
+    """The data set in a line."""
+    channels, height, width = splits.train.image_shape
+    return (
+        f"data: {name}, {splits.train.num_samples:,} training and {splits.test.num_samples:,} test images, "
+        f"{channels}x{height}x{width}, {len(splits.train.classes)} classes"
+    )
+
+
 def prepare(changes: TrainingSet, source: data.Source, seed: int) -> Training:
     """Plant wrong labels, then keep a part: the same for the same changes, data and seed.
 

@@ -14,7 +14,7 @@ from resnet_func.app.ranks.launch import Group
 from resnet_func.app.storage import run_folder
 from resnet_func.app.tasks import go_on_with, make_task
 from resnet_func.app.training import budget
-from resnet_func.app.training_set import load_data
+from resnet_func.app.training_set import describe, load_data
 
 
 def settle(
@@ -37,7 +37,7 @@ def settle(
         config, recorded = run_folder.read_config(begun)
         experiment = replace(config, data_dir=experiment.data_dir)
     splits = group.first_on_node(lambda: load_data(experiment, download=options.download))
-    asked, images, about = experiment.recipe, splits.train.num_samples, [_describe(options.dataset, splits)]
+    asked, images, about = experiment.recipe, splits.train.num_samples, [describe(experiment.dataset, splits)]
     if begun is None:
         recipe = recipes.fit_batch(asked, images, recipes.recipe(options.recipe, options.dataset))
         if recipe != asked:
@@ -94,15 +94,6 @@ def _asked(options: Train) -> Experiment:
     described = options.dataset, data_dir, options.seed, options.hyper, init
     kept = options.snapshots, options.record
     return Experiment(*described, changes, *kept, shuffle_window=options.shuffle_window)
-
-
-def _describe(name: str, splits: data.Splits) -> str:
-    """The data set in a line."""
-    channels, height, width = splits.train.image_shape
-    return (
-        f"data: {name}, {splits.train.num_samples:,} training and {splits.test.num_samples:,} test images, "
-        f"{channels}x{height}x{width}, {len(splits.train.classes)} classes"
-    )
 
 
 def _about_batch_norm(synchronised: bool) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from resnet_func import tree
-from resnet_func.app import data, inference, parts, runtime
+from resnet_func.app import inference, parts, runtime
 from resnet_func.app.errors import Interrupted
 from resnet_func.app.experiment import Experiment
 from resnet_func.app.recipes import FAST, Recipe
@@ -240,58 +240,6 @@ def interrupted(images: Path, folder: Path) -> Path:
     with pytest.raises(Interrupted):
         train(images, folder, Silent(STEPS + 1))
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def rename_class(root: Path, old: str, new: str) -> None:
-    for split in ("train", "test"):
-        (root / split / old).rename(root / split / new)
-
-
-def add_class(root: Path) -> None:
-    for split in ("train", "test"):
-        shutil.copytree(root / split / "red", root / split / "purple")
-
-
-def remove_class(root: Path) -> None:
-    for split in ("train", "test"):
-        shutil.rmtree(root / split / "red")
-
-
-REFUSED = {
-    "renamed": (lambda root: rename_class(root, "red", "azure"), "it has azure and it lacks red"),
-    "added": (add_class, "it has purple"),
-    "removed": (remove_class, "it lacks red"),
-}
-
-
-@pytest.mark.parametrize(("change", "says"), REFUSED.values(), ids=REFUSED)
-def test_a_run_is_not_resumed_with_other_classes(tmp_path: Path, change, says: str) -> None:
-    images = make_image_folder(tmp_path / "images", train=6, test=2)
-    folder = interrupted(images, tmp_path / "run")
-    before = contents(folder)
-    change(images)
-    with pytest.raises(data.DataError, match=f"other classes.*{says}.*start a new run") as error:
-        train(images, folder, resume=True)
-    assert "\n" not in str(error.value)
-    assert contents(folder) == before
-
-
-def test_classes_in_another_order_and_other_channels_are_refused(images: Path, tmp_path: Path) -> None:
-    folder = interrupted(images, tmp_path)
-    before = contents(folder)
-    experiment = Experiment("folder", str(images), 3, RECIPE)
-    splits = load_data(experiment)
-    assert isinstance(splits.train, data.Dataset)
-    turned = replace(splits.train, classes=splits.train.classes[::-1])
-    grey = replace(splits.train, images=splits.train.images[:, :1])
-    for train_set, says in ((turned, "another order"), (grey, "1 channel.*made for 3")):
-        with pytest.raises(data.DataError, match=says):
-            planned(experiment, machine(), splits._replace(train=train_set), folder)
-    assert contents(folder) == before
 
 
 def half_the_files(root: Path) -> None:
