@@ -25,6 +25,8 @@ from resnet_func import losses, optim, tree
 from resnet_func.app import batches, data, inference, parts, recipes, runtime
 from resnet_func.app.batches import Preparer
 from resnet_func.app.experiment import Experiment
+from resnet_func.app.tasks import make_task
+from resnet_func.app.training_set import load_data
 from resnet_func.models import winograd
 from resnet_func.train import average_flips, init_train_state, make_train_step, to_memory_format
 from tests.app.image_folder import make_image_folder
@@ -89,7 +91,7 @@ class Source:
 @pytest.fixture
 def splits(tmp_path: Path) -> data.Splits:
     make_image_folder(tmp_path, train=6, test=3)
-    return batches.load_data(described(tmp_path))
+    return load_data(described(tmp_path))
 
 
 def described(folder: Path) -> Experiment:
@@ -104,7 +106,7 @@ def machine(device: torch.device) -> runtime.Runtime:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_train(optimizer: Any, splits: data.Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described_run = replace(described(tmp_path), recipe=replace(RECIPE, optimizer=optimizer))
-    task, source = batches.make_task(RECIPE, splits), Source(splits.train)
+    task, source = make_task(RECIPE, splits), Source(splits.train)
     monkeypatch.setattr(batches, "make_generator", lambda device, *seeds: Generator())
     with fake():
         model = winograd.wrap(rf.resnet20(num_classes=len(task.classes)))
@@ -120,7 +122,7 @@ def test_train(optimizer: Any, splits: data.Splits, tmp_path: Path, monkeypatch:
 
 
 def test_evaluate_and_predict(splits: data.Splits, tmp_path: Path) -> None:
-    task, source = batches.make_task(RECIPE, splits), Source(splits.test)
+    task, source = make_task(RECIPE, splits), Source(splits.test)
     with fake():
         model = winograd.wrap(rf.resnet20(num_classes=len(task.classes)))
         params, state = model.init(torch.Generator(), device=CUDA)

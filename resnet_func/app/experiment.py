@@ -1,11 +1,16 @@
-"""An experiment and its task as data: what decides a run's numbers."""
+"""An experiment, its task and the plan of its run as data: what decides a run's numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from resnet_func.app.recipes import Recipe
+
+if TYPE_CHECKING:  # they import torch, which a refused option does not wait for
+    from resnet_func.app.data import Splits
+    from resnet_func.app.private.guarantee import Budget
+    from resnet_func.app.runtime import Runtime
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder", "shards"]
 
@@ -121,3 +126,23 @@ class Task(NamedTuple):
     train_images: int = 0
     test_images: int = 0
     files: str = ""
+
+
+class Plan(NamedTuple):
+    """A run before its first step: nothing is left to decide, and all ranks have decided alike.
+
+    Attributes:
+        experiment: With its batch, its epochs and its noise.
+        splits: The images.
+        task: What they ask of the network, or, where a run goes on, asked when it began.
+        machine: With the choice whether to compile.
+        budget: What a private run may spend.
+        lines: What a user is told of all this.
+    """
+
+    experiment: Experiment
+    splits: Splits
+    task: Task
+    machine: Runtime
+    budget: Budget | None = None
+    lines: tuple[str, ...] = ()

@@ -7,15 +7,14 @@ from typing import Any, NamedTuple
 import torch
 
 from resnet_func import optim, tree
-from resnet_func.app import data
 from resnet_func.app.batches import make_generator
-from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.experiment import Experiment, Plan, Task
 from resnet_func.app.private.trainer import PrivateTrainer, begin
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
 from resnet_func.distributed import Ranks
 from resnet_func.losses import smoothed_cross_entropy
-from resnet_func.models import summary, winograd, zoo
+from resnet_func.models import winograd, zoo
 from resnet_func.models.interop.load import load_network
 from resnet_func.models.interop.state_dicts import from_state_dict
 from resnet_func.train import Step, autocast, average_flips, make_train_step, to_memory_format
@@ -23,20 +22,14 @@ from resnet_func.types import Model, Params, State, TrainState
 
 
 class Parts(NamedTuple):
-    """What a run is made of: the network, one training step, and where training starts."""
+    """What a run is made of: the network as it is tested, one training step, and where training starts."""
 
-    model: Model
+    tested: Model
     step: Step
     train_state: TrainState
 
 
-def make_parts(
-    experiment: Experiment,
-    task: Task,
-    runtime: Runtime,
-    trainer: PrivateTrainer | None = None,
-    ranks: Ranks | None = None,
-) -> Parts:
+def make_parts(plan: Plan, trainer: PrivateTrainer | None = None, ranks: Ranks | None = None) -> Parts:
     """Make the network, the step, compiled where the runtime says so, and the state before the first step.
 
     With `ranks` the step takes this rank's part of a batch.
@@ -44,17 +37,18 @@ def make_parts(
     Raises:
         ValueError: the recipe's schedule needs more steps.
     """
-    recipe = experiment.recipe
+    experiment, recipe, runtime = plan.experiment, plan.experiment.recipe, plan.machine
     if recipe.sync_batchnorm:
         ranks = ranks or Ranks(0, 1)  # by the same arithmetic on any number of processes
-    model = make_network(recipe, task, runtime)
+    plain = find_network(recipe, plan.task)
+    model = compute_by(runtime, plain)
     params, state = start(experiment, model, runtime)
-    total_steps = recipe.epochs * (task.train_images // recipe.batch_size)
+    total_steps = recipe.epochs * (plan.task.train_images // recipe.batch_size)
     optimizer = make_optimizer(recipe, total_steps, params, runtime.precision)
     train_state = begin(experiment.privacy, params, state, optimizer, ema=recipe.ema > 0)
+    tested = model_to_test(model, recipe)
     if trainer is not None:  # in fp32 and by plain convolutions, whose gradients are taken image by image
-        plain = find_network(recipe, len(task.classes), task.in_channels)
-        return Parts(model, trainer.make_step(plain, optimizer), train_state)
+        return Parts(tested, trainer.make_step(plain, optimizer), train_state)
     step = make_train_step(
         model,
         smoothed_cross_entropy(recipe.label_smoothing),
@@ -66,7 +60,7 @@ def make_parts(
     )
     if runtime.compile:
         step = torch.compile(step, fullgraph=True, dynamic=False)
-    return Parts(model, step, train_state)
+    return Parts(tested, step, train_state)
 
 
 def start(experiment: Experiment, model: Model, runtime: Runtime) -> tuple[Params, State]:
@@ -89,17 +83,18 @@ def start(experiment: Experiment, model: Model, runtime: Runtime) -> tuple[Param
 
 def make_network(recipe: Recipe, task: Task, runtime: Runtime) -> Model:
     """The recipe's network for the task, as the machine computes it."""
-    return compute_by(runtime, find_network(recipe, len(task.classes), task.in_channels))
+    return compute_by(runtime, find_network(recipe, task))
 
 
-def find_network(recipe: Recipe, num_classes: int, in_channels: int) -> Model:
-    """The recipe's network for so many classes and channels.
+def find_network(recipe: Recipe, task: Task) -> Model:
+    """The recipe's network for the classes and channels of the task.
 
     Norm and stem are the zoo's; other networks are called with `num_classes`, timm's with `in_chans` too.
 
     Raises:
         ValueError: the network takes images of three channels only.
     """
+    num_classes, in_channels = len(task.classes), task.in_channels
     if ":" not in recipe.model:
         changes: Any = {**recipe.network_changes, "in_channels": in_channels}
         return zoo.by_name(recipe.model, num_classes=num_classes, **changes)
@@ -173,14 +168,3 @@ def _schedule(recipe: Recipe, peak: float, total_steps: int) -> optim.Schedule:
             return optim.step(peak, [total_steps // 2, total_steps * 3 // 4], gamma=0.1)
         case "constant":
             return optim.constant(peak)
-
-
-def training_flops(experiment: Experiment, splits: data.Splits) -> float:
-    """Floating-point operations of the run's forward and backward passes, six a multiply-accumulate."""
-    recipe, source = experiment.recipe, splits.train
-    channels, height, width = source.image_shape
-    model, size = find_network(recipe, len(source.classes), channels), recipe.image_size or min(height, width)
-    params, state = model.init(torch.Generator("cpu"), device="cpu")
-    rows = summary.summarize_network(model, params, state, (channels, size, size))
-    full_epochs = sum(recipe.scale_at(epoch) ** 2 for epoch in range(recipe.epochs))
-    return 6.0 * summary.totals(rows).macs * source.num_samples * full_epochs

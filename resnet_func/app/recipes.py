@@ -260,13 +260,17 @@ def recipe(name: str, dataset: str) -> Recipe:
     return replace(FAST, flip=False, test_flips=False) if dataset == "mnist" else FAST
 
 
-def fit_batch(chosen: Recipe, images: int) -> Recipe:
+def fit_batch(chosen: Recipe, images: int, named: Recipe | None = None) -> Recipe:
     """The recipe with its batch halved until an epoch of so many images has eight steps, or it is 8.
+
+    Where `named` has another batch, that of `chosen` is somebody's wish, and stays.
 
     >>> [fit_batch(Recipe(batch_size=512), images).batch_size for images in (50_000, 200)]
     [512, 16]
     """
     size = chosen.batch_size
+    if named is not None and size != named.batch_size:
+        return chosen
     while size > max(1, images) or (size > SMALL_BATCH and STEPS_OF_SMALL * size > images):
         size //= 2
     return replace(chosen, batch_size=size)

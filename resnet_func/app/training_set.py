@@ -1,4 +1,4 @@
-"""The training images as an experiment wants them: wrong labels planted, a part of them kept."""
+"""The images of an experiment; those to train on as it wants them: wrong labels planted, a part kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from resnet_func.app import data
 from resnet_func.app.data import members
 from resnet_func.app.errors import AppError
-from resnet_func.app.experiment import TrainingSet
+from resnet_func.app.experiment import Experiment, TrainingSet
 from resnet_func.attribution import SUSPICIOUS, plant_wrong_labels, suspicion_order
 
 
@@ -31,6 +31,37 @@ class Training(NamedTuple):
     source: data.Source
     places: Int64[Tensor, "n"]
     planted: Bool[Tensor, "n"]
+
+
+def load_data(experiment: Experiment, *, download: bool = True) -> data.Splits:
+    """The run's training and test images; of the training images, what the experiment makes of them.
+
+    >>> from resnet_func.app.recipes import Recipe
+    >>> load_data(Experiment("digits", None, 0, Recipe())).test.num_samples
+    364
+
+    Raises:
+        DataError: the data is missing, damaged or ill-arranged.
+        AppError: the scores to choose by cannot be read, or are of other data.
+    """
+    training, test = load_training(experiment, download=download)
+    return data.Splits(training.source, test)
+
+
+def load_training(experiment: Experiment, *, download: bool = True) -> tuple[Training, data.Source]:
+    """`load_data`, with what is known of the training images: their places, and which labels are planted."""
+    directory = None if experiment.data_dir is None else Path(experiment.data_dir)
+    splits = data.load(experiment.dataset, directory, image_size=experiment.decode_size, download=download)
+    return prepare(experiment.training_set, splits.train, experiment.seed), splits.test
+
+
+def describe(name: str, splits: data.Splits) -> str:
+    """The data set in a line."""
+    channels, height, width = splits.train.image_shape
+    return (
+        f"data: {name}, {splits.train.num_samples:,} training and {splits.test.num_samples:,} test images, "
+        f"{channels}x{height}x{width}, {len(splits.train.classes)} classes"
+    )
 
 
 def prepare(changes: TrainingSet, source: data.Source, seed: int) -> Training:

@@ -10,12 +10,27 @@ import pytest
 import torch
 
 from resnet_func.app import data, runtime
-from resnet_func.app.batches import Preparer, load_data, make_task
-from resnet_func.app.experiment import Experiment
+from resnet_func.app.batches import Preparer
+from resnet_func.app.experiment import Experiment, Plan
 from resnet_func.app.recipes import FAST
+from resnet_func.app.storage import run_folder
+from resnet_func.app.tasks import make_task
+from resnet_func.app.training.settle import make_plan
+from resnet_func.app.training_set import load_data
 from tests.app.image_folder import make_image_folder
 
 RECIPE = replace(FAST, epochs=4, batch_size=5, early_scales=((0.5, 0.5),))
+
+
+def planned(
+    experiment: Experiment,
+    machine: runtime.Runtime,
+    splits: data.Splits | None = None,
+    resumed: Path | None = None,
+) -> Plan:
+    """The plan of a new run, or of one that goes on in a folder."""
+    recorded = None if resumed is None else run_folder.read_config(resumed)[1]
+    return make_plan(experiment, splits or load_data(experiment), machine, recorded)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 
 from resnet_func import per_sample, tree
 from resnet_func.app import runtime
-from resnet_func.app.batches import load_data
 from resnet_func.app.errors import Interrupted, Unspoken
 from resnet_func.app.experiment import Experiment, Privacy
 from resnet_func.app.private import trainer
@@ -21,7 +20,9 @@ from resnet_func.app.ranks import launch
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.storage import run_folder
 from resnet_func.app.training import run
+from resnet_func.app.training_set import load_data
 from resnet_func.train import Progress
+from tests.app.conftest import planned
 
 RECIPE = Recipe(
     model="tests.distributed.exact:network",
@@ -67,7 +68,8 @@ def train(
     folder.mkdir(exist_ok=True)
     splits = group.first_on_node(lambda: load_data(experiment))
     reporter = reporter or Recorder()
-    return run.train(experiment, splits, folder, machine, reporter, resume=resume, group=group).records
+    plan = planned(experiment, machine, splits, folder if resume else None)
+    return run.train(plan, folder, reporter, resume=resume, group=group).records
 
 
 def train_privately(images: Path, folder: Path, group: launch.Group) -> None:
@@ -91,7 +93,8 @@ def train_privately(images: Path, folder: Path, group: launch.Group) -> None:
     splits = group.first_on_node(lambda: load_data(experiment))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "clipped_sum", clipped_sum_on_a_grid)
-        run.train(experiment, splits, folder, machine, Recorder(), insecure_seed=1, group=group)
+        plan = planned(experiment, machine, splits)
+        run.train(plan, folder, Recorder(), insecure_seed=1, group=group)
 
 
 def main(images: Path, runs: Path, what: str = "") -> None:

@@ -1,31 +1,21 @@
-"""Batches that can be redone from anywhere, and the checks of the data behind them."""
+"""Batches that can be redone from anywhere."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.app import batches, data, inference, runtime
-from resnet_func.app.batches import (
-    Preparer,
-    describe_changes,
-    evaluation_batches,
-    load_data,
-    make_generator,
-    make_task,
-    train_batches,
-)
-from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app import data, inference, runtime
+from resnet_func.app.batches import Preparer, evaluation_batches, make_generator, train_batches
+from resnet_func.app.experiment import Experiment
 from resnet_func.app.parts import make_network
-from resnet_func.app.recipes import ARTICLE, FAST
+from resnet_func.app.tasks import make_task
+from resnet_func.app.training_set import load_data
 from resnet_func.distributed import Ranks
 from tests.app.conftest import RECIPE
 from tests.app.image_folder import CLASSES, global_defaults, make_image_folder
@@ -106,13 +96,6 @@ def test_normalisation_is_of_the_data(experiment: Experiment, splits: data.Split
     torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3), rtol=1e-3, atol=0)
 
 
-def test_imagenets_normalisation_needs_colour(splits: data.Splits) -> None:
-    digits = load_data(Experiment("digits", None, 0, FAST))
-    with pytest.raises(ValueError, match="needs 3 channels; the images have 1. Use 'data'"):
-        make_task(ARTICLE, digits)
-    assert make_task(ARTICLE, splits).mean == (0.485, 0.456, 0.406)
-
-
 @pytest.mark.parametrize("image_size", [0, 6])
 @pytest.mark.parametrize(("height", "width"), SHAPES.values(), ids=SHAPES)
 def test_a_file_gives_the_same_tensor_in_training_evaluation_and_prediction(
@@ -158,57 +141,3 @@ def test_global_defaults_change_no_tensor(
             for path, leaf in tree.flatten(part).items():
                 assert leaf.dtype == leaves[path].dtype, path
                 assert torch.equal(leaf, leaves[path]), path
-
-
-def test_statistics_do_not_depend_on_the_default_dtype(splits: data.Splits) -> None:
-    want = make_task(RECIPE, splits)
-    with global_defaults(torch.float64):
-        assert make_task(RECIPE, splits) == want
-
-
-@given(
-    count=st.integers(1, 40), channels=st.sampled_from([1, 3]), size=st.integers(1, 64), mean=st.floats(0, 1)
-)
-def test_a_changed_data_set_is_described_and_the_same_is_not(
-    count: int, channels: int, size: int, mean: float
-) -> None:
-    task = Task(("a", "b"), channels, (mean,) * channels, (0.5,) * channels, size, count, count, "this")
-    assert describe_changes(task, task) is None
-    changed = [
-        task._replace(train_images=count + 1),
-        task._replace(test_images=count + 1),
-        task._replace(image_size=size + 1),
-        task._replace(mean=(*task.mean[:-1], mean + 1e-3)),
-        task._replace(std=(*task.std[:-1], 0.6)),
-        task._replace(files="another"),
-    ]
-    lines = [describe_changes(task, other) for other in changed]
-    assert None not in lines
-    assert len(set(lines)) == len(lines) - 1  # mean and standard deviation in the same words
-
-
-def test_a_run_of_an_earlier_version_knows_no_files() -> None:
-    task = Task(("a", "b"), 1, (0.5,), (0.2,), 32, 10, 10)
-    assert describe_changes(task, task._replace(files="some")) is None
-
-
-def test_the_digest_of_files_is_of_names_sizes_and_classes(tmp_path: Path) -> None:
-    def digest(root: Path) -> str:
-        return batches.digest_files(data.load("folder", root))
-
-    root = make_image_folder(tmp_path / "a", train=2, test=1)
-    first = digest(root)
-    assert digest(Path(shutil.copytree(root, tmp_path / "moved"))) == first
-    path = next((root / "train").rglob("*.png"))
-    with open(path, "ab") as file:
-        file.write(b" ")
-    longer = digest(root)
-    path.rename(path.with_name("another.png"))
-    assert len({first, longer, digest(root)}) == 3
-
-
-def test_a_stream_measures_a_part_of_many_images() -> None:
-    many = data.STREAM_STATISTICS_IMAGES + 1
-    task = Task(("a", "b"), 1, (0.5,), (0.2,), 32, many, 10)
-    assert describe_changes(task, task._replace(mean=(0.505,))) is None
-    assert describe_changes(task, task._replace(mean=(0.52,))) is not None

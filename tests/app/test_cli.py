@@ -18,11 +18,11 @@ import torch
 from resnet_func import calibration
 from resnet_func.app import inference, recipes, runtime
 from resnet_func.app.answers import scoring
-from resnet_func.app.batches import load_data
 from resnet_func.app.cli import main
 from resnet_func.app.data import write_shards
 from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.app.training import budget
+from resnet_func.app.training_set import load_data
 from resnet_func.models import zoo
 from tests.app.image_folder import TINY, make_image_folder, read_metrics, train_run
 

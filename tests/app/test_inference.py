@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 
 from resnet_func.app import data, inference, runtime
-from resnet_func.app.batches import load_data
 from resnet_func.app.experiment import Experiment
 from resnet_func.app.recipes import FAST
 from resnet_func.app.runtime import Runtime
 from resnet_func.app.storage import run_folder
 from resnet_func.app.training import run
+from resnet_func.app.training_set import load_data
 from resnet_func.models import winograd
 from resnet_func.train import Progress
 from resnet_func.types import TrainState
+from tests.app.conftest import planned
 from tests.app.image_folder import global_defaults, make_image_folder, read_metrics
 
 
@@ -51,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, machine: Runtime) -> tuple
     )
     experiment, folder = Experiment("folder", str(images), 0, recipe), tmp_path_factory.mktemp("run")
     splits = load_data(experiment)
-    run.train(experiment, splits, folder, machine, Silent())
+    run.train(planned(experiment, machine, splits), folder, Silent())
     return folder, splits
 
 

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from resnet_func import tree
-from resnet_func.app import data
-from resnet_func.app.batches import (
-    Preparer,
-    make_generator,
-)
-from resnet_func.app.experiment import Experiment
-from resnet_func.app.parts import make_network, make_optimizer, training_flops
+from resnet_func.app.batches import Preparer, make_generator
+from resnet_func.app.parts import make_network, make_optimizer
 from tests.app.conftest import RECIPE
 
 
@@ -51,13 +46,6 @@ def test_every_optimizer_with_every_schedule_moves(name, schedule) -> None:
     optimizer = make_optimizer(replace(RECIPE, optimizer=name, schedule=schedule, warmup=0.0), 10, params)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     assert (updates.delta["conv1"]["weight"] < 0).all()
-
-
-def test_small_epochs_count_for_less(experiment: Experiment, splits: data.Splits) -> None:
-    full = replace(experiment, recipe=replace(RECIPE, early_scales=()))
-    assert training_flops(experiment, splits) == pytest.approx(
-        training_flops(full, splits) * (2 * 0.25 + 2) / 4
-    )
 
 
 def test_a_run_of_one_step_speaks_of_the_options(prepare: Preparer) -> None:

@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from resnet_func.app import batches, data, inference
+from resnet_func.app import data, inference
 from resnet_func.app.answers import attributing, scoring
 from resnet_func.app.answers.attributing import Network, Ranked
+from resnet_func.app.batches import Preparer
 from resnet_func.app.commands.common import configure, plain_console, say
 from resnet_func.app.errors import UsageError, warn
 from resnet_func.app.names import printable
@@ -26,7 +27,8 @@ from resnet_func.app.options import Attribute
 from resnet_func.app.output.attributions import Shown, attribution
 from resnet_func.app.ranks import launch
 from resnet_func.app.storage import run_folder
-from resnet_func.app.training_set import image_name
+from resnet_func.app.tasks import check_classes
+from resnet_func.app.training_set import image_name, load_training
 
 
 def main(options: Attribute) -> None:
@@ -47,13 +49,13 @@ def _attribute(options: Attribute, group: launch.Group) -> None:
     experiment, task = run_folder.read_config(folder)
     if options.data_dir is not None:
         experiment = replace(experiment, data_dir=str(options.data_dir))
-    training, test = group.first_on_node(lambda: batches.load_training(experiment))
-    batches.check_classes(task, training.source)
+    training, test = group.first_on_node(lambda: load_training(experiment))
+    check_classes(task, training.source)
     network, warnings = attributing.open_network(folder, training, machine, options.batch_size, group)
     for warning in [] if group.rank else warnings:
         warn(warning)
     names, images = _images(options, network, test)
-    prepare = batches.Preparer(task, machine)
+    prepare = Preparer(task, machine)
     x = torch.cat([prepare(image[None]) for image in images])
     probabilities = inference.predict(network.trained, images, machine).softmax(1)
     y = _targets(options, network, probabilities)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
 from resnet_func import calibration
-from resnet_func.app import data, inference, runtime
+from resnet_func.app import inference, runtime
 from resnet_func.app.errors import warn
 from resnet_func.app.names import printable
 from resnet_func.app.options import Machine
@@ -17,16 +18,19 @@ from resnet_func.app.storage import run_folder
 
 
 def configure(
-    machine: Machine, run: Path | None = None, *, speeds: calibration.Speeds | None = None
+    machine: Machine, run: Path | None = None, group: launch.Group = launch.ONE_PROCESS
 ) -> runtime.Runtime:
     """Choose and apply what the options leave open; as `run` chose, if that is given and says so.
 
-    `speeds` are those of the machine, where somebody has measured them already.
+    All ranks of a group choose by the speeds that rank 0 has measured, so alike.
     """
-    if run is not None:
+    speeds = None
+    if group.rank:
+        speeds = calibration.from_numbers(json.loads(group.from_first(str)), "of rank 0")
+    elif run is not None:
         with suppress(ValueError):
             speeds = calibration.from_numbers(run_folder.read_machine(run).get("speeds", {}), "of the run")
-    return runtime.configure(
+    chosen = runtime.configure(
         device=launch.local_device(machine.device),
         threads=machine.threads or None,
         precision=machine.precision,
@@ -35,6 +39,9 @@ def configure(
         compile=machine.compile,
         speeds=speeds,
     )
+    if not group.rank:
+        group.from_first(lambda: json.dumps(chosen.speeds.as_numbers()))
+    return chosen
 
 
 def load(
@@ -45,15 +52,6 @@ def load(
     if warning:
         warn(warning)
     return trained
-
-
-def describe_data(name: str, splits: data.Splits) -> str:
-    """The data set in a line."""
-    channels, height, width = splits.train.image_shape
-    return (
-        f"data: {name}, {splits.train.num_samples:,} training and {splits.test.num_samples:,} test images, "
-        f"{channels}x{height}x{width}, {len(splits.train.classes)} classes"
-    )
 
 
 def plain_console(*, quiet: bool = False) -> Console:

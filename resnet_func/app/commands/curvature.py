@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from resnet_func import curvature, files
-from resnet_func.app import batches
 from resnet_func.app.answers import scoring
 from resnet_func.app.batches import Preparer
 from resnet_func.app.commands.common import configure, load, plain_console, say
@@ -18,6 +17,8 @@ from resnet_func.app.inference import Trained
 from resnet_func.app.options import Curvature
 from resnet_func.app.output import spectrum as picture
 from resnet_func.app.storage import run_folder
+from resnet_func.app.tasks import check_classes
+from resnet_func.app.training_set import load_training
 from resnet_func.curvature import Estimate, Spectrum
 from resnet_func.losses import cross_entropy
 
@@ -60,8 +61,8 @@ def _draw_images(options: Curvature, trained: Trained, prepare: Preparer) -> lis
     experiment = trained.experiment
     if options.data_dir is not None:
         experiment = replace(experiment, data_dir=str(options.data_dir))
-    source = batches.load_training(experiment)[0].source
-    batches.check_classes(trained.task, source)
+    source = load_training(experiment)[0].source
+    check_classes(trained.task, source)
     draw = torch.Generator("cpu").manual_seed(options.seed)
     picks = torch.randperm(source.num_samples, generator=draw, device="cpu")[: options.images]
     read = source.read(picks.sort().values.split(options.batch_size))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from resnet_func.app import batches, inference
+from resnet_func.app import inference
 from resnet_func.app.answers import calibrating, scoring
 from resnet_func.app.commands.common import configure, load, plain_console, say
 from resnet_func.app.errors import UsageError
 from resnet_func.app.options import Evaluate
 from resnet_func.app.output import report
 from resnet_func.app.storage import run_folder
+from resnet_func.app.tasks import check_classes
+from resnet_func.app.training_set import load_data
 
 
 def main(options: Evaluate) -> None:
@@ -25,9 +27,9 @@ def main(options: Evaluate) -> None:
     experiment, classes = trained.experiment, trained.task.classes
     if options.data_dir is not None:
         experiment = replace(experiment, data_dir=str(options.data_dir))
-    splits = batches.load_data(experiment)
+    splits = load_data(experiment)
     source = splits.test
-    batches.check_classes(trained.task, source)
+    check_classes(trained.task, source)
     evaluation = inference.evaluate_trained(trained, source, machine)
     output.print(report.class_table(evaluation, classes))
     title = f"{experiment.recipe.model} on {experiment.dataset}"
@@ -38,7 +40,7 @@ def main(options: Evaluate) -> None:
     )
     say(output, f"wrote {folder}/confusion.png and {folder}/mistakes.png")
     if options.laplace:
-        batches.check_classes(trained.task, splits.train)
+        check_classes(trained.task, splits.train)
         exactly = scoring.exact(machine)
         again = load(folder, options.checkpoint, exactly, flips=False)
         posterior, figures = calibrating.calibrate(again, splits.train, source, exactly)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from resnet_func.app import batches
 from resnet_func.app.answers import scoring
 from resnet_func.app.commands.common import configure, plain_console, say
 from resnet_func.app.errors import UsageError, warn
@@ -15,8 +14,9 @@ from resnet_func.app.options import Scores
 from resnet_func.app.output import suspects
 from resnet_func.app.ranks import dealing, launch
 from resnet_func.app.storage import run_folder
+from resnet_func.app.tasks import check_classes
 from resnet_func.app.training import training_record
-from resnet_func.app.training_set import Training, image_name
+from resnet_func.app.training_set import Training, image_name, load_training
 from resnet_func.attribution import SUSPICIOUS, found_curve, suspicion_order
 from resnet_func.attribution import Scores as Scored
 from resnet_func.attribution.scores import DEFAULT
@@ -45,9 +45,9 @@ def _score(options: Scores, group: launch.Group) -> None:
     rank_by = options.rank_by or ("margin" if "margin" in names else names[0])
     if options.data_dir is not None:
         experiment = replace(experiment, data_dir=str(options.data_dir))
-    training, _ = group.first_on_node(lambda: batches.load_training(experiment))
+    training, _ = group.first_on_node(lambda: load_training(experiment))
     for each in folders:
-        batches.check_classes(run_folder.read_config(each)[1], training.source)
+        check_classes(run_folder.read_config(each)[1], training.source)
     scored = scoring.score_runs(
         folders,
         training,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,12 @@ from resnet_func import privacy, tree
 from resnet_func.app import data
 from resnet_func.app.batches import ONE_RANK, Preparer, make_generator
 from resnet_func.app.data import augment
-from resnet_func.app.experiment import Experiment, Privacy, Task
-from resnet_func.app.private.guarantee import PrivateError, budget
-from resnet_func.app.private.seeds import Seeds
+from resnet_func.app.experiment import Plan, Privacy
+from resnet_func.app.private import seeds
+from resnet_func.app.private.guarantee import PrivateError
+from resnet_func.app.ranks.launch import Group
 from resnet_func.app.recipes import Recipe
-from resnet_func.app.runtime import Runtime
+from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.distributed import Ranks
 from resnet_func.losses import smoothed_cross_entropy
 from resnet_func.optim import Optimizer
@@ -64,88 +66,72 @@ def part_size(recipe: Recipe, views: int) -> int:
     return max(1, size // views)
 
 
-def private_batches(
-    experiment: Experiment,
-    seeds: Seeds,
-    source: data.Source,
-    prepare: Preparer,
-    epoch: int,
-    first: int,
-    ranks: Ranks = ONE_RANK,
-) -> Iterator[tuple[Any, Any]]:
-    """The batches of an epoch from batch `first` on: a `PrivateBatch` each, targets inside, and None.
-
-    Parts are dealt to the ranks in turn, as many to each: the last may be nothing but padding.
-
-    Crops and flips come from a secret seed, too: by a known one, an image more would move the others' draws,
-    and what they add by more than the bound.
-    """
-    recipe, chosen, device = experiment.recipe, experiment.privacy, prepare.runtime.device
-    assert chosen is not None
-    changes, size = augment.Augment(recipe.crop, recipe.flip, recipe.cutout), part_size(recipe, chosen.views)
-    waiting: deque[tuple[int, int, Tensor, bool]] = deque()
-
-    def picks() -> Iterator[Tensor]:
-        whole = size * ranks.world
-        for step, indices, mask in _drawn(experiment, seeds, source.num_samples, epoch, first, whole):
-            cut = list(enumerate(zip(indices.split(size), mask.split(size), strict=True)))
-            mine = cut[ranks.rank :: ranks.world]
-            for number, (index, kept) in mine:
-                waiting.append((step, number, kept, number == mine[-1][0]))
-                yield index
-
-    parts: list[Part] = []
-    for images, labels in source.read(picks()):
-        step, number, kept, last = waiting.popleft()
-        draws, x = make_generator(device, seeds.augmentation, step, number), prepare(images)
-        views = [augment.apply(changes, x, draws) for _ in range(chosen.views)]
-        views = [prepare.scale(view, recipe.scale_at(epoch)) for view in views]
-        x = views[0] if len(views) == 1 else torch.stack(views, 1)
-        parts.append(Part(x, labels.to(device), kept.to(device)))
-        if last:
-            yield PrivateBatch(parts, step, recipe.batch_size), None
-            parts = []
-
-
-def _drawn(
-    experiment: Experiment, seeds: Seeds, num_images: int, epoch: int, first: int, size: int
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Step, indices and mask of each batch, of whole parts."""
-    assert experiment.privacy is not None
-    run = budget(experiment.privacy, experiment.recipe, num_images)
-    start = epoch * run.epoch_steps
-    rule: dict[str, Any] = {
-        "steps": start + run.epoch_steps,
-        "seed": seeds.sampling,
-        "first_step": start + first,
-    }
-    if run.privacy.sampling == "poisson":
-        batches = privacy.poisson_batches(num_images, sampling_rate=run.rate, capacity=size, **rule)
-    else:
-        batches = privacy.fixed_size_batches(num_images, batch_size=experiment.recipe.batch_size, **rule)
-    for step, (indices, mask) in enumerate(batches, start + first):
-        short = -len(indices) % size
-        yield step, F.pad(indices, (0, short)), F.pad(mask, (0, short))
-
-
-# --------------------------------------------------------------------------- the step
-
-
 class PrivateTrainer:
     """What a run needs of private training; `measured` collects an epoch's diagnostics."""
 
-    def __init__(
-        self, experiment: Experiment, task: Task, seeds: Seeds, runtime: Runtime, ranks: Ranks | None = None
-    ) -> None:
-        assert experiment.privacy is not None
-        self.experiment, self.seeds, self.runtime, self.ranks = experiment, seeds, runtime, ranks
-        self.privacy = experiment.privacy
-        self.budget = budget(experiment.privacy, experiment.recipe, task.train_images)
+    def __init__(self, plan: Plan, drawn: seeds.Seeds, ranks: Ranks | None = None) -> None:
+        assert plan.budget is not None
+        self.budget, self.privacy, self.recipe = plan.budget, plan.budget.privacy, plan.experiment.recipe
+        self.seeds, self.machine, self.ranks = drawn, plan.machine, ranks
         self.measured: list[dict[str, float]] = []
+
+    def batches(
+        self, source: data.Source, prepare: Preparer, epoch: int, first: int
+    ) -> Iterator[tuple[Any, Any]]:
+        """The batches of an epoch from batch `first` on: a `PrivateBatch` each, targets inside, and None.
+
+        Parts are dealt to the ranks in turn, as many to each: the last may be nothing but padding.
+
+        Crops and flips come from a secret seed, too: by a known one, an image more would move the others'
+        draws, and what they add by more than the bound.
+        """
+        recipe, ranks, device = self.recipe, self.ranks or ONE_RANK, prepare.runtime.device
+        changes = augment.Augment(recipe.crop, recipe.flip, recipe.cutout)
+        size = part_size(recipe, self.privacy.views)
+        waiting: deque[tuple[int, int, Tensor, bool]] = deque()
+
+        def picks() -> Iterator[Tensor]:
+            for step, indices, mask in self._drawn(source.num_samples, epoch, first, size * ranks.world):
+                cut = list(enumerate(zip(indices.split(size), mask.split(size), strict=True)))
+                mine = cut[ranks.rank :: ranks.world]
+                for number, (index, kept) in mine:
+                    waiting.append((step, number, kept, number == mine[-1][0]))
+                    yield index
+
+        parts: list[Part] = []
+        for images, labels in source.read(picks()):
+            step, number, kept, last = waiting.popleft()
+            draws, x = make_generator(device, self.seeds.augmentation, step, number), prepare(images)
+            views = [augment.apply(changes, x, draws) for _ in range(self.privacy.views)]
+            views = [prepare.scale(view, recipe.scale_at(epoch)) for view in views]
+            x = views[0] if len(views) == 1 else torch.stack(views, 1)
+            parts.append(Part(x, labels.to(device), kept.to(device)))
+            if last:
+                yield PrivateBatch(parts, step, recipe.batch_size), None
+                parts = []
+
+    def _drawn(
+        self, num_images: int, epoch: int, first: int, size: int
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Step, indices and mask of each batch, of whole parts."""
+        run = self.budget
+        start = epoch * run.epoch_steps
+        rule: dict[str, Any] = {
+            "steps": start + run.epoch_steps,
+            "seed": self.seeds.sampling,
+            "first_step": start + first,
+        }
+        if run.privacy.sampling == "poisson":
+            batches = privacy.poisson_batches(num_images, sampling_rate=run.rate, capacity=size, **rule)
+        else:
+            batches = privacy.fixed_size_batches(num_images, batch_size=self.recipe.batch_size, **rule)
+        for step, (indices, mask) in enumerate(batches, start + first):
+            short = -len(indices) % size
+            yield step, F.pad(indices, (0, short)), F.pad(mask, (0, short))
 
     def make_step(self, model: Model, optimizer: Optimizer) -> Step:
         """One step, in the form of `train.make_train_step`; what it says of the loss is nothing, 0."""
-        recipe, chosen = self.experiment.recipe, self.privacy
+        recipe, chosen = self.recipe, self.privacy
         adaptive = chosen.clipping == "adaptive"
         summed = clipped_sum(
             model,
@@ -165,7 +151,7 @@ class PrivateTrainer:
             ema_decay=recipe.ema or None,
         )
         clip, finish = parts.clip, parts.finish
-        if self.runtime.compile:  # a part has one size: one graph, however many parts a batch has
+        if self.machine.compile:  # a part has one size: one graph, however many parts a batch has
             clip = torch.compile(clip, fullgraph=True, dynamic=False)
             finish = torch.compile(finish, fullgraph=True, dynamic=False)
 
@@ -179,18 +165,18 @@ class PrivateTrainer:
             if chosen.diagnostics:
                 found = parts.measure(train_state, clipped)
                 self.measured.append({name: float(value) for name, value in found.items()})
-            noise = to_memory_format(noise, self.runtime.memory_format)
+            noise = to_memory_format(noise, self.machine.memory_format)
             return finish(train_state, clipped, noise), {
                 "loss": torch.zeros((), dtype=torch.float32, device="cpu")
             }
 
         return step
 
-    def record(self, steps: int, evaluation: Evaluation, progress: Progress) -> dict[str, float]:
+    def record(self, progress: Progress, evaluation: Evaluation) -> dict[str, float]:
         """What an epoch's line of metrics.jsonl tells, beside its number: nothing that is not private, unless
         that was asked for."""
         found = {
-            "epsilon": self.budget.spent(steps),
+            "epsilon": self.budget.spent((progress.epoch + 1) * self.budget.epoch_steps),
             "test_loss": evaluation.loss,
             "test_accuracy": evaluation.accuracy,
             "seconds": round(progress.seconds, 3),
@@ -200,6 +186,33 @@ class PrivateTrainer:
         for name in measured[0] if measured else ():
             found[name] = sum(step[name] for step in measured) / len(measured)
         return found
+
+
+def make_trainer(
+    plan: Plan, folder: Path, group: Group, *, resume: bool, insecure: int | None
+) -> PrivateTrainer | None:
+    """The trainer of a run, with new seeds or those that it goes on with; None for a run that is not private.
+
+    Raises:
+        RunError: the seeds cannot be kept, or are gone.
+    """
+    if plan.budget is None:
+        return None
+    if resume and _is_done(folder, plan.experiment.recipe):  # nothing is drawn any more
+        return PrivateTrainer(plan, seeds.Seeds(0, 0, 0), group.ranks)
+
+    def draw() -> str:
+        if not resume:
+            seeds.keep(folder, seeds.draw(insecure))
+        return "kept"
+
+    group.from_first(draw)  # secrets go by the file, not over the network
+    return PrivateTrainer(plan, seeds.read(folder), group.ranks)
+
+
+def _is_done(folder: Path, recipe: Recipe) -> bool:
+    meta = checkpoint.read_meta(run_folder.checkpoints(folder), "last")
+    return meta.get("progress", {}).get("epoch", 0) >= recipe.epochs
 
 
 def bound_of(chosen: Privacy) -> float | privacy.AdaptiveNorm:

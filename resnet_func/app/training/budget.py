@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from resnet_func.app import data
-from resnet_func.app.batches import Preparer, make_task, train_batches
-from resnet_func.app.experiment import Experiment, Task
-from resnet_func.app.parts import make_parts, model_to_test
+from resnet_func.app.batches import Preparer, train_batches
+from resnet_func.app.experiment import Plan
+from resnet_func.app.parts import Parts, find_network, make_parts
+from resnet_func.app.ranks.launch import Group
 from resnet_func.app.recipes import Recipe
-from resnet_func.app.runtime import Runtime
 from resnet_func.losses import cross_entropy
-from resnet_func.train import Step, make_eval_step
-from resnet_func.types import TrainState
+from resnet_func.models import summary
+from resnet_func.train import make_eval_step
 
 SPARE = 0.97  # of the time is planned; the rest is for checkpoints, pictures and a machine that slows down
 MEASURE_SECONDS, LEAST_STEPS = 2.0, 6
 COMPILE_FROM_SECONDS = 600.0  # below, even trying the compiler costs what it could save
 CACHED_COMPILE = 0.3  # of a compilation, where the compiler finds in its cache what was tried
+# by the machine's speeds, with convolutions as half of a step: below, compiling costs what it saves or more
+COMPILE_ABOVE_SECONDS = 1500.0
 MOST_EPOCHS = 10_000
 STRETCHES = [step / 20 for step in range(31)]  # of the recipe's shares of small images, 0 to 1.5
 
@@ -112,41 +114,46 @@ def _stretched(recipe: Recipe, epochs: int, stretch: float) -> Recipe:
 # --------------------------------------------------------------------------- measuring
 
 
-def choose(
-    experiment: Experiment,
-    splits: data.Splits,
-    machine: Runtime,
-    *,
-    seconds: float,
-    compile: str = "auto",
-    clock: Clock = time.perf_counter,
-) -> Choice:
+def fill(plan: Plan, seconds: float, compile: str, group: Group) -> tuple[Plan, str]:
+    """The plan with what `choose` chooses, and its line: rank 0 measures whole batches; several need less."""
+
+    def measured() -> str:
+        choice = choose(plan, seconds=seconds, compile=compile)
+        return json.dumps([choice.recipe.epochs, choice.recipe.early_scales, choice.compile, choice.sentence])
+
+    epochs, scales, compiled, sentence = json.loads(group.from_first(measured))
+    recipe = replace(plan.experiment.recipe, epochs=epochs, early_scales=tuple(map(tuple, scales)))
+    experiment, machine = replace(plan.experiment, recipe=recipe), replace(plan.machine, compile=compiled)
+    return plan._replace(experiment=experiment, machine=machine), sentence
+
+
+def choose(plan: Plan, *, seconds: float, compile: str = "auto", clock: Clock = time.perf_counter) -> Choice:
     """Measure steps, and choose what ends after `seconds`, measuring included.
 
     Args:
-        experiment: Its recipe has `minutes`, and no epochs yet.
-        splits: The data.
-        machine: As configured; where it may compile, that is tried if it can pay.
+        plan: Its recipe has `minutes`, and no epochs yet; where its machine may compile, that is tried if it
+            can pay.
         seconds: What is left of the budget.
         compile: The option: "on" compiles in any case, "auto" where more epochs fit so.
         clock: In seconds.
     """
     start = clock()
-    recipe = replace(experiment.recipe, epochs=1)
-    if splits.train.num_samples < recipe.batch_size:  # the run says what is wrong with that
+    recipe, images = replace(plan.experiment.recipe, epochs=1), plan.splits.train.num_samples
+    if images < recipe.batch_size:  # the run says what is wrong with that
         return Choice(recipe, False, "budget: there is no batch to measure")
-    task = make_task(recipe, splits)
-    trial = replace(experiment, recipe=replace(recipe, early_scales=()))
+    # the learning rate of a measured step does not matter, and any number of epochs has a schedule
+    measured = replace(recipe, epochs=MOST_EPOCHS, learning_rate=0.0, early_scales=())
+    trial = plan._replace(experiment=replace(plan.experiment, recipe=measured))
     scales = sorted({scale for scale, _ in recipe.early_scales} | {1.0})
-    eager = replace(machine, compile=False)
-    step, evaluation = _measure_all(trial, task, splits, eager, scales, clock)
+    eager = trial._replace(machine=replace(plan.machine, compile=False))
+    step, evaluation = _measure_all(eager, scales, clock)
     useful = tuple([pair for pair in recipe.early_scales if step[pair[0]] < 0.9 * step[1.0]])
     recipe = replace(recipe, early_scales=useful)  # what is not faster is not worth smaller images
     scales = sorted({scale for scale, _ in useful} | {1.0})
-    costs = Costs(step, evaluation, 0.0, splits.train.num_samples // recipe.batch_size)
+    costs = Costs(step, evaluation, 0.0, images // recipe.batch_size)
     by_compiling = {False: costs}
-    if machine.compile and (compile == "on" or seconds >= COMPILE_FROM_SECONDS):
-        by_compiling[True] = _try_compiler(trial, task, splits, machine, costs, scales, clock)
+    if plan.machine.compile and (compile == "on" or seconds >= COMPILE_FROM_SECONDS):
+        by_compiling[True] = _try_compiler(trial, costs, scales, clock)
     left = seconds - (clock() - start)
     plans = {takes: fit_epochs(recipe, costs, left) for takes, costs in by_compiling.items()}
     takes = True in plans and (compile == "on" or _work(plans[True]) > _work(plans[False]))
@@ -160,60 +167,32 @@ def _work(recipe: Recipe) -> float:
 
 
 def _measure_all(
-    experiment: Experiment,
-    task: Task,
-    splits: data.Splits,
-    machine: Runtime,
-    scales: list[float],
-    clock: Clock,
+    trial: Plan, scales: list[float], clock: Clock
 ) -> tuple[dict[float, float], dict[float, float]]:
     """Seconds of a step and of an evaluation at each scale."""
-    parts, prepare = make_parts(_with_schedule(experiment), task, machine), Preparer(task, machine)
-    steps = {
-        scale: _step_seconds(parts.step, parts.train_state, experiment, splits, prepare, scale, clock)
-        for scale in scales
-    }
-    state, recipe = parts.train_state, experiment.recipe
-    eval_step = make_eval_step(model_to_test(parts.model, recipe), cross_entropy)
-    passes = -(-splits.test.num_samples // recipe.evaluation_batch)
+    parts, prepare = make_parts(trial), Preparer(trial.task, trial.machine)
+    steps = {scale: _step_seconds(trial, parts, prepare, scale, clock) for scale in scales}
+    state, test, size = parts.train_state, trial.splits.test, trial.experiment.recipe.evaluation_batch
+    eval_step = make_eval_step(parts.tested, cross_entropy)
+    picks = torch.arange(test.num_samples, dtype=torch.int64, device="cpu").split(size)
     evaluations = {}
     for scale in scales:
         times = []
-        for images, labels in _few_batches(splits.test, recipe):
+        for images, labels in test.read(picks[:3]):
             start = clock()
             x = prepare.scale(prepare(images), scale)
-            eval_step(state.params, state.state, x, labels.to(machine.device))[0].sum().item()
+            eval_step(state.params, state.state, x, labels.to(trial.machine.device))[0].sum().item()
             times.append(clock() - start)
-        evaluations[scale] = passes * min(times)
+        evaluations[scale] = len(picks) * min(times)
     return steps, evaluations
 
 
-def _with_schedule(experiment: Experiment) -> Experiment:
-    """The learning rate of a measured step does not matter: any number of epochs has a schedule."""
-    return replace(experiment, recipe=replace(experiment.recipe, epochs=MOST_EPOCHS, learning_rate=0.0))
-
-
-def _few_batches(source: data.Source, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    picks = torch.arange(source.num_samples, dtype=torch.int64, device="cpu").split(recipe.evaluation_batch)[
-        :3
-    ]
-    return iter(source.read(picks))
-
-
-def _step_seconds(
-    step: Step,
-    train_state: TrainState,
-    experiment: Experiment,
-    splits: data.Splits,
-    prepare: Preparer,
-    scale: float,
-    clock: Clock,
-) -> float:
+def _step_seconds(trial: Plan, parts: Parts, prepare: Preparer, scale: float, clock: Clock) -> float:
     """The median step with its batch; the first two are warm-up."""
     times: list[float] = []
-    before = clock()
-    for x, y in train_batches(experiment, splits.train, prepare, 0, 0):
-        train_state, metrics = step(train_state, prepare.scale(x, scale), y)
+    before, train_state = clock(), parts.train_state
+    for x, y in train_batches(trial.experiment, trial.splits.train, prepare, 0, 0):
+        train_state, metrics = parts.step(train_state, prepare.scale(x, scale), y)
         float(metrics["loss"])
         now = clock()
         times.append(now - before)
@@ -223,24 +202,15 @@ def _step_seconds(
     return median(times[2:] or times)
 
 
-def _try_compiler(
-    experiment: Experiment,
-    task: Task,
-    splits: data.Splits,
-    machine: Runtime,
-    eager: Costs,
-    scales: list[float],
-    clock: Clock,
-) -> Costs:
+def _try_compiler(trial: Plan, eager: Costs, scales: list[float], clock: Clock) -> Costs:
     """The costs of a compiled run, from what it takes to compile the smallest images' step, and to run it."""
-    parts, prepare = make_parts(_with_schedule(experiment), task, machine), Preparer(task, machine)
-    x, y = next(iter(train_batches(experiment, splits.train, prepare, 0, 0)))
+    parts, prepare = make_parts(trial), Preparer(trial.task, trial.machine)
+    x, y = next(iter(train_batches(trial.experiment, trial.splits.train, prepare, 0, 0)))
     start = clock()
     _, metrics = parts.step(parts.train_state, prepare.scale(x, scales[0]), y)
     float(metrics["loss"])
     compilation = clock() - start
-    took = _step_seconds(parts.step, parts.train_state, experiment, splits, prepare, scales[0], clock)
-    ratio = took / eager.step[scales[0]]
+    ratio = _step_seconds(trial, parts, prepare, scales[0], clock) / eager.step[scales[0]]
     return eager._replace(
         step={scale: ratio * seconds for scale, seconds in eager.step.items()},
         compilation=compilation * (len(scales) - 1 + CACHED_COMPILE),
@@ -258,3 +228,22 @@ def _sentence(recipe: Recipe, costs: Costs, compiled: bool, measuring: float) ->
         f"{'compiled' if compiled else 'not compiled'}; training will take about "
         f"{costs.of_run(recipe) / 60:.1f} minutes, after {measuring:.0f} s of measuring"
     )
+
+
+# --------------------------------------------------------------------------- epochs that are given
+
+
+def compiling_pays(plan: Plan) -> bool:
+    """Whether a run of so many epochs wins back, by the machine's speeds, the time that compiling takes."""
+    return 2e-9 * training_flops(plan) * plan.machine.speeds.conv_flop > COMPILE_ABOVE_SECONDS
+
+
+def training_flops(plan: Plan) -> float:
+    """Floating-point operations of the run's forward and backward passes, six a multiply-accumulate."""
+    recipe, task = plan.experiment.recipe, plan.task
+    model = find_network(recipe, task)
+    params, state = model.init(torch.Generator("cpu"), device="cpu")
+    shape = (task.in_channels, task.image_size, task.image_size)
+    rows = summary.summarize_network(model, params, state, shape)
+    full_epochs = sum(recipe.scale_at(epoch) ** 2 for epoch in range(recipe.epochs))
+    return 6.0 * summary.totals(rows).macs * plan.splits.train.num_samples * full_epochs

@@ -14,21 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from resnet_func.app import data
-from resnet_func.app.batches import (
-    ONE_RANK,
-    Preparer,
-    check_classes,
-    describe_changes,
-    make_task,
-    train_batches,
-)
+from resnet_func.app.batches import ONE_RANK, Preparer, train_batches
 from resnet_func.app.errors import AppError, Interrupted
-from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.experiment import Plan
 from resnet_func.app.inference import Trained, evaluate_trained, parameters_to_test
-from resnet_func.app.parts import make_parts, model_to_test
+from resnet_func.app.parts import make_parts
 from resnet_func.app.private import seeds
-from resnet_func.app.private.guarantee import PrivateError, check_budget
-from resnet_func.app.private.trainer import PrivateTrainer, private_batches
+from resnet_func.app.private.trainer import make_trainer
 from resnet_func.app.ranks.launch import ONE_PROCESS, Group, is_lost
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.runtime import Runtime
@@ -60,25 +52,22 @@ class Result(NamedTuple):
 
 
 def train(
-    experiment: Experiment,
-    splits: data.Splits,
+    plan: Plan,
     folder: Path,
-    runtime: Runtime,
     reporter: Reporter,
     *,
     resume: bool = False,
     group: Group = ONE_PROCESS,
     insecure_seed: int | None = None,
 ) -> Result:
-    """Train the experiment in its folder, from the start or from its last checkpoint.
+    """Train as planned in the run's folder, from the start or from its last checkpoint.
 
     A private experiment keeps secret seeds beside the checkpoints until it is done; `insecure_seed` sets
     them. Outside the main thread, where Python has no signal handlers, signals are left to their usual ways.
 
     Args:
-        experiment, splits: What to train, and on what; the same on every rank.
+        plan: What to train, on what, by what machine.
         folder: The run folder, which every rank reads and rank 0 writes.
-        runtime: The machine.
         reporter: Who is told.
         resume: Go on from the last checkpoint.
         group: The ranks that train together; all return the same.
@@ -89,36 +78,27 @@ def train(
         RankError: the ranks do not agree.
         CheckpointError, DataError, RunError: as their modules say.
     """
+    experiment, splits, task, machine = plan[:4]
     recipe, writes = experiment.recipe, group.rank == 0
-    epoch_samples = _samples_per_epoch(recipe, splits, group)
-    task = make_task(recipe, splits)
-    if resume:
-        private = experiment.privacy is not None
-        task = _recorded_task(folder, task, splits, reporter, private=private)
-    group.check_same(_digest(experiment, task), "has other data or options than rank 0: give all the same")
-    trainer = _private_trainer(
-        experiment, task, folder, runtime, group, resume=resume, insecure=insecure_seed
-    )
-    model, step, train_state = make_parts(experiment, task, runtime, trainer, group.ranks)
-    tested = model_to_test(model, recipe)
+    epoch_samples = _samples_per_epoch(plan, group)
+    group.check_same(_digest(plan), "has other data or options than rank 0: give all the same")
+    trainer = make_trainer(plan, folder, group, resume=resume, insecure=insecure_seed)
+    tested, step, train_state = make_parts(plan, trainer, group.ranks)
     progress, records, evaluation = Progress(), [], None
     if resume:
         train_state, progress, records = _restore(folder, train_state, reporter, writes=writes)
     elif writes:
-        chosen = {"speeds": runtime.speeds.as_numbers(), "compile": runtime.compile}
+        chosen = {"speeds": machine.speeds.as_numbers(), "compile": machine.compile}
         run_folder.write_config(folder, experiment, task, chosen)
         if trainer is not None:  # so that whatever stops the run, it can go on with the seeds it has
             _save(folder, train_state, progress, records)
     _check_alike(train_state, group)
 
-    prepare, ranks = Preparer(task, runtime), group.ranks or ONE_RANK
+    prepare, ranks = Preparer(task, machine), group.ranks or ONE_RANK
     with _deferred_interrupt(once=group.ranks is None) as received:
         for epoch in range(progress.epoch, recipe.epochs):
-            where = (splits.train, prepare, epoch, progress.batch, ranks)
-            if trainer is None:
-                batches = train_batches(experiment, *where)
-            else:
-                batches = private_batches(experiment, trainer.seeds, *where)
+            where = (splits.train, prepare, epoch, progress.batch)
+            batches = trainer.batches(*where) if trainer else train_batches(experiment, *where, ranks)
             clock, size = time.perf_counter, recipe.batch_size
             steps = train_epoch(step, train_state, batches, progress, clock, batch_size=size)
             try:
@@ -138,15 +118,12 @@ def train(
                     _save(folder, train_state, progress, records)
                 raise
             trained = Trained(tested, *parameters_to_test(train_state), task, experiment)
-            evaluation = evaluate_trained(trained, splits.test, runtime, epoch=epoch, ranks=ranks)
-            if trainer is None:
-                record = _record(progress, evaluation)
-            else:
-                record = trainer.record((epoch + 1) * trainer.budget.epoch_steps, evaluation, progress)
+            evaluation = evaluate_trained(trained, splits.test, machine, epoch=epoch, ranks=ranks)
+            record = trainer.record(progress, evaluation) if trainer else _record(progress, evaluation)
             records = [*records, {"epoch": epoch + 1, **record}]
             progress = Progress(epoch + 1)
             _check_alike(train_state, group)
-            _keep(folder, trained, splits.train, runtime, epoch, ranks)
+            _keep(folder, trained, splits.train, machine, epoch, ranks)
             if writes:
                 _save(folder, train_state, progress, records)
             reporter.epoch(records[-1])
@@ -155,13 +132,13 @@ def train(
     if trainer is not None and writes:
         seeds.forget(folder)
     trained = Trained(tested, *parameters_to_test(train_state), task, experiment)
-    evaluation = evaluation or evaluate_trained(trained, splits.test, runtime, ranks=ranks)
+    evaluation = evaluation or evaluate_trained(trained, splits.test, machine, ranks=ranks)
     return Result(trained, evaluation, records)
 
 
-def _samples_per_epoch(recipe: Recipe, splits: data.Splits, group: Group) -> int:
+def _samples_per_epoch(plan: Plan, group: Group) -> int:
     """Whole batches' samples, once there is one and every rank has a part of it."""
-    size, images = recipe.batch_size, splits.train.num_samples
+    size, images = plan.experiment.recipe.batch_size, plan.splits.train.num_samples
     if size > images:
         raise TrainingError(
             f"batch_size {size} is more than the {images} training images; try --batch-size {min(32, images)}"
@@ -174,10 +151,10 @@ def _samples_per_epoch(recipe: Recipe, splits: data.Splits, group: Group) -> int
     return images // size * size
 
 
-def _digest(experiment: Experiment, task: Task) -> int:
+def _digest(plan: Plan) -> int:
     """A number of all that decides a run's numbers; where a rank's data lie does not."""
-    alike = replace(experiment, data_dir=None, init=None)
-    return int.from_bytes(hashlib.sha256(repr((alike, task)).encode()).digest()[:7], "big")
+    alike = replace(plan.experiment, data_dir=None, init=None)
+    return int.from_bytes(hashlib.sha256(repr((alike, plan.task)).encode()).digest()[:7], "big")
 
 
 def _check_alike(train_state: TrainState, group: Group) -> None:
@@ -187,56 +164,6 @@ def _check_alike(train_state: TrainState, group: Group) -> None:
             "holds other parameters than rank 0: its software, its hardware or its memory differs. "
             "Go on without it from the last checkpoint, by --resume",
         )
-
-
-def _private_trainer(
-    experiment: Experiment,
-    task: Task,
-    folder: Path,
-    runtime: Runtime,
-    group: Group,
-    *,
-    resume: bool,
-    insecure: int | None,
-) -> PrivateTrainer | None:
-    if experiment.privacy is None:
-        return None
-    if resume and _is_done(folder, experiment.recipe):  # nothing is drawn any more
-        return PrivateTrainer(experiment, task, seeds.Seeds(0, 0, 0), runtime, group.ranks)
-
-    def draw() -> str:
-        if not resume:
-            seeds.keep(folder, seeds.draw(insecure))
-        return "kept"
-
-    group.from_first(draw)  # secrets go by the file, not over the network
-    trainer = PrivateTrainer(experiment, task, seeds.read(folder), runtime, group.ranks)
-    if resume:
-        check_budget(trainer.budget)
-    return trainer
-
-
-def _is_done(folder: Path, recipe: Recipe) -> bool:
-    meta = checkpoint.read_meta(run_folder.checkpoints(folder), "last")
-    return meta.get("progress", {}).get("epoch", 0) >= recipe.epochs
-
-
-def _recorded_task(
-    folder: Path, found: Task, splits: data.Splits, reporter: Reporter, *, private: bool
-) -> Task:
-    """The task that config.json holds, which the run goes on with; says how the data differ from it."""
-    _, task = run_folder.read_config(folder)
-    check_classes(task, splits.train)
-    changes = describe_changes(task, found)
-    if changes and private:
-        raise PrivateError(f"{changes}: the guarantee is for those it began with. Start a new run")
-    if changes:
-        reporter.note(f"{changes}; going on with the sizes, the normalisation and the schedule recorded then")
-    if not task.train_images:  # a run of an earlier version
-        task = task._replace(train_images=found.train_images, test_images=found.test_images)
-    if not task.files:
-        task = task._replace(files=found.files)
-    return task
 
 
 def _check_finite(progress: Progress, recipe: Recipe) -> None:

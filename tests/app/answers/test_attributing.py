@@ -42,7 +42,7 @@ def trained(images, tmp_path_factory):
 def opened(folder: Path) -> tuple[Network, Tensor, Tensor]:
     experiment, task = run_folder.read_config(folder)
     machine = scoring.exact(runtime.configure(device="cpu", threads=1, precision="fp32"))
-    training, test = batches.load_training(experiment)
+    training, test = load_training(experiment)
     network, warnings = attributing.open_network(folder, training, machine, 5)
     assert not warnings
     x, y = next(data.batches(test, 2))

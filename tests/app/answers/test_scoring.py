@@ -16,7 +16,7 @@ from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment, TrainingSet
 from resnet_func.app.recipes import FAST
 from resnet_func.app.storage import run_folder
-from resnet_func.app.training_set import Training
+from resnet_func.app.training_set import Training, load_data
 from resnet_func.attribution import Scores
 from resnet_func.losses import cross_entropy
 from tests.app.image_folder import TINY, train_run
@@ -138,7 +138,7 @@ def test_an_epoch_of_small_images_is_scored_on_small_images(images, tmp_path):
     machine = scoring.exact(runtime.configure(device="cpu", threads=1, precision="fp32", compile="off"))
     trained, kept, _ = scoring.load_checkpoints(run, machine)
     assert [each.scale for each in kept] == [0.5, 1.0]
-    splits = batches.load_data(trained.experiment)
+    splits = load_data(trained.experiment)
     training = Training(splits.train, torch.arange(24), torch.zeros(24, dtype=torch.bool))
     scores, _ = scoring.score_runs([run], training, ["loss"], machine, batch_size=8)
     prepare = batches.Preparer(trained.task, machine)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from webdataset import tariterators
 
-from resnet_func.app import batches, training_set
+from resnet_func.app import tasks, training_set
 from resnet_func.app.data import DataError, Source, Stream, load, members, shards, write_shards
 from resnet_func.app.errors import AppError
 from tests.app.image_folder import CLASSES, make_image_folder
@@ -288,12 +288,12 @@ def test_packing_refuses_what_it_would_spoil(
 
 def test_a_run_knows_its_shards_again(packed: Path) -> None:
     """Moved, they are the same data; with other images they are not."""
-    before, splits = batches.digest_files(load("shards", packed)), load("shards", packed)
+    before, splits = tasks.digest_files(load("shards", packed)), load("shards", packed)
     print_before = training_set.fingerprint(splits.train)
     moved = packed.rename(packed.with_name("moved"))
-    assert batches.digest_files(load("shards", moved)) == before
+    assert tasks.digest_files(load("shards", moved)) == before
     pack(moved / "train/000000.tar", {"a.png": png(), "a.cls": "0"})
-    assert batches.digest_files(load("shards", moved)) != before
+    assert tasks.digest_files(load("shards", moved)) != before
     assert training_set.fingerprint(load("shards", moved).train) != print_before
     kept = training_set.select(splits.train, torch.tensor([3, 1]))
     assert kept.files == (splits.train.files[3], splits.train.files[1])

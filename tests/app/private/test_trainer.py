@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from resnet_func import optim, privacy
-from resnet_func.app.batches import Preparer, load_data, make_task
+from resnet_func.app.batches import Preparer
 from resnet_func.app.errors import Interrupted
 from resnet_func.app.experiment import Experiment, Privacy
 from resnet_func.app.private import seeds, trainer
@@ -22,8 +22,10 @@ from resnet_func.app.private.guarantee import PrivateError
 from resnet_func.app.recipes import Recipe
 from resnet_func.app.storage.run_folder import RunError
 from resnet_func.app.training import run
+from resnet_func.app.training_set import load_data
 from resnet_func.train import Progress
 from resnet_func.types import TrainState
+from tests.app.conftest import planned
 from tests.app.image_folder import CLASSES, make_image_folder, read_metrics
 from tests.app.training.test_run import Silent, machine, timeless, weights
 
@@ -81,11 +83,8 @@ def train(
 ) -> list[dict[str, float]]:
     experiment = Experiment("folder", str(images), seed, recipe, privacy=chosen)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    splits = load_data(experiment)
-    here = reporter or Silent()
-    return run.train(
-        experiment, splits, folder, machine(), here, resume=resume, insecure_seed=insecure
-    ).records
+    plan, here = planned(experiment, machine(), resumed=folder if resume else None), reporter or Silent()
+    return run.train(plan, folder, here, resume=resume, insecure_seed=insecure).records
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +222,10 @@ def test_diagnostics_are_marked(images: Path, tmp_path: Path) -> None:
 def drawn(images: Path, epoch: int, first: int, **changes: Any) -> list[trainer.PrivateBatch]:
     chosen = replace(PRIVACY, **changes)
     experiment = Experiment("folder", str(images), 3, RECIPE, privacy=chosen)
-    source = load_data(experiment).train
-    prepare = Preparer(make_task(RECIPE, load_data(experiment)), machine())
-    keys = seeds.draw(insecure=1)
-    return [batch for batch, _ in trainer.private_batches(experiment, keys, source, prepare, epoch, first)]
+    plan = planned(experiment, machine())
+    private = trainer.PrivateTrainer(plan, seeds.draw(insecure=1))
+    prepare = Preparer(plan.task, plan.machine)
+    return [batch for batch, _ in private.batches(plan.splits.train, prepare, epoch, first)]
 
 
 @pytest.mark.parametrize("sampling", ["poisson", "fixed-size"])

@@ -11,11 +11,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from resnet_func.app import batches, data, runtime
-from resnet_func.app.experiment import Experiment
+from resnet_func.app import data, runtime
+from resnet_func.app.experiment import Experiment, Plan
 from resnet_func.app.recipes import FAST, Recipe
 from resnet_func.app.training import budget
 from resnet_func.app.training.budget import Costs
+from resnet_func.app.training_set import load_data
+from tests.app.conftest import planned
 
 PLAIN = Recipe(epochs=0, minutes=1)
 
@@ -74,8 +76,8 @@ class Clock:
 def fake_parts(clock: Clock, seconds: Callable[[int, bool], float]) -> Callable[..., Any]:
     """Parts whose step takes `seconds(side, compiled)`."""
 
-    def make(experiment: Experiment, task: Any, machine: runtime.Runtime) -> Any:
-        seen = set()
+    def make(plan: Plan) -> Any:
+        seen, machine = set(), plan.machine
 
         def step(state: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
             if machine.compile and x.shape[-1] not in seen:
@@ -88,7 +90,7 @@ def fake_parts(clock: Clock, seconds: Callable[[int, bool], float]) -> Callable[
             return x.flatten(1)[:, :10], state
 
         state = type("State", (), {"params": {}, "state": {}})
-        return type("Parts", (), {"step": staticmethod(step), "train_state": state, "model": Model(apply)})
+        return type("Parts", (), {"step": staticmethod(step), "train_state": state, "tested": Model(apply)})
 
     return make
 
@@ -100,7 +102,7 @@ class Model:
 
 @pytest.fixture
 def splits() -> data.Splits:
-    return batches.load_data(Experiment("digits", None, 0, PLAIN))
+    return load_data(Experiment("digits", None, 0, PLAIN))
 
 
 def choose(
@@ -118,7 +120,8 @@ def choose(
         "digits", None, 0, replace(FAST, batch_size=64, crop=0, flip=False, test_flips=False)
     )
     machine = replace(runtime.configure(device="cpu", threads=1, compile="off"), compile=True)
-    choice = budget.choose(experiment, splits, machine, seconds=left, compile=compile, clock=clock)
+    plan = planned(experiment, machine, splits)
+    choice = budget.choose(plan, seconds=left, compile=compile, clock=clock)
     return choice, clock.now
 
 
@@ -176,7 +179,7 @@ def test_it_compiles_where_more_epochs_fit_so(
 def test_less_than_a_batch_is_left_to_the_run_to_refuse(splits: data.Splits) -> None:
     experiment = Experiment("digits", None, 0, replace(PLAIN, batch_size=5000))
     machine = runtime.configure(device="cpu", threads=1, compile="off")
-    assert budget.choose(experiment, splits, machine, seconds=60.0).recipe.epochs == 1
+    assert budget.choose(planned(experiment, machine, splits), seconds=60.0).recipe.epochs == 1
 
 
 def test_a_measurement_is_of_the_real_step(splits: data.Splits, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +188,29 @@ def test_a_measurement_is_of_the_real_step(splits: data.Splits, monkeypatch: pyt
     recipe = Recipe(model="resnet20", epochs=0, minutes=1, batch_size=4, crop=0)
     machine = runtime.configure(device="cpu", threads=1, precision="fp32", compile="off")
     state = torch.random.get_rng_state()
-    choice = budget.choose(Experiment("digits", None, 0, recipe), splits, machine, seconds=30.0)
+    plan = planned(Experiment("digits", None, 0, recipe), machine, splits)
+    choice = budget.choose(plan, seconds=30.0)
     assert 1 <= choice.recipe.epochs < 10_000
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --- where epochs are given ---
+
+
+def test_small_epochs_count_for_less(splits: data.Splits) -> None:
+    machine = runtime.configure(device="cpu", threads=1, compile="off")
+    recipe = replace(FAST, epochs=4, early_scales=((0.5, 0.5),))
+    small, full = (
+        planned(Experiment("digits", None, 0, each), machine, splits)
+        for each in (recipe, replace(recipe, early_scales=()))
+    )
+    assert budget.training_flops(small) == pytest.approx(budget.training_flops(full) * (2 * 0.25 + 2) / 4)
+
+
+def test_compiling_pays_in_long_runs(splits: data.Splits) -> None:
+    machine = runtime.configure(device="cpu", threads=1, compile="off")
+    pays = []
+    for epochs in (1, 1_000_000):
+        experiment = Experiment("digits", None, 0, replace(FAST, epochs=epochs, early_scales=()))
+        pays.append(budget.compiling_pays(planned(experiment, machine, splits)))
+    assert pays == [False, True]
