@@ -73,9 +73,11 @@ def train_batches(
     full, changes = len(order) // recipe.batch_size, augment.Augment(recipe.crop, recipe.flip, recipe.cutout)
     part = augment.Part(ranks.part(recipe.batch_size), recipe.batch_size)
     picks = [pick[part.rows] for pick in order.split(recipe.batch_size)[first:full]]
-    for index, (images, labels) in enumerate(source.read(picks), start=first):
+    mirrored = augment.mirrored_in(epoch, source.num_samples, make_generator("cpu", experiment.seed, 3))
+    read = zip(picks, source.read(picks), strict=True)
+    for index, (pick, (images, labels)) in enumerate(read, start=first):
         draws = make_generator(device, experiment.seed, 2, epoch, index)
-        x = augment.apply(changes, prepare(images), draws, part)
+        x = augment.apply(changes, prepare(images), draws, part, mirrored[pick])
         yield prepare.scale(x, recipe.scale_at(epoch)), labels.to(device)
 
 

@@ -46,7 +46,8 @@ class Recipe:
         sync_batchnorm: Under torchrun, take BatchNorm's statistics over the parts of all ranks, one
             all-reduce a layer; else each rank's part of a batch is a batch of its own to it.
         crop: Pixels of padding before a random crop.
-        flip: Mirror half of the training images.
+        flip: Mirror each training image in every second epoch, a drawn half of them in the first. With
+            differential privacy each time with probability one half.
         test_flips: Test and predict by the average over each image and its mirror image.
         cutout: Side of the square blanked in each training image.
         image_size: Resize all images to this side; 0 keeps the data set's own.

@@ -71,6 +71,15 @@ def test_epochs_and_seeds_differ(experiment: Experiment, splits: data.Splits, pr
     assert not same(here, collect(replace(experiment, seed=4), splits, prepare, 2))
 
 
+def test_an_image_is_seen_from_both_sides_in_two_epochs(
+    experiment: Experiment, splits: data.Splits, prepare: Preparer
+) -> None:
+    flips = replace(experiment, recipe=replace(RECIPE, crop=0, cutout=0, batch_size=18, early_scales=()))
+    first, second = (collect(flips, splits, prepare, epoch)[0][0] for epoch in (0, 1))
+    mirrored = [sum(bool((image == other).all()) for other in second.flip(3)) for image in first]
+    assert mirrored == [1] * 18  # the order of an epoch is its own
+
+
 def test_early_epochs_are_small_in_training_and_testing(
     experiment: Experiment, splits: data.Splits, prepare: Preparer
 ) -> None:
