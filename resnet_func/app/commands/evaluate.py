@@ -7,7 +7,6 @@ from dataclasses import replace
 from resnet_func.app import batches, inference
 from resnet_func.app.answers import calibrating, scoring
 from resnet_func.app.commands.common import configure, load, plain_console, say
-from resnet_func.app.errors import UsageError
 from resnet_func.app.options import Evaluate
 from resnet_func.app.output import report
 from resnet_func.app.storage import run_folder
@@ -15,8 +14,6 @@ from resnet_func.app.storage import run_folder
 
 def main(options: Evaluate) -> None:
     """Test on the run's test images; print a table by class, and draw the confusions and mistakes."""
-    if options.laplace and options.flips:
-        raise UsageError("--laplace is about the logits of one image. Leave out --flips, or --laplace")
     output, folder = plain_console(), options.run_dir or run_folder.latest()
     machine = configure(options.machine, folder)
     trained = load(folder, options.checkpoint, machine, flips=options.flips or None)

@@ -81,8 +81,6 @@ def _names(options: Scores, folders: tuple[Path, ...]) -> list[str]:
     Raises:
         UsageError: there is no such score, or the ranking one is not among them.
     """
-    if options.batch_size < 1:
-        raise UsageError(f"--batch-size must be 1 or more; got {options.batch_size}")
     names = list(options.scores) or list(DEFAULT)
     if not options.scores and all(training_record.read(folder) is not None for folder in folders):
         names.append("forgetting")
