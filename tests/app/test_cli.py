@@ -248,7 +248,7 @@ USAGE = {
         "no network is called 'resnet19'; the zoo has resnet18",
     ),
     "predict-nothing": (["predict"], "IMAGE"),
-    "seed-negative": (["train", "--seed", "-1"], "--seed must be 0 or more; got -1"),
+    "seed-negative": (["train", "--seed", "-1"], "--seed must be 0 or more, below 2 ** 63; got -1"),
     "images-for-digits": (["train", "--data-dir", "."], "digits come with scikit-learn"),
     "norm-of-another": (
         ["summary", "torchvision:resnet18", "--norm", "group"],

@@ -21,7 +21,7 @@ from resnet_func.app.answers import attributing, scoring
 from resnet_func.app.answers.attributing import Network, Ranked
 from resnet_func.app.commands.common import configure, plain_console, read_images, say
 from resnet_func.app.errors import Unspoken, UsageError, warn
-from resnet_func.app.names import printable
+from resnet_func.app.names import counted, printable
 from resnet_func.app.options import Attribute
 from resnet_func.app.output.attributions import Shown, attribution
 from resnet_func.app.ranks import launch
@@ -72,7 +72,7 @@ def _attribute(options: Attribute, group: launch.Group, failures: list[data.Data
         return
     if launch.is_restarted():
         run_folder.remove_leftovers(folder)
-    say(output, f"{options.method} over {len(scores):,} training images in {seconds:.1f} s")
+    say(output, f"{options.method} over {counted(len(scores), 'training image')} in {seconds:.1f} s")
     stems = _distinct([Path(name).stem.replace(" ", "-") for name in names])
     for place, (name, image) in enumerate(zip(names, images, strict=True)):
         target = int(y[place])

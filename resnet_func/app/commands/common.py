@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_func import calibration
 from resnet_func.app import data, inference, runtime
 from resnet_func.app.errors import warn
-from resnet_func.app.names import printable
+from resnet_func.app.names import counted, printable
 from resnet_func.app.options import Machine
 from resnet_func.app.ranks import launch
 from resnet_func.app.storage import run_folder
@@ -74,9 +74,10 @@ def read_images(
 def describe_data(name: str, splits: data.Splits) -> str:
     """The data set in a line."""
     channels, height, width = splits.train.image_shape
+    tested = counted(splits.test.num_samples, "test image")
     return (
-        f"data: {name}, {splits.train.num_samples:,} training and {splits.test.num_samples:,} test images, "
-        f"{channels}x{height}x{width}, {len(splits.train.classes)} classes"
+        f"data: {name}, {splits.train.num_samples:,} training and {tested}, "
+        f"{channels}x{height}x{width}, {counted(len(splits.train.classes), 'class', 'classes')}"
     )
 
 

@@ -14,6 +14,7 @@ from resnet_func.app.answers import scoring
 from resnet_func.app.batches import Preparer
 from resnet_func.app.commands.common import configure, load, plain_console, say
 from resnet_func.app.inference import Trained
+from resnet_func.app.names import counted
 from resnet_func.app.options import Curvature
 from resnet_func.app.output import spectrum as picture
 from resnet_func.app.storage import run_folder
@@ -42,7 +43,7 @@ def main(options: Curvature) -> None:
         trained.params, trained.state, data, generator=generator
     )
     count = sum(len(x) for x, _ in data)
-    what = f"{NAMES[options.matrix]} of the loss on {count:,} training images"
+    what = f"{NAMES[options.matrix]} of the loss on {counted(count, 'training image')}"
     title = f"{trained.experiment.recipe.model} on {trained.experiment.dataset}: {what}"
     picture.draw(spectrum, folder / "spectrum.png", title)
     files.write_whole(folder / "spectrum.json", _as_json(options, spectrum, trace, count).encode())

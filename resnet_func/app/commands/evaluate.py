@@ -7,6 +7,7 @@ from dataclasses import replace
 from resnet_func.app import batches, inference
 from resnet_func.app.answers import calibrating, scoring
 from resnet_func.app.commands.common import configure, load, plain_console, say
+from resnet_func.app.names import counted
 from resnet_func.app.options import Evaluate
 from resnet_func.app.output import report
 from resnet_func.app.storage import run_folder
@@ -29,10 +30,8 @@ def main(options: Evaluate) -> None:
     output.print(report.class_table(evaluation, classes))
     title = f"{experiment.recipe.model} on {experiment.dataset}"
     report.write_pictures(evaluation, source, classes, folder, title)
-    say(
-        output,
-        f"accuracy {evaluation.accuracy:.2%}, loss {evaluation.loss:.4f} on {source.num_samples} images",
-    )
+    images = counted(source.num_samples, "image")
+    say(output, f"accuracy {evaluation.accuracy:.2%}, loss {evaluation.loss:.4f} on {images}")
     say(output, f"wrote {folder}/confusion.png and {folder}/mistakes.png")
     if options.laplace:
         batches.check_classes(trained.task, splits.train)
@@ -43,8 +42,8 @@ def main(options: Evaluate) -> None:
             say(output, describe(name, figure))
         say(
             output,
-            f"the last layer's posterior is of {splits.train.num_samples:,} training images, with a prior of "
-            f"precision {posterior.prior_precision:.3g}, the likeliest",
+            f"the last layer's posterior is of {counted(splits.train.num_samples, 'training image')}, with a "
+            f"prior of precision {posterior.prior_precision:.3g}, the likeliest",
         )
 
 

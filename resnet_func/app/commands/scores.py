@@ -11,6 +11,7 @@ from resnet_func.app import batches
 from resnet_func.app.answers import scoring
 from resnet_func.app.commands.common import configure, plain_console, say
 from resnet_func.app.errors import UsageError, warn
+from resnet_func.app.names import counted
 from resnet_func.app.options import Scores
 from resnet_func.app.output import suspects
 from resnet_func.app.ranks import dealing, launch
@@ -67,9 +68,8 @@ def _score(options: Scores, group: launch.Group) -> None:
     title = f"{experiment.recipe.model} on {experiment.dataset}"
     scoring.write_csv(folder / "scores.csv", scores, training, rank_by)
     _draw_suspects(scores, training, rank_by, folder, title)
-    say(
-        output, f"wrote {folder}/scores.csv and {folder}/suspects.png: {training.source.num_samples:,} images"
-    )
+    images = counted(training.source.num_samples, "image")
+    say(output, f"wrote {folder}/scores.csv and {folder}/suspects.png: {images}")
     if training.planted.any():
         _draw_found(scores, training, folder, title)
     say(output, scoring.advice(scores, training, rank_by, folder, experiment))
@@ -97,7 +97,9 @@ def _draw_suspects(scores: Scored, training: Training, rank_by: str, folder: Pat
     source = training.source
     images = torch.cat([images for images, _ in source.read(order.split(1))]).cpu()
     planted = training.planted[order]
-    planted_note = f"; framed: {int(planted.sum())} planted ones" if training.planted.any() else ""
+    planted_note = (
+        f"; framed: the {counted(int(planted.sum()), 'planted one')}" if training.planted.any() else ""
+    )
     suspects.suspects(
         images,
         source.labels.cpu()[order],
