@@ -132,8 +132,9 @@ def check(options: Options, complaints: Console) -> int:
         for path in (options.json, options.markdown):
             if path and not path.parent.is_dir():
                 raise ValueError(f"no folder {path.parent} to write {path.name} into")
-        for section in {cell.section for cell in cells} if options.within else ():
-            suite.split_page(section, options.within)
+        if options.within:
+            for section in {cell.section for cell in cells}:
+                suite.split_page(section, options.within)
         if options.jobs < 1:
             raise ValueError(f"--jobs must be 1 or more; got {options.jobs}")
         if options.threads < 0:

@@ -21,6 +21,7 @@ from resnet_func.app.options import (
 )
 from resnet_func.models import variants
 
+MOST_THREADS = 4096  # of many more, the threading library ends the process by itself
 SEEDS = 2**63  # from 0 to below this: what torch's generators take
 
 
@@ -32,7 +33,7 @@ def check(options: Any) -> None:
 
     >>> check(Evaluate(machine=Machine(threads=-1)))
     Traceback (most recent call last):
-    resnet_func.app.errors.UsageError: --threads must be 0, for all cores, or more; got -1
+    resnet_func.app.errors.UsageError: --threads must be 0, for all cores, or up to 4096; got -1
     """
     match options:
         case Summary():
@@ -79,7 +80,8 @@ def _check_at_least(least: int, options: Any, *names: str) -> None:
 
 
 def _check_machine(machine: Machine) -> None:
-    _check("threads", machine.threads, machine.threads >= 0, "0, for all cores, or more")
+    fits = 0 <= machine.threads <= MOST_THREADS
+    _check("threads", machine.threads, fits, f"0, for all cores, or up to {MOST_THREADS}")
     known = re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", machine.device) is not None
     _check("device", repr(machine.device), known, "auto, cpu, cuda, cuda:N or mps")
     finite = 0 < machine.rank_timeout < math.inf

@@ -53,6 +53,7 @@ DEALT = ("train", "scores", "attribute")
 """The commands that several processes share."""
 LISTS = {"predict": "", "attribute": "--test-index", "scores": "--scores"}
 """The commands that take several files or runs, and the option of each that takes several words."""
+OUT_OF_MEMORY = "there is not enough memory: lower --batch-size, raise --microbatches, or take smaller images"
 REFUSALS = (ValueError, OSError, ImportError, AppError)
 """What says in one line what is wrong; an ImportError names the package that is not there."""
 
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         importlib.import_module(f"resnet_func.app.commands.{name}").main(options)
     except Unspoken as told:
         return _exit_code(told.cause)
-    except (KeyboardInterrupt, Interrupted, RuntimeError, *REFUSALS) as error:
+    except (KeyboardInterrupt, Interrupted, RuntimeError, MemoryError, *REFUSALS) as error:
         return _fail(error)
     return 0
 
@@ -93,8 +94,17 @@ def _fail(error: BaseException) -> int:
         return code
     if os.environ.get("RESNET_FUNC_TRACEBACK"):
         traceback.print_exception(error)
-    warn(str(error))
+    detail = f" ({error})" if str(error) else ""
+    warn(f"{OUT_OF_MEMORY}{detail}" if _is_out_of_memory(error) else str(error))
     return code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or "DefaultCPUAllocator: " in str(error)
+        or "out of memory" in str(error)
+    )
 
 
 def _exit_code(error: BaseException) -> int:
@@ -131,13 +141,22 @@ def _parse(argv: list[str]) -> Any:
         case Train():
             options = _epochs_or_minutes(options, defaults["train"].hyper)
         case Scores():
-            for folder in options.runs or (run_folder.latest(),):
-                run_folder.read_config(folder)
+            _check_runs(options.runs or (run_folder.latest(),), options.data_dir)
         case Curvature():
-            run_folder.read_config(options.run or run_folder.latest())
-        case Evaluate() | Predict() | Attribute():
-            run_folder.read_config(options.run_dir or run_folder.latest())  # refused before torch is imported
+            _check_runs((options.run or run_folder.latest(),), options.data_dir)
+        case Evaluate() | Attribute():
+            _check_runs((options.run_dir or run_folder.latest(),), options.data_dir)
+        case Predict():
+            _check_runs((options.run_dir or run_folder.latest(),), None)
     return options
+
+
+def _check_runs(runs: tuple[Path, ...], data_dir: Path | None) -> None:
+    """Refuse what is no run before torch is imported, and a folder for data that need none."""
+    for run in runs:
+        experiment, _ = run_folder.read_config(run)
+        if data_dir is not None and experiment.dataset == "digits":
+            raise UsageError(f"{run} is of digits, which come with scikit-learn and need no --data-dir")
 
 
 def _positionals_first(argv: list[str]) -> list[str]:

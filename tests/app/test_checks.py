@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from resnet_func.app.cli import main
+from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.recipes import DIGITS
+from resnet_func.app.storage import run_folder
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -17,7 +22,8 @@ COMMANDS = {
     "curvature": ["curvature"],
 }
 MACHINE = {
-    "--threads -1": "--threads must be 0, for all cores, or more; got -1",
+    "--threads -1": "--threads must be 0, for all cores, or up to 4096; got -1",
+    "--threads 100000": "--threads must be 0, for all cores, or up to 4096; got 100000",
     "--device foo": "--device must be auto, cpu, cuda, cuda:N or mps; got 'foo'",
     "--device cuda:x": "--device must be auto, cpu, cuda, cuda:N or mps; got 'cuda:x'",
     "--rank-timeout 0": "--rank-timeout must be seconds above 0, and finite; got 0.0",
@@ -109,3 +115,40 @@ def test_a_network_that_nobody_has_is_wrong_usage_of_both(
     capsys: pytest.CaptureFixture[str], spec: str
 ) -> None:
     assert refusal(["summary", spec], capsys) == refusal(["train", "--model", spec], capsys)
+
+
+def test_a_folder_for_digits_is_refused_of_a_run_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = Task(tuple("0123456789"), 1, (0.3,), (0.4,), 8)
+    run_folder.write_config(tmp_path, Experiment("digits", None, 0, DIGITS), task)
+    for call in (["evaluate", "--run-dir"], ["attribute", "a.png", "--run-dir"], ["scores"], ["curvature"]):
+        said = refusal([*call, str(tmp_path), "--data-dir", "images"], capsys)
+        assert f"{tmp_path} is of digits, which come with scikit-learn and need no --data-dir" in said
+
+
+@pytest.mark.parametrize("words", ["--crop 16", "--cutout 17"])
+def test_what_is_larger_than_the_images_is_refused_where_their_size_is_known(
+    capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    assert "--image-size 16; got" in refusal(["train", "--image-size", "16", *words.split()], capsys)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("resnet_func.app.commands.train.main", fail)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err.startswith("resnet-func: there is not enough memory: lower --batch-size")
+
+
+@pytest.mark.parametrize("spec", ["math:sin", "builtins:list"])
+def test_a_callable_that_makes_no_network_is_one_line(capsys: pytest.CaptureFixture[str], spec: str) -> None:
+    assert main(["summary", spec]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"resnet-func: {spec} ")
+    assert said.count("\n") == 1
