@@ -47,6 +47,9 @@ class Options:
     markdown: Path | None = None
     """Where to write the report."""
 
+    within: Path | None = None
+    """A page, such as parity/NETWORKS.md, on which to write each section anew between its marks."""
+
     jobs: int = 1
     """Processes to share the cells, each computing with one thread; 1 stays in this one."""
 
@@ -129,6 +132,9 @@ def check(options: Options, complaints: Console) -> int:
         for path in (options.json, options.markdown):
             if path and not path.parent.is_dir():
                 raise ValueError(f"no folder {path.parent} to write {path.name} into")
+        if options.within:
+            for section in {cell.section for cell in cells}:
+                suite.split_page(section, options.within)
         if options.jobs < 1:
             raise ValueError(f"--jobs must be 1 or more; got {options.jobs}")
         if options.threads < 0:
@@ -149,6 +155,8 @@ def check(options: Options, complaints: Console) -> int:
         suite.write_json(options.json, results, machine)
     if options.markdown:
         suite.write_markdown(options.markdown, results, machine)
+    if options.within:
+        suite.write_within(options.within, results, machine)
     return int(any(result.failed for result in results))
 
 

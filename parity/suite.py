@@ -23,6 +23,7 @@ from parity.sections import (
     shadow,
     trajectory,
 )
+from resnet_func.app.names import counted
 
 SECTIONS = {
     "bitwise": bitwise,
@@ -97,7 +98,7 @@ def exceptions(results: list[Result]) -> list[str]:
 def summary(results: list[Result]) -> str:
     counts = {o: sum(r.outcome == o for r in results) for o in ("passed", "failed", "skipped")}
     said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    return f"{len(results)} cells: {said}; {sum(r.seconds for r in results):.0f} s"
+    return f"{counted(len(results), 'cell')}: {said}; {sum(r.seconds for r in results):.0f} s"
 
 
 def write_json(path: Path, results: list[Result], machine: dict[str, Any]) -> None:
@@ -109,17 +110,59 @@ def write_markdown(path: Path, results: list[Result], machine: dict[str, Any]) -
     """The report: the outcome, then each section with what it establishes and its rows, then the machine."""
     lines = ["# Parity", "", summary(results), "", *(f"- {line}" for line in exceptions(results))]
     for section in dict.fromkeys(result.section for result in results):
-        lines += ["", f"## {section}", "", *_explained(SECTIONS[section]), ""]
-        table = rows(result for result in results if result.section == section)
-        head = ("row", "passed", "failed", "skipped", "figures")
-        lines += markdown_table(head, [[row[key] for key in head] for row in table])
-    lines += [
+        lines += ["", f"## {section}", "", *_table_of(section, results)]
+    path.write_text("\n".join([*lines, "", "## machine", "", *_list_of(machine)]) + "\n")
+
+
+def _table_of(section: str, results: Iterable[Result]) -> list[str]:
+    head = ("row", "passed", "failed", "skipped", "figures")
+    table = rows(result for result in results if result.section == section)
+    return [
+        *_explained(SECTIONS[section]),
         "",
-        "## machine",
-        "",
-        *(f"- {name.replace('_', ' ')}: {value}" for name, value in machine.items()),
+        *markdown_table(head, [[row[key] for key in head] for row in table]),
     ]
-    path.write_text("\n".join(lines) + "\n")
+
+
+def _list_of(machine: dict[str, Any]) -> list[str]:
+    return [f"- {name.replace('_', ' ')}: {value}" for name, value in machine.items()]
+
+
+# --------------------------------------------------------------------------- tables within a page
+
+
+def block(section: str, results: list[Result], machine: dict[str, Any]) -> list[str]:
+    """What stands between a section's marks on a page: the outcome, the table, the machine."""
+    own = [result for result in results if result.section == section]
+    outcome = [summary(own), *(f"- {line}" for line in exceptions(own))]
+    return [*outcome, "", *_table_of(section, own), "", "### Machine", "", *_list_of(machine)]
+
+
+def marks(section: str, page: Path) -> tuple[str, str]:
+    """The lines before and after a section's block on a page."""
+    command = f"python -m parity --only {section}/ --within parity/{page.name}"
+    return f"<!-- {section}: begin, by `{command}` -->", f"<!-- {section}: end -->"
+
+
+def split_page(section: str, page: Path) -> tuple[list[str], list[str], list[str]]:
+    """The lines of a page up to a section's first mark, those of its block, and the rest.
+
+    Raises:
+        ValueError: the page lacks the marks.
+    """
+    lines, (begin, end) = page.read_text().splitlines(), marks(section, page)
+    if lines.count(begin) != 1 or lines.count(end) != 1 or lines.index(begin) > lines.index(end):
+        raise ValueError(f"{page} needs the lines {begin} and {end}, once, to write the section between them")
+    start, stop = lines.index(begin) + 1, lines.index(end)
+    return lines[:start], lines[start:stop], lines[stop:]
+
+
+def write_within(page: Path, results: list[Result], machine: dict[str, Any]) -> None:
+    """Write each section of the results anew between its marks on a page."""
+    for section in dict.fromkeys(result.section for result in results):
+        before, _, after = split_page(section, page)
+        lines = [*before, "", *block(section, results, machine), "", *after]
+        page.write_text("\n".join(lines) + "\n")
 
 
 def _explained(section: Any) -> list[str]:

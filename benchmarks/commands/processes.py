@@ -29,6 +29,7 @@ from benchmarks.forms.rank_step import Timed, Work
 from benchmarks.harness import conditions, markdown, measure, pictures, report
 from benchmarks.harness.options import Step, toy
 from benchmarks.harness.pictures import Line, Panel
+from resnet_func.app.names import counted
 
 LIMIT_SECONDS = 600.0  # of one start
 GIGA = 1e9
@@ -144,7 +145,9 @@ def start(count: int, work: Work) -> Timed:
     Raises:
         Disagreement: one of them failed, or took too long.
     """
-    measure.progress.print(f"{count} processes, {work.threads} threads each")
+    measure.progress.print(
+        f"{counted(count, 'process', 'processes')}, {counted(work.threads, 'thread')} each"
+    )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     module = ["-m", "benchmarks.forms.rank_step", json.dumps(work._asdict())]
     command = [sys.executable, *(launcher if count > 1 else []), *module]
@@ -154,7 +157,7 @@ def start(count: int, work: Work) -> Timed:
             command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=True
         )
     except subprocess.SubprocessError as error:
-        raise measure.Disagreement(f"{count} processes: {error}") from error
+        raise measure.Disagreement(f"{counted(count, 'process', 'processes')}: {error}") from error
     timings = [json.loads(found) for found in re.findall(r"{.*?}", done.stdout)]  # two may share a line
     slowest = max(timings, key=lambda timed: timed["step"])
     return Timed(**slowest)

@@ -32,6 +32,7 @@ from benchmarks.harness import report
 from benchmarks.harness.markdown import command_of, interval, machine_of, table
 from benchmarks.harness.options import RESULTS
 from resnet_func import files
+from resnet_func.app.names import counted
 
 PAGE = RESULTS.parent / "RESULTS.md"
 OPERATIONS = 12  # rows of a roofline
@@ -178,7 +179,7 @@ def machines(results: Sequence[Result]) -> list[str]:
 def provenance(result: Result) -> str:
     """Machine, date, conditions and command of a result file, with links to file and picture."""
     where, options = result.content["environment"], result.content["options"]
-    threads = f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}"
+    threads = counted(where["threads"], "thread")
     picture = result.path.with_suffix(".png")
     links = [f"[figures](results/{result.path.name})"]
     links += [f"[picture](results/{picture.name})"] if picture.exists() else []
@@ -292,16 +293,22 @@ def accuracy(folder: Path) -> list[str]:
         epochs = [json.loads(line) for line in text.splitlines()]
         name = path.parent.name
         last, minutes = epochs[-1], about["wall_seconds"] / 60
-        rows = [[f"after {len(epochs)} epochs", f"{last['test_accuracy']:.2%}", f"`{about['command']}`"]]
+        rows = [
+            [
+                f"after {counted(len(epochs), 'epoch')}",
+                f"{last['test_accuracy']:.2%}",
+                f"`{about['command']}`",
+            ]
+        ]
         rows += [
             [more["what"], f"{more['test_accuracy']:.2%}", f"`{more['command']}`"] for more in about["also"]
         ]
         lines += [
             f"### {in_words(name)}",
             "",
-            f"- {about['machine']}, {about['date']}, {about['threads']} threads, torch {about['torch']}, "
-            f"{minutes:.0f} minutes with the start of Python; [figures](results/{name}/metrics.jsonl), "
-            f"[settings](results/{name}/config.json)",
+            f"- {about['machine']}, {about['date']}, {counted(about['threads'], 'thread')}, "
+            f"torch {about['torch']}, {counted(round(minutes), 'minute')} with the start of Python; "
+            f"[figures](results/{name}/metrics.jsonl), [settings](results/{name}/config.json)",
             "",
             about["note"],
             "",

@@ -12,6 +12,7 @@ import torch
 
 from parity import environment
 from resnet_func.app import runtime
+from resnet_func.app.names import counted
 
 RECOMPILE_LIMIT = 64  # every variant is one more graph of the same few functions
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -75,5 +76,5 @@ def describe(where: dict[str, Any]) -> str:
         return f"{where['gpu']}, torch {where['torch']}"
     kind = " ".join(filter(None, (where["microarchitecture"], where["vector_extensions"])))
     allocator = f", {where['allocator']} allocator" if "allocator" in where else ""
-    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+    threads = counted(where["threads"], "thread")
     return f"{where['cpu']} ({kind}), {threads}{allocator}, torch {where['torch']}"

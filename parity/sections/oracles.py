@@ -21,6 +21,7 @@ from parity.cell import Cell
 from parity.sections import oracle_numpy
 from parity.steps import function_step, perturbed
 from resnet_func import tree
+from resnet_func.app.names import counted
 from resnet_func.models import zoo
 from resnet_func.models.config import ResNetConfig
 from resnet_func.models.resnet import build
@@ -133,7 +134,7 @@ def compared(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> str:
     errors = {name: relative_error(got[name], leaf) for name, leaf in want.items()}
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= RTOL, f"worst {worst}: relative error {errors[worst]:.3g}, allowed {RTOL:.3g}"
-    return f"{errors[worst]:.1e} in {len(want)} leaves"
+    return f"{errors[worst]:.1e} in {counted(len(want), 'leaf', 'leaves')}"
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

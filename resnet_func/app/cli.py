@@ -9,9 +9,9 @@ import contextlib
 import functools
 import importlib
 import io
-import math
 import operator
 import os
+import re
 import sys
 import traceback
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +21,7 @@ from typing import Annotated, Any, get_args
 import tyro
 
 from resnet_func.app import recipes
+from resnet_func.app.checks import check
 from resnet_func.app.errors import AppError, Interrupted, Unspoken, UsageError, warn
 from resnet_func.app.experiment import Privacy
 from resnet_func.app.options import (
@@ -50,6 +51,9 @@ COMMANDS = {
 """Options by name; what a command does is `main` in `commands/NAME.py`."""
 DEALT = ("train", "scores", "attribute")
 """The commands that several processes share."""
+LISTS = {"predict": "", "attribute": "--test-index", "scores": "--scores"}
+"""The commands that take several files or runs, and the option of each that takes several words."""
+OUT_OF_MEMORY = "there is not enough memory: lower --batch-size, raise --microbatches, or take smaller images"
 REFUSALS = (ValueError, OSError, ImportError, AppError)
 """What says in one line what is wrong; an ImportError names the package that is not there."""
 
@@ -78,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         importlib.import_module(f"resnet_func.app.commands.{name}").main(options)
     except Unspoken as told:
         return _exit_code(told.cause)
-    except (KeyboardInterrupt, Interrupted, RuntimeError, *REFUSALS) as error:
+    except (KeyboardInterrupt, Interrupted, RuntimeError, MemoryError, *REFUSALS) as error:
         return _fail(error)
     return 0
 
@@ -90,8 +94,17 @@ def _fail(error: BaseException) -> int:
         return code
     if os.environ.get("RESNET_FUNC_TRACEBACK"):
         traceback.print_exception(error)
-    warn(str(error))
+    detail = f" ({error})" if str(error) else ""
+    warn(f"{OUT_OF_MEMORY}{detail}" if _is_out_of_memory(error) else str(error))
     return code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or "DefaultCPUAllocator: " in str(error)
+        or "out of memory" in str(error)
+    )
 
 
 def _exit_code(error: BaseException) -> int:
@@ -105,6 +118,7 @@ def _exit_code(error: BaseException) -> int:
 
 def _parse(argv: list[str]) -> Any:
     """Parse; `train`'s defaults are those of the recipe and data set, or of the run to resume."""
+    argv = _positionals_first(argv)
     defaults = {"train": _train_defaults(argv)} if argv[:1] == ["train"] else {}
     choices = []
     for name, command in COMMANDS.items():
@@ -120,33 +134,64 @@ def _parse(argv: list[str]) -> Any:
         if refusal is not None:
             raise UsageError(refusal) from None
         options = parse()  # once more, to print the help, or what the parser itself refuses
-    if isinstance(options, Train):
-        _check_private(options)
+    check(options)
     match options:
-        case Summary() if ":" in options.model and (options.norm, options.stem) != ("batch", "auto"):
-            raise UsageError(f"--norm and --stem are of the zoo's networks; {options.model} has its own")
         case Train(resume=Path()):
             _check_resume(options, defaults["train"])
         case Train():
-            _check_training(options)
             options = _epochs_or_minutes(options, defaults["train"].hyper)
-        case Predict(images=()):
-            raise UsageError("predict needs an image file or more: resnet-func predict IMAGE...")
-        case Attribute(images=(), test_index=()):
-            raise UsageError(
-                "attribute needs an image file or more, or --test-index: resnet-func attribute IMAGE..."
-            )
         case Scores():
-            for name in options.scores:
-                if Path(name).is_dir():
-                    raise UsageError(f"{name} was read as the name of a score: put runs before --scores")
-            for folder in options.runs or (run_folder.latest(),):
-                run_folder.read_config(folder)
+            _check_runs(options.runs or (run_folder.latest(),), options.data_dir)
         case Curvature():
-            run_folder.read_config(options.run or run_folder.latest())
-        case Evaluate() | Predict() | Attribute():
-            run_folder.read_config(options.run_dir or run_folder.latest())  # refused before torch is imported
+            _check_runs((options.run or run_folder.latest(),), options.data_dir)
+        case Evaluate() | Attribute():
+            _check_runs((options.run_dir or run_folder.latest(),), options.data_dir)
+        case Predict():
+            _check_runs((options.run_dir or run_folder.latest(),), None)
     return options
+
+
+def _check_runs(runs: tuple[Path, ...], data_dir: Path | None) -> None:
+    """Refuse what is no run before torch is imported, and a folder for data that need none."""
+    for run in runs:
+        experiment, _ = run_folder.read_config(run)
+        if data_dir is not None and experiment.dataset == "digits":
+            raise UsageError(f"{run} is of digits, which come with scikit-learn and need no --data-dir")
+
+
+def _positionals_first(argv: list[str]) -> list[str]:
+    """The words, with files and runs before the options, as the parser needs them; else they may be anywhere.
+
+    So that `attribute --test-index 3 cat.png` has one number and one file. No option of these commands is a
+    flag: each takes one word, and the one of a list those that fit it.
+    """
+    if argv[:1] == ["evaluate"] and argv[1:] and not argv[1].startswith("-"):
+        raise UsageError(f"evaluate takes its run by an option: resnet-func evaluate --run-dir {argv[1]}")
+    if not argv or argv[0] not in LISTS:
+        return argv
+    groups: list[list[str]] = [[]]  # an option, and what follows it
+    for word in argv[1:]:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            groups.append([name, value] if equals else [name])
+        else:
+            groups[-1].append(word)
+    first, *others = groups
+    words: list[str] = []
+    for name, *values in others:
+        # the first is the option's in any case: what is wrong with it the parser says
+        listed = name.replace("_", "-") == LISTS[argv[0]]
+        own = [listed and _fits(name, word) for word in values[1:]]
+        first += [word for word, stays in zip(values[1:], own, strict=True) if not stays]
+        words += [name, *values[:1], *[word for word, stays in zip(values[1:], own, strict=True) if stays]]
+    return [argv[0], *first, *words]
+
+
+def _fits(option: str, word: str) -> bool:
+    """Whether a word can be a value of a list's option: a number, or no run folder."""
+    if option.replace("_", "-") == "--test-index":
+        return re.fullmatch(r"[+-]?\d+", word) is not None
+    return not (Path(word) / "config.json").is_file()
 
 
 def _own_refusal(stop: SystemExit) -> str | None:
@@ -205,58 +250,6 @@ def _saved_privacy(saved: Privacy | None) -> PrivateTraining:
     for decided in ("noise_multiplier", "insecure"):
         del fields[decided]
     return PrivateTraining(private=True, **fields)
-
-
-def _check_private(options: Train) -> None:
-    """Refuse what would cost the guarantee, or has none."""
-    wish, recipe = options.privacy, options.hyper
-    if options.shuffle_window < 0:
-        raise UsageError(f"--shuffle-window must be 0 or more; got {options.shuffle_window}")
-    if not wish.private:
-        if wish != PrivateTraining():
-            raise UsageError("options of private training need --private: train --private --epsilon 8")
-        return
-    if wish.epsilon is None:
-        raise UsageError("--private needs a budget: --epsilon 8 (1 to 8 is common)")
-    for name, ok, expected in (
-        ("epsilon", 0 < wish.epsilon < math.inf, "above 0 and finite"),
-        ("delta", 0 < wish.delta < 1, "in (0, 1): 1e-5"),
-        ("max-norm", 0 < wish.max_norm < math.inf, "above 0 and finite"),
-        ("views", wish.views >= 1, "1 or more"),
-    ):
-        if not ok:
-            raise UsageError(f"--{name} must be {expected}; got {getattr(wish, name.replace('-', '_'))}")
-    if wish.sampling == "shuffle":
-        raise UsageError(
-            "--sampling shuffle has no accountant: batches of a shuffled data set leak more than Poisson "
-            "batches do. Use --sampling poisson"
-        )
-    if wish.sampling == "fixed-size" and wish.neighbours == "add-or-remove-one":
-        raise UsageError("--sampling fixed-size is accounted for --neighbours replace-one only")
-    if ":" not in recipe.model and recipe.norm == "batch":
-        raise UsageError(
-            "--norm batch couples the images of a batch, so that no image's gradient can be bounded by "
-            "itself. Use --norm group (--recipe private does)"
-        )
-    if options.record:
-        raise UsageError("--record keeps what the network says of each training image, which is not private")
-    if options.training_set.keep < 1 and options.training_set.which != "random":
-        raise UsageError("--keep by scores chooses images by what is not private. Use --which random")
-    if options.shuffle_window:
-        raise UsageError("--private draws from all images at every step: leave --shuffle-window out")
-    if recipe.epochs == 0:
-        raise UsageError("--private must know its steps before the first: give --epochs instead of --minutes")
-    if options.machine.precision == "bf16":
-        raise UsageError("--private computes in fp32: rounding to bf16 lets a gradient exceed its bound")
-
-
-def _check_training(options: Train) -> None:
-    if options.seed < 0:
-        raise UsageError(f"--seed must be 0 or more; got {options.seed}")
-    if options.dataset == "digits" and options.data_dir is not None:
-        raise UsageError(
-            "digits come with scikit-learn and need no --data-dir. For your own images: --dataset folder"
-        )
 
 
 def _epochs_or_minutes(options: Train, default: recipes.Recipe) -> Train:

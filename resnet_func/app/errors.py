@@ -18,8 +18,8 @@ class Interrupted(Exception):  # noqa: N818, it is no error
     """The user stopped the run; its state is saved."""
 
 
-class Unspoken(Exception):  # noqa: N818, another process tells the error
-    """What ends this rank is told by another one; `cause` decides the exit code."""
+class Unspoken(Exception):  # noqa: N818, it is told elsewhere
+    """What ends this process is told already, or by another rank; `cause` decides the exit code."""
 
     def __init__(self, cause: BaseException) -> None:
         super().__init__(str(cause))

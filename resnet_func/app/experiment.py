@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -46,6 +47,17 @@ class Privacy:
     diagnostics: bool = False
     insecure: bool = False
 
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("epsilon", 0 < self.epsilon < math.inf, "above 0 and finite"),
+            ("delta", 0 < self.delta < 1, "in (0, 1)"),
+            ("noise_multiplier", 0 <= self.noise_multiplier < math.inf, "0 or more and finite"),
+            ("max_norm", 0 < self.max_norm < math.inf, "above 0 and finite"),
+            ("views", self.views >= 1, "1 or more"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {expected}; got {getattr(self, name)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSet:
@@ -70,6 +82,8 @@ class TrainingSet:
     def __post_init__(self) -> None:
         if not 0 <= self.corrupt <= 1:
             raise ValueError(f"corrupt must be a share from 0 to 1; got {self.corrupt}")
+        if not 0 <= self.corrupt_seed < 2**63:
+            raise ValueError(f"corrupt_seed must be 0 or more, below 2 ** 63; got {self.corrupt_seed}")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep must be a share above 0, up to 1; got {self.keep}")
         if self.keep < 1 and self.which != "random" and not self.scores:
@@ -98,6 +112,13 @@ class Experiment:
     record: bool = False
     privacy: Privacy | None = None
     shuffle_window: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 or more, below 2 ** 63; got {self.seed}")
+        for name in ("snapshots", "shuffle_window"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more; got {getattr(self, name)}")
 
     @property
     def decode_size(self) -> int | None:

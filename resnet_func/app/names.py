@@ -1,4 +1,4 @@
-"""Names that users gave (classes, files, run folders), made safe to print."""
+"""Names that users gave (classes, files, run folders), made safe to print; and numbers of things."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def printable(name: str) -> str:
     two\\nlines
     """
     return "".join(_escape(character) if _is_unsafe(character) else character for character in name)
+
+
+def counted(number: int, thing: str, things: str = "") -> str:
+    """So many things, in words as there are one or more.
+
+    >>> counted(1, "image"), counted(1200, "image"), counted(2, "class", "classes")
+    ('1 image', '1,200 images', '2 classes')
+    """
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
 
 
 def _is_unsafe(character: str) -> bool:

@@ -97,6 +97,10 @@ class Recipe:
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
         for name in ("momentum", "label_smoothing", "ema"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        if self.image_size:
+            size = f"below --image-size {self.image_size}"
+            self._check("crop", self.crop < self.image_size, size)
+            self._check("cutout", self.cutout <= self.image_size, size.replace("below", "up to"))
         self._check("warmup", 0 <= self.warmup < 1, "a share of the steps, in [0, 1)")
         if any(not (0 < scale <= 1 and 0 <= share <= 1) for scale, share in self.early_scales):
             raise ValueError(

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 
 from resnet_func import calibration, machine
+from resnet_func.app.names import counted
 from resnet_func.calibration import TYPICAL, Speeds
 from resnet_func.models.winograd import pays
 
@@ -121,11 +122,13 @@ def describe(runtime: Runtime) -> str:
     compiled, allocator tuned".
     """
     cores = machine.available_cores()
-    threads = f"{runtime.threads} thread{'s' if runtime.threads > 1 else ''}"
+    threads = counted(runtime.threads, "thread")
     obstacle = compile_obstacle(runtime.device)
     parts = [
         f"{runtime.device} ({_device_name(runtime.device)})",
-        threads if runtime.threads <= cores else f"{threads} (slow: more than the {cores} cores here)",
+        threads
+        if runtime.threads <= cores
+        else f"{threads} (slow: more than the {counted(cores, 'core')} here)",
         f"{runtime.precision}{_precision_reason(runtime)}",
         "channels_last" if runtime.memory_format == torch.channels_last else "contiguous",
         *(["Winograd"] if runtime.winograd else []),
@@ -210,10 +213,8 @@ def _find_device(name: str) -> torch.device:
         )
     present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= present[device.type]:
-        count = present[device.type]
-        raise ValueError(
-            f'device {name!r} is not here: torch sees {count} {device.type} device(s). Try "auto"'
-        )
+        count = counted(present[device.type], f"{device.type} device")
+        raise ValueError(f'device {name!r} is not here: torch sees {count}. Try "auto"')
     return device
 
 

@@ -16,6 +16,7 @@ from resnet_func.app import data
 from resnet_func.app.data import members
 from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment, TrainingSet
+from resnet_func.app.names import counted
 from resnet_func.attribution import SUSPICIOUS, plant_wrong_labels, suspicion_order
 
 
@@ -58,9 +59,10 @@ def load_training(experiment: Experiment, *, download: bool = True) -> tuple[Tra
 def describe(name: str, splits: data.Splits) -> str:
     """The data set in a line."""
     channels, height, width = splits.train.image_shape
+    tested = counted(splits.test.num_samples, "test image")
     return (
-        f"data: {name}, {splits.train.num_samples:,} training and {splits.test.num_samples:,} test images, "
-        f"{channels}x{height}x{width}, {len(splits.train.classes)} classes"
+        f"data: {name}, {splits.train.num_samples:,} training and {tested}, "
+        f"{channels}x{height}x{width}, {counted(len(splits.train.classes), 'class', 'classes')}"
     )
 
 

@@ -31,7 +31,7 @@ FORMAT = "resnet_func.attribution.store 1"
 CHUNK_ROWS = 512
 
 
-class StoreError(Exception):
+class StoreError(ValueError):
     """A store cannot be used as asked; the message is one line with the way out."""
 
 
@@ -159,12 +159,16 @@ def open_store(
     described = {"format": FORMAT, "rows": rows, "width": width, **key}
     if not path.exists():
         _create(path, described, rows, width, min(chunk_rows, max(rows, 1)))
-    array = _open(path)
-    found = dict(array.attrs)
+    array, found = _open(path)
     names = [name for name in {**described, **found} if described.get(name) != found.get(name)]
     if names:
         shown = ", ".join(f"{n} {_short(found.get(n))}, not {_short(described.get(n))}" for n in names)
         raise StoreError(f"{path} was made for {shown}. Delete that folder, or give another one")
+    if (array.shape, array.dtype) != ((rows, width), np.float32):
+        raise StoreError(
+            f"{path} is no store (it holds {array.dtype}{list(array.shape)}, not float32{[rows, width]}). "
+            "Delete it, or give another folder"
+        )
     return Store(path, array)
 
 
@@ -200,12 +204,14 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The array, and what it says of itself."""
     zarr = _zarr()
     try:
         array = zarr.open_array(str(path), mode="r+")
-        return array.with_config({"write_empty_chunks": True})  # a chunk of one value is written, too
-    except (OSError, ValueError, KeyError) as error:
+        # a chunk of one value is written, too
+        return array.with_config({"write_empty_chunks": True}), dict(array.attrs)
+    except Exception as error:  # zarr takes its metadata as they come: of damaged ones anything is raised
         raise StoreError(f"{path} is no store ({error}). Delete it, or give another folder") from error
 
 

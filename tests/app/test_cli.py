@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -94,6 +95,83 @@ def test_predict_names_the_classes(trained, images, capsys):
     assert all(name in printed for name in ("blue", "green", "red", "000.png", "001.png"))
 
 
+def test_predict_goes_on_after_a_file_that_it_cannot_read(trained, images, tmp_path, capsys):
+    good = [str(images / "test" / "red" / "000.png"), str(images / "test" / "blue" / "001.png")]
+    (tmp_path / "text.png").write_text("no image")
+    call = ["predict", good[0], str(tmp_path / "text.png"), "missing.png", good[1], "--run-dir", str(trained)]
+    assert main(call) == 1
+    printed = capsys.readouterr()
+    told = printed.err.splitlines()
+    assert len(told) == 2
+    assert all(line.startswith("resnet-func: ") for line in told)
+    assert "text.png: cannot be decoded" in told[0]
+    assert "missing.png: there is no such file" in told[1]
+    assert main(["predict", *good, "--run-dir", str(trained)]) == 0
+    assert capsys.readouterr().out == printed.out
+    assert main(["predict", "missing.png", "--run-dir", str(trained)]) == 1
+    assert capsys.readouterr().out == ""
+
+
+ORDERS = {  # words, and what is read of them
+    "number-first": ("attribute --test-index 3 a.png --run-dir R", ["a.png"], (3,)),
+    "file-first": ("attribute a.png --test-index 3 4 --run-dir R", ["a.png"], (3, 4)),
+    "between": (
+        "attribute a.png --test-index 3 b.png 5 --run-dir R c.png",
+        ["a.png", "b.png", "c.png"],
+        (3, 5),
+    ),
+    "equals": ("attribute --run-dir=R --test-index=3 a.png", ["a.png"], (3,)),
+    "underscore": ("attribute --run-dir R --test_index 3 a.png", ["a.png"], (3,)),
+    "equal-words": ("attribute --run-dir R --threads 1 1", ["1"], ()),
+    "predict": ("predict a.png --run-dir R b.png", ["a.png", "b.png"], None),
+    "runs": ("scores --scores margin el2n R --batch-size 4", ["R"], ("margin", "el2n")),
+    "runs-first": ("scores R --scores margin el2n", ["R"], ("margin", "el2n")),
+}
+
+
+@pytest.mark.parametrize(("words", "files", "listed"), ORDERS.values(), ids=ORDERS)
+def test_files_and_runs_may_stand_anywhere(trained, monkeypatch, words, files, listed):
+    parsed = []
+    command = words.split()[0]
+    monkeypatch.setattr(f"resnet_func.app.commands.{command}.main", parsed.append)
+    assert main([word.replace("R", str(trained)) for word in words.split()]) == 0
+    found = vars(parsed[0])
+    assert [str(path) for path in found.get("images", found.get("runs"))] == [
+        file.replace("R", str(trained)) for file in files
+    ]
+    assert found.get("test_index", found.get("scores")) == listed
+
+
+def test_a_run_folder_in_place_of_an_image(trained, capsys):
+    for command in ("predict", "attribute"):
+        assert exit_code([command, str(trained)]) == 2
+        assert f"is a run folder, not an image: name it by --run-dir {trained}" in capsys.readouterr().err
+
+
+def test_a_damaged_config_is_one_line_in_every_command(trained, images, tmp_path, capsys):
+    damaged, image = tmp_path / "damaged", str(images / "test" / "red" / "000.png")
+    shutil.copytree(trained, damaged)
+    config = json.loads((damaged / "config.json").read_text())
+    config["experiment"]["recipe"]["microbatches"] = "two"
+    (damaged / "config.json").write_text(json.dumps(config))
+    run = ["--run-dir", str(damaged)]
+    for call in (
+        ["evaluate", *run],
+        ["predict", image, *run],
+        ["attribute", image, *run],
+        ["scores", str(damaged)],
+        ["curvature", str(damaged)],
+        ["train", "--resume", str(damaged)],
+    ):
+        assert exit_code(call) == 1
+        error = capsys.readouterr().err
+        assert (
+            f"{damaged}/config.json is damaged: experiment.recipe.microbatches must be a whole number"
+            in error
+        )
+        assert error.count("\n") == 1
+
+
 def test_summary_prints_the_published_numbers(capsys):
     assert main(["summary", "resnet50"]) == 0
     printed = capsys.readouterr().out
@@ -125,7 +203,7 @@ def test_a_run_goes_on_with_the_batch_it_began_with(images, capsys, monkeypatch)
     monkeypatch.setattr(recipes, "FAST", replace(recipes.FAST, batch_size=12))
     where = ["--dataset", "folder", "--data-dir", str(images), "--run-dir", "run"]
     call = ["train", *where, "--model", "resnet20", "--epochs", "1", "--crop", "1", "--threads", "1"]
-    with mock.patch.object(recipes, "fit_batch", lambda recipe, images: recipe):  # as it was begun long ago
+    with mock.patch.object(recipes, "fit_batch", lambda recipe, *data: recipe):  # as it was begun long ago
         assert main(call) == 0
     assert main(["train", "--resume", "run"]) == 0
     assert "in place of" not in capsys.readouterr().out
@@ -170,13 +248,17 @@ USAGE = {
         "no network is called 'resnet19'; the zoo has resnet18",
     ),
     "predict-nothing": (["predict"], "IMAGE"),
-    "seed-negative": (["train", "--seed", "-1"], "--seed must be 0 or more; got -1"),
+    "seed-negative": (["train", "--seed", "-1"], "--seed must be 0 or more, below 2 ** 63; got -1"),
     "images-for-digits": (["train", "--data-dir", "."], "digits come with scikit-learn"),
     "norm-of-another": (
         ["summary", "torchvision:resnet18", "--norm", "group"],
         "torchvision:resnet18 has its own",
     ),
-    "run-after-scores": (["scores", "--scores", "margin", "."], ". was read as the name of a score"),
+    "run-as-a-score": (["scores", "--scores", "."], ". was read as the name of a score"),
+    "run-of-evaluate": (["evaluate", "run"], "resnet-func evaluate --run-dir run"),
+    "summary-of-no-such-model": (["summary", "vgg"], "no network is called 'vgg'; the zoo has resnet18"),
+    "folder-without-data-dir": (["train", "--dataset", "folder"], "--dataset folder needs --data-dir"),
+    "test-index-no-number": (["attribute", "--test-index", "x"], "--test-index"),
 }
 
 
@@ -208,11 +290,8 @@ def test_what_could_steer_a_terminal_is_escaped(capsys):
 
 FAILURES = {
     "summary-of-no-such-module": (["summary", "nosuch:net"], "no package or module 'nosuch'"),
-    "summary-of-no-such-model": (["summary", "vgg"], "no network of the zoo is called 'vgg'"),
     "no-such-folder": (["train", "--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
-    "folder-without-data-dir": (["train", "--dataset", "folder"], "data_dir"),
     "cuda-where-none-is": (["train", "--device", "cuda:9"], "cuda:9"),
-    "no-such-device": (["train", "--device", "gpu"], "gpu"),
     "batch-larger-than-data": (["train", "--batch-size", "5000"], "batch_size 5000 is more than the 1433"),
     "crop-larger-than-image": (["train", "--crop", "9"], "padding"),
     "norm-groups-do-not-fit": (["train", "--model", "resnet20", "--norm", "group", "--crop", "99"], "99"),
@@ -447,8 +526,8 @@ def test_python_m_is_the_same_program():
         text=True,
         check=False,
     )
-    assert done.returncode == 1
-    assert done.stderr.startswith("resnet-func: no network of the zoo is called 'resnet9000'")
+    assert done.returncode == 2
+    assert done.stderr.startswith("resnet-func: no network is called 'resnet9000'; the zoo has")
 
 
 def exit_code(call: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -95,6 +96,19 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
         make(tmp_path / "s")
     with pytest.raises(StoreError, match=r"takes rows \[4, 3\]; got \[2, 3\]"):
         make(tmp_path / "t").write(0, rows(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("codecs", None), ("fill_value", "x"), ("attributes", 7), ("data_type", "int32"), ("shape", [4, 3])],
+    ids=str,
+)
+def test_damaged_metadata_are_one_line(tmp_path: Path, field: str, value: Any) -> None:
+    make(tmp_path / "s").fill(rows)
+    metadata = json.loads((tmp_path / "s" / "zarr.json").read_text())
+    (tmp_path / "s" / "zarr.json").write_text(json.dumps({**metadata, field: value}))
+    with pytest.raises(StoreError, match="(is no store|was made for).*Delete"):
+        make(tmp_path / "s")
 
 
 def test_a_cut_chunk_is_named(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_machine_that_passes_is_one_line(
 ) -> None:
     monkeypatch.setattr(subprocess, "run", Processes(report(CELLS[1:])).run)
     assert main(["machines", "--machine", "as-found/4", "--only", "bitwise"]) == 0
-    assert capsys.readouterr().out.startswith("passed as-found/4: 1 cells: 1 passed, 0 failed, 0 skipped")
+    assert capsys.readouterr().out.startswith("passed as-found/4: 1 cell: 1 passed, 0 failed, 0 skipped")
 
 
 def test_a_process_without_a_report_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:

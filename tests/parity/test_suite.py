@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import SkipTest
@@ -11,7 +12,7 @@ import pytest
 
 from parity import suite
 from parity.__main__ import main
-from parity.cell import Cell
+from parity.cell import Cell, Result
 
 
 def fails() -> str:
@@ -115,3 +116,50 @@ def test_paths_are_unique() -> None:
     for quick in (True, False):
         paths = [cell.path for cell in suite.cells(quick=quick)]
         assert len(paths) == len(set(paths)) > 100
+
+
+NETWORKS = Path(suite.__file__).parent / "NETWORKS.md"
+
+
+def without_figures(lines: list[str]) -> list[str]:
+    """A block without what a run finds: counts, figures, seconds, and the machine."""
+    kept = lines[: lines.index("### Machine")]
+    kept = [re.sub(r"^(\| .*? \| \d+ \| \d+ \| \d+ \| ).*", r"\1", line) for line in kept if line]
+    return [re.sub(r"; \d+ s$", "", line) for line in kept]
+
+
+@pytest.mark.parametrize("section", ["elsewhere", "per-sample"])
+def test_the_page_of_other_networks_has_the_rows_of_today(section: str) -> None:
+    """Its tables are of the cells that there are, all passed, in today's format: else write them anew."""
+    cells = suite.SECTIONS[section].cells(quick=False)
+    passed = [Result(section, cell.name, "passed", "", 0.0) for cell in cells]
+    _, found, _ = suite.split_page(section, NETWORKS)
+    begin, _ = suite.marks(section, NETWORKS)
+    assert without_figures(found) == without_figures(suite.block(section, passed, {})), begin
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_section_is_written_within_a_page_between_its_marks(tmp_path: Path) -> None:
+    page = tmp_path / "PAGE.md"
+    begin, end = suite.marks("made-up", page)
+    page.write_text(f"# By hand\n\n{begin}\nold\n{end}\n\nby hand, too\n")
+    assert main(["--only", "made-up/good", "--within", str(page)]) == 0
+    before, found, after = suite.split_page("made-up", page)
+    assert before == ["# By hand", "", begin]
+    assert after == [end, "", "by hand, too"]
+    assert "2 cells: 2 passed, 0 failed, 0 skipped; 0 s" in found
+    assert "| good | 2 | 0 | 0 | 0 ULP |" in found
+    assert "old" not in found
+    once = page.read_text()
+    assert main(["--only", "made-up/good", "--within", str(page)]) == 0
+    assert len(page.read_text().splitlines()) == len(once.splitlines())
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_page_without_marks_is_refused_before_anything_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "PAGE.md"
+    page.write_text("# By hand\n")
+    assert main(["--within", str(page)]) == 2
+    assert "needs the lines <!-- made-up: begin" in capsys.readouterr().err

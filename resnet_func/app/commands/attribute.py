@@ -20,9 +20,9 @@ from resnet_func.app import data, inference
 from resnet_func.app.answers import attributing, scoring
 from resnet_func.app.answers.attributing import Network, Ranked
 from resnet_func.app.batches import Preparer
-from resnet_func.app.commands.common import configure, plain_console, say
-from resnet_func.app.errors import UsageError, warn
-from resnet_func.app.names import printable
+from resnet_func.app.commands.common import configure, plain_console, read_images, say
+from resnet_func.app.errors import Unspoken, UsageError, warn
+from resnet_func.app.names import counted, printable
 from resnet_func.app.options import Attribute
 from resnet_func.app.output.attributions import Shown, attribution
 from resnet_func.app.ranks import launch
@@ -35,15 +35,18 @@ def main(options: Attribute) -> None:
     """Print a table, and draw a picture, of the most helpful and the most harmful training images.
 
     Under torchrun every rank computes its part of what is kept of the training images.
+
+    Raises:
+        Unspoken: some files could not be read, which is said, and the other images are done.
     """
+    failures: list[data.DataError] = []
     with launch.group(options.machine.device, timeout=options.machine.rank_timeout) as group:
-        _attribute(options, group)
+        _attribute(options, group, failures)
+    if failures:
+        raise Unspoken(failures[0])
 
 
-def _attribute(options: Attribute, group: launch.Group) -> None:
-    for name in ("shown", "dim", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more; got {getattr(options, name)}")
+def _attribute(options: Attribute, group: launch.Group, failures: list[data.DataError]) -> None:
     output, folder = plain_console(quiet=group.rank > 0), options.run_dir or run_folder.latest()
     machine = scoring.exact(configure(options.machine))
     experiment, task = run_folder.read_config(folder)
@@ -54,7 +57,11 @@ def _attribute(options: Attribute, group: launch.Group) -> None:
     network, warnings = attributing.open_network(folder, training, machine, options.batch_size, group)
     for warning in [] if group.rank else warnings:
         warn(warning)
-    names, images = _images(options, network, test)
+    found = read_images(options.images, network.trained, failures, quiet=group.rank > 0)
+    names, images = _images(list(found), options, test)
+    group.check_same(len(images), "reads other image files than rank 0: give all the same")
+    if not images:
+        return
     prepare = Preparer(task, machine)
     x = torch.cat([prepare(image[None]) for image in images])
     probabilities = inference.predict(network.trained, images, machine).softmax(1)
@@ -67,7 +74,7 @@ def _attribute(options: Attribute, group: launch.Group) -> None:
         return
     if launch.is_restarted():
         run_folder.remove_leftovers(folder)
-    say(output, f"{options.method} over {len(scores):,} training images in {seconds:.1f} s")
+    say(output, f"{options.method} over {counted(len(scores), 'training image')} in {seconds:.1f} s")
     stems = _distinct([Path(name).stem.replace(" ", "-") for name in names])
     for place, (name, image) in enumerate(zip(names, images, strict=True)):
         target = int(y[place])
@@ -88,20 +95,21 @@ def _distinct(stems: list[str]) -> list[str]:
     return names
 
 
-def _images(options: Attribute, network: Network, test: data.Source) -> tuple[list[str], list[Tensor]]:
+def _images(
+    files: list[tuple[Path, Tensor]], options: Attribute, test: data.Source
+) -> tuple[list[str], list[Tensor]]:
     """Names and stored images, files first.
 
     Raises:
         UsageError: there is no such test image.
-        DataError: a file is missing or no image.
     """
-    wrong = [index for index in options.test_index if not 0 <= index < test.num_samples]
+    wrong = [index for index in options.test_index if index >= test.num_samples]
     if wrong:
         raise UsageError(f"--test-index must be 0 to {test.num_samples - 1}; got {wrong[0]}")
     index = torch.tensor(options.test_index, dtype=torch.int64, device="cpu")
-    found = [images[0].cpu() for images, _ in test.read(index.split(1))] if len(index) else []
-    names = [*map(str, options.images), *[f"test {index}" for index in options.test_index]]
-    return names, [*[inference.read_image(path, network.trained) for path in options.images], *found]
+    shown = [images[0].cpu() for images, _ in test.read(index.split(1))] if len(index) else []
+    names = [*[str(path) for path, _ in files], *[f"test {index}" for index in options.test_index]]
+    return names, [*[image for _, image in files], *shown]
 
 
 def _targets(options: Attribute, network: Network, probabilities: Tensor) -> Tensor:

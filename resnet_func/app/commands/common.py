@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from resnet_func import calibration
-from resnet_func.app import inference, runtime
+from resnet_func.app import data, inference, runtime
 from resnet_func.app.errors import warn
 from resnet_func.app.names import printable
 from resnet_func.app.options import Machine
@@ -52,6 +54,28 @@ def load(
     if warning:
         warn(warning)
     return trained
+
+
+def read_images(
+    paths: Iterable[Path], trained: inference.Trained, failures: list[data.DataError], *, quiet: bool = False
+) -> Iterator[tuple[Path, Tensor]]:
+    """The images of those files that can be read, one at a time; of each other a line on stderr.
+
+    Args:
+        paths: Image files.
+        trained: The network that they are for.
+        failures: What is wrong with the others is appended here.
+        quiet: Leave the lines out: another rank prints them.
+    """
+    for path in paths:
+        try:
+            image = inference.read_image(path, trained)
+        except data.DataError as error:
+            failures.append(error)
+            if not quiet:
+                warn(str(error))
+        else:
+            yield path, image
 
 
 def plain_console(*, quiet: bool = False) -> Console:

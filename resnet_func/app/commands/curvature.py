@@ -12,8 +12,8 @@ from resnet_func import curvature, files
 from resnet_func.app.answers import scoring
 from resnet_func.app.batches import Preparer
 from resnet_func.app.commands.common import configure, load, plain_console, say
-from resnet_func.app.errors import UsageError
 from resnet_func.app.inference import Trained
+from resnet_func.app.names import counted
 from resnet_func.app.options import Curvature
 from resnet_func.app.output import spectrum as picture
 from resnet_func.app.storage import run_folder
@@ -29,9 +29,6 @@ FLAT, NO_MINIMUM = 0.05, 0.2  # shares of the largest eigenvalue that the most n
 
 def main(options: Curvature) -> None:
     """Write spectrum.png and spectrum.json; print trace and extreme eigenvalues, and what they mean."""
-    for name in ("images", "steps", "probes", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more; got {getattr(options, name)}")
     output, folder = plain_console(), options.run or run_folder.latest()
     # second derivatives need their digits; a compiler pays where it was asked for
     compiled = options.machine.compile == "on"
@@ -47,7 +44,7 @@ def main(options: Curvature) -> None:
         trained.params, trained.state, data, generator=generator
     )
     count = sum(len(x) for x, _ in data)
-    what = f"{NAMES[options.matrix]} of the loss on {count:,} training images"
+    what = f"{NAMES[options.matrix]} of the loss on {counted(count, 'training image')}"
     title = f"{trained.experiment.recipe.model} on {trained.experiment.dataset}: {what}"
     picture.draw(spectrum, folder / "spectrum.png", title)
     files.write_whole(folder / "spectrum.json", _as_json(options, spectrum, trace, count).encode())

@@ -7,7 +7,7 @@ from dataclasses import replace
 from resnet_func.app import inference
 from resnet_func.app.answers import calibrating, scoring
 from resnet_func.app.commands.common import configure, load, plain_console, say
-from resnet_func.app.errors import UsageError
+from resnet_func.app.names import counted
 from resnet_func.app.options import Evaluate
 from resnet_func.app.output import report
 from resnet_func.app.storage import run_folder
@@ -17,8 +17,6 @@ from resnet_func.app.training_set import load_data
 
 def main(options: Evaluate) -> None:
     """Test on the run's test images; print a table by class, and draw the confusions and mistakes."""
-    if options.laplace and options.flips:
-        raise UsageError("--laplace is about the logits of one image. Leave out --flips, or --laplace")
     output, folder = plain_console(), options.run_dir or run_folder.latest()
     machine = configure(options.machine, folder)
     trained = load(folder, options.checkpoint, machine, flips=options.flips or None)
@@ -34,10 +32,8 @@ def main(options: Evaluate) -> None:
     output.print(report.class_table(evaluation, classes))
     title = f"{experiment.recipe.model} on {experiment.dataset}"
     report.write_pictures(evaluation, source, classes, folder, title)
-    say(
-        output,
-        f"accuracy {evaluation.accuracy:.2%}, loss {evaluation.loss:.4f} on {source.num_samples} images",
-    )
+    images = counted(source.num_samples, "image")
+    say(output, f"accuracy {evaluation.accuracy:.2%}, loss {evaluation.loss:.4f} on {images}")
     say(output, f"wrote {folder}/confusion.png and {folder}/mistakes.png")
     if options.laplace:
         check_classes(trained.task, splits.train)
@@ -48,8 +44,8 @@ def main(options: Evaluate) -> None:
             say(output, describe(name, figure))
         say(
             output,
-            f"the last layer's posterior is of {splits.train.num_samples:,} training images, with a prior of "
-            f"precision {posterior.prior_precision:.3g}, the likeliest",
+            f"the last layer's posterior is of {counted(splits.train.num_samples, 'training image')}, with a "
+            f"prior of precision {posterior.prior_precision:.3g}, the likeliest",
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from resnet_func.app.answers import scoring
 from resnet_func.app.commands.common import configure, plain_console, say
 from resnet_func.app.errors import UsageError, warn
+from resnet_func.app.names import counted
 from resnet_func.app.options import Scores
 from resnet_func.app.output import suspects
 from resnet_func.app.ranks import dealing, launch
@@ -67,9 +68,8 @@ def _score(options: Scores, group: launch.Group) -> None:
     title = f"{experiment.recipe.model} on {experiment.dataset}"
     scoring.write_csv(folder / "scores.csv", scores, training, rank_by)
     _draw_suspects(scores, training, rank_by, folder, title)
-    say(
-        output, f"wrote {folder}/scores.csv and {folder}/suspects.png: {training.source.num_samples:,} images"
-    )
+    images = counted(training.source.num_samples, "image")
+    say(output, f"wrote {folder}/scores.csv and {folder}/suspects.png: {images}")
     if training.planted.any():
         _draw_found(scores, training, folder, title)
     say(output, scoring.advice(scores, training, rank_by, folder, experiment))
@@ -81,8 +81,6 @@ def _names(options: Scores, folders: tuple[Path, ...]) -> list[str]:
     Raises:
         UsageError: there is no such score, or the ranking one is not among them.
     """
-    if options.batch_size < 1:
-        raise UsageError(f"--batch-size must be 1 or more; got {options.batch_size}")
     names = list(options.scores) or list(DEFAULT)
     if not options.scores and all(training_record.read(folder) is not None for folder in folders):
         names.append("forgetting")
@@ -99,7 +97,9 @@ def _draw_suspects(scores: Scored, training: Training, rank_by: str, folder: Pat
     source = training.source
     images = torch.cat([images for images, _ in source.read(order.split(1))]).cpu()
     planted = training.planted[order]
-    planted_note = f"; framed: {int(planted.sum())} planted ones" if training.planted.any() else ""
+    planted_note = (
+        f"; framed: the {counted(int(planted.sum()), 'planted one')}" if training.planted.any() else ""
+    )
     suspects.suspects(
         images,
         source.labels.cpu()[order],

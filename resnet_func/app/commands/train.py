@@ -15,6 +15,7 @@ from rich.console import Console
 from resnet_func.app.commands.common import configure, plain_console, say
 from resnet_func.app.errors import Interrupted
 from resnet_func.app.experiment import Plan
+from resnet_func.app.names import counted
 from resnet_func.app.options import Train
 from resnet_func.app.output import console, plots, report
 from resnet_func.app.ranks import launch
@@ -80,7 +81,7 @@ def _finish(plan: Plan, result: run.Result, folder: Path, output: Console) -> st
     say(
         output,
         f"test accuracy {result.evaluation.accuracy:.2%}, loss {result.evaluation.loss:.4f} "
-        f"after {len(result.records)} epochs; see {folder}/curves.png",
+        f"after {counted(len(result.records), 'epoch')}; see {folder}/curves.png",
     )
     if experiment.privacy is not None:
         spent = result.records[-1]["epsilon"] if result.records else 0.0

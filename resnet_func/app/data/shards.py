@@ -31,7 +31,7 @@ from resnet_func.app.data.decoding import DECODE_VERSION, DataError
 from resnet_func.app.data.folder import CACHE_FOLDER, SUFFIXES, Listing, list_images
 from resnet_func.app.data.members import Member
 from resnet_func.app.errors import AppError
-from resnet_func.app.names import printable
+from resnet_func.app.names import counted, printable
 from resnet_func.files import write_whole
 
 LAYOUT = "train/*.tar and test/*.tar"
@@ -232,7 +232,7 @@ def _class_of(folder: Path, image: _Image, names: Sequence[str] | None) -> str:
     if int(label) >= len(names):
         raise DataError(
             f"{folder / image.archive}: {image.name} is of class {label}; {folder.parent / CLASSES} has "
-            f"{len(names)} lines, the first for class 0"
+            f"{counted(len(names), 'line')}, the first for class 0"
         )
     return names[int(label)]
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from numpy.typing import NDArray
 from torch import Tensor
 
+from resnet_func.app.names import counted
 from resnet_func.app.output.canvas import GREY, draw_image, make_figure, save, say, shorten
 from resnet_func.app.output.fonts import drawable
 
@@ -253,7 +254,9 @@ def _list_mistakes(axes: Axes, counts: Numbers, percent: Numbers, classes: Seque
         row, column = divmod(int(cell), len(counts))
         if wrong[row, column]:
             pair = f"{shorten(classes[row], 18)} → {shorten(classes[column], 18)}"
-            lines.append(f"{pair}\n{counts[row, column]:.0f} times, {percent[row, column]:.1f}%")
+            lines.append(
+                f"{pair}\n{counted(round(counts[row, column]), 'time')}, {percent[row, column]:.1f}%"
+            )
     text = "\n".join(["most frequent mistakes\n", *lines] if lines else ["no mistakes"])
     axes.text(0, 0.5, text, va="center", fontsize=9, linespacing=1.4)
     axes.set_axis_off()
@@ -277,7 +280,7 @@ def mistakes(
         confidences: Probabilities of the predictions [K], in 0..1.
         classes: Names of the classes.
         path: The PNG to write.
-        title: Above the grid.
+        title: Above the grid, with what is written at each image: label → prediction, with its confidence.
 
     Edge cases: without a mistake the picture says so.
     """
@@ -287,7 +290,9 @@ def mistakes(
     shown = np.argsort(-certainty, kind="stable")[: min(wrong.sum(), SHOWN_MISTAKES)].tolist()
     columns = max(3, math.ceil(math.sqrt(len(shown))))
     rows = max(1, math.ceil(len(shown) / columns))
-    figure = make_figure(1.75 * columns, 0.6 + 2.15 * rows, title)
+    figure = make_figure(
+        1.75 * columns, 0.9 + 2.15 * rows, f"{title}: {_about(len(shown))}" if shown else title
+    )
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid:
         axes.set_axis_off()
@@ -298,3 +303,8 @@ def mistakes(
     if not shown:
         say(figure.add_subplot(), "no mistakes")
     save(figure, path)
+
+
+def _about(shown: int) -> str:
+    most = "the only mistake" if shown == 1 else f"the {shown} most confident mistakes"
+    return f"{most}, as given label → predicted label (the network's confidence)"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resnet_func.app.errors import UsageError
-from resnet_func.app.ranks.launch import Group, RankError
+from resnet_func.app.ranks.launch import Group, RankError, name_ranks
 from resnet_func.attribution import Scores, Store, open_store
 
 PER_ROW = ("loss", "margin", "el2n", "grand", "self_influence")
@@ -80,7 +80,7 @@ def wait(store: Store, group: Group) -> None:
         elif time.monotonic() - last > group.timeout:
             owing = sorted({chunk % group.world for chunk in missing})
             raise RankError(
-                f"ranks {', '.join(map(str, owing))} have finished no chunk for {group.timeout:g} s and owe "
+                f"{name_ranks(owing)} finished no chunk for {group.timeout:g} s, which leaves "
                 f"{len(missing)} of {store.chunks}. Run the same command again: it goes on with those"
             )
     store.remove_leftovers()

@@ -149,7 +149,7 @@ class Group:
         from resnet_func.distributed import Ranks, differing_ranks
 
         if differing := differing_ranks(number, self.ranks or Ranks(0, 1)):
-            raise RankError(f"{_named(differing)} {what}")
+            raise RankError(f"{name_ranks(differing)} {what}")
 
     # ----------------------------------------------------------------------- how it ends
 
@@ -247,7 +247,7 @@ def _explain(error: Exception, joined: Group) -> Exception:
         return RankError(f"the ranks have lost each other: {str(error).splitlines()[0]}")
     what = f"did not answer within {joined.timeout:g} s" if hangs else "ended"
     return RankError(
-        f"{_named(missing)} {what}, and the others cannot go on without. The run goes on from its last "
+        f"{name_ranks(missing)} {what}, and the others cannot go on without. The run goes on from its last "
         "checkpoint by --resume, or by itself with torchrun --max-restarts"
     )
 
@@ -256,7 +256,12 @@ def _of_rank(rank: int, error: Exception) -> Exception:
     return RankError(f"rank {rank}: {error}")
 
 
-def _named(ranks: list[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
+    """The ranks, in words.
+
+    >>> name_ranks([1]), name_ranks([0, 2])
+    ('rank 1', 'ranks 0, 2')
+    """
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from resnet_func import files
 from resnet_func.app.errors import AppError
-from resnet_func.app.experiment import Experiment, Privacy, Task, TrainingSet
-from resnet_func.app.recipes import Recipe
+from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.storage.typed_json import FieldError, UnlikeFieldsError, from_json
 
 Record = Mapping[str, float]
 LAUNCH = "launch.txt"  # by which torchrun a run is being trained
@@ -124,7 +125,7 @@ def find_launch(launch: str, folder: Path | None) -> Path | None:
         The run folder, with or without a checkpoint; None if there is none.
     """
     marks = [path / LAUNCH for path in ([folder] if folder else Path("runs").glob("*"))]
-    own = [mark for mark in marks if mark.is_file() and mark.read_text(encoding="utf-8").strip() == launch]
+    own = [mark for mark in marks if mark.is_file() and mark.read_bytes().strip() == launch.encode()]
     if not own:
         return None
     path = max(own, key=lambda mark: mark.stat().st_mtime_ns).parent
@@ -167,7 +168,8 @@ def snapshots(folder: Path) -> list[str]:
     """
     paths = checkpoints(folder).glob("epoch-*.json")
     names = {path.name.removesuffix(".json").removesuffix(".previous") for path in paths}
-    return sorted(names, key=lambda name: int(name.removeprefix("epoch-")))
+    numbered = [name for name in names if name.removeprefix("epoch-").isdecimal()]  # others are not ours
+    return sorted(numbered, key=lambda name: int(name.removeprefix("epoch-")))
 
 
 # --------------------------------------------------------------------------- files
@@ -191,7 +193,7 @@ def read_config(folder: Path) -> tuple[Experiment, Task]:
     """What `write_config` wrote.
 
     Raises:
-        RunError: the folder is not a run's, or the file is damaged or of another version.
+        RunError: the folder is not a run's, or the file is damaged or of another version; the field is named.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -200,20 +202,51 @@ def read_config(folder: Path) -> tuple[Experiment, Task]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: {error}. Restore it from a copy") from error
-    if not isinstance(config, dict):
-        raise RunError(f"{path} is damaged: it holds no object. Restore it from a copy")
     try:
-        fields = dict(config["experiment"])
-        recipe = Recipe(**{name: _tuples(value) for name, value in fields.pop("recipe").items()})
-        privacy = fields.pop("privacy", None)
-        privacy = None if privacy is None else Privacy(**privacy)
-        task = Task(**{name: _tuples(value) for name, value in config["task"].items()})
-        fields["training_set"] = TrainingSet(**fields.get("training_set", {}))
-        return Experiment(**fields, recipe=recipe, privacy=privacy), task
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"config.json is not of this version: {error}. Start a new run") from error
+        found = from_json(_Config, config, "")
+        _check_task(found.task)
+    except UnlikeFieldsError as error:
+        raise RunError(f"{path} is not of this version: {error}. Start a new run") from error
+    except FieldError as error:
+        raise RunError(f"{path} is damaged: {error}. Restore it from a copy, or start a new run") from error
+    return found.experiment, found.task
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What a run chose by itself."""
+
+    speeds: dict[str, float] = field(default_factory=dict)
+    compile: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.speeds.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"speeds.{name} must be above 0 and finite; got {value}")
+
+
+class _Config(NamedTuple):
+    """What config.json holds."""
+
+    experiment: Experiment
+    task: Task
+    machine: _Machine = _Machine()
+
+
+def _check_task(task: Task) -> None:
+    """Refuse what no network is for."""
+    channels = task.in_channels
+    for name, ok, expected in (
+        ("classes", task.classes, "one class or more"),
+        ("in_channels", channels >= 1, "1 or more"),
+        ("mean", len(task.mean) == channels and all(map(math.isfinite, task.mean)), f"{channels} numbers"),
+        ("std", len(task.std) == channels and all(0 < s < math.inf for s in task.std), f"{channels} above 0"),
+        ("image_size", task.image_size >= 1, "1 or more"),
+    ):
+        if not ok:
+            raise FieldError(f"task.{name} must be {expected}; got {getattr(task, name)}")
 
 
 def read_machine(folder: Path) -> dict[str, Any]:
@@ -223,13 +256,8 @@ def read_machine(folder: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))["machine"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples they were."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def write_metrics(folder: Path, records: Sequence[Record]) -> bool:

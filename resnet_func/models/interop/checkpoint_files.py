@@ -43,7 +43,8 @@ def read_checkpoint(path: str | Path) -> Any:
             "pass torch.load(path, weights_only=False)['...'], or save module.state_dict() alone"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is no file of weights, or is cut short: {_first_line(error)}") from error
+        why = "" if isinstance(error, KeyError) else f": {_first_line(error)}"  # a key says nothing
+        raise ValueError(f"{path} is no file of weights, or is cut short{why}") from error
 
 
 def _first_line(error: Exception) -> str:

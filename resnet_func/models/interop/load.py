@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,10 @@ from resnet_func.models.interop.modules import Structure, check_module, draw_see
 from resnet_func.types import Model, Params, State
 
 SPELLINGS = "a name of the zoo, torchvision:NAME, timm:NAME, FILE.py:CALLABLE or pkg.mod:CALLABLE"
+
+
+class NetworkError(TypeError, ValueError):
+    """A callable that makes no network: a wrong type to who calls it, a wrong value to who names it."""
 
 
 def load_network(
@@ -43,7 +48,7 @@ def load_network(
 
     Raises:
         ValueError: no such network; near matches are named.
-        TypeError: the callable returns something else.
+        NetworkError: the callable returns something else, or takes other keywords.
         ImportError: timm, or the callable's package, is not installed.
         FileNotFoundError: there is no such file.
 
@@ -68,7 +73,7 @@ def load_network(
         case nn.Module():
             return _from_module(unwrap_module(made), construct)
         case _:
-            raise TypeError(
+            raise NetworkError(
                 f"{spec} must return an nn.Module, a Model or (model, params, state); "
                 f"got {type(made).__name__}"
             )
@@ -94,10 +99,23 @@ class Constructor:
     def make(self, seed: int) -> Any:
         """What the callable returns; torch's global generator is as before afterwards."""
         function = find_callable(self.spec)
+        self._check_keywords(function)
         # only the CPU's generator: torch.manual_seed would seed every device's
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
             return function(**self.keywords)
+
+    def _check_keywords(self, function: Callable[..., Any]) -> None:
+        """Refuse a callable that cannot be called so; what it raises itself stays as it is."""
+        try:
+            signature = inspect.signature(function)
+        except ValueError:  # some of C's have none
+            return
+        try:
+            signature.bind(**self.keywords)
+        except TypeError as error:
+            given = ", ".join(self.keywords) or "no arguments"
+            raise NetworkError(f"{self.spec} cannot be called with {given}: {error}") from error
 
     def __call__(self, seed: int) -> nn.Module:
         """The module."""

@@ -16,6 +16,7 @@ from resnet_func.app.answers.attributing import Network
 from resnet_func.app.cli import main
 from resnet_func.app.ranks.launch import Group
 from resnet_func.app.storage import run_folder
+from resnet_func.app.training_set import load_training
 from resnet_func.attribution import (
     Sketch,
     cosine_scores,
@@ -177,6 +178,29 @@ def test_the_command_prints_a_table_and_draws_a_picture(trained, images, capsys)
         assert (trained / f"attribute-{name}-cosine.png").read_bytes().startswith(b"\x89PNG")
     assert main([*call, "--label", "blue", "--method", "tracin"]) == 0
     assert "blue (" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_read_leaves_the_others(trained, images, capsys):
+    file = str(images / "test" / "red" / "000.png")
+    call = ["attribute", "none.png", file, "--run-dir", str(trained), "--dim", str(DIM), "--threads", "1"]
+    assert main(call) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "resnet-func: none.png: there is no such file\n"
+    assert f"{file}: " in printed.out
+    assert "attribute-000-cosine.png" in printed.out
+
+
+def test_a_damaged_store_is_one_line(trained, images, tmp_path, capsys):
+    run = without_kept(trained, tmp_path / "run")
+    call = ["attribute", "--test-index", "0", "--run-dir", str(run), "--dim", str(DIM), "--threads", "1"]
+    assert main(call) == 0
+    capsys.readouterr()
+    for path in (run / attributing.FOLDER).glob("*/zarr.json"):
+        path.write_text('{"zarr_format": 3, "node_type": "array", "attributes": 7}')
+    assert main(call) == 1
+    error = capsys.readouterr().err
+    assert "is no store" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -199,3 +199,21 @@ def test_a_private_run_has_a_panel_for_epsilon_and_none_for_the_training_images(
     assert accuracy.get_title("left") == "Accuracy (%)"
     assert epsilon.get_title("left") == "Epsilon spent"
     assert list(epsilon.get_lines()[0].get_ydata()) == [2.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("count", "says"), [(1, "t: the only mistake"), (3, "t: the 3 most confident mistakes")]
+)
+def test_the_mistakes_say_what_their_numbers_are(
+    tmp_path: Path, drawn: list[str], count: int, says: str
+) -> None:
+    show_mistakes(tmp_path, torch.zeros(count, 1, 8, 8, dtype=torch.uint8), torch.full((count,), 0.875))
+    title = next(text for text in drawn if text.startswith("t: ")).replace("\n", " ")
+    assert title == f"{says}, as given label → predicted label (the network's confidence)"
+    assert drawn.count(f"{CLASSES[0]} →\n{CLASSES[1]} (87.5%)") == count
+
+
+def test_what_happens_once_happens_one_time(tmp_path: Path, drawn: list[str]) -> None:
+    draw("list", ("a", "b"), tmp_path / "c.png")
+    assert "1 time," in "\n".join(drawn)
+    assert "1 times" not in "\n".join(drawn)

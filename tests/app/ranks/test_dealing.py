@@ -62,7 +62,7 @@ def test_what_a_rank_left_out_is_done_by_whoever_comes_next(tmp_path: Path) -> N
 
 def test_a_rank_that_does_nothing_is_named(tmp_path: Path) -> None:
     dealing.fill(store(tmp_path), rows, rank(0, 2))
-    with pytest.raises(RankError, match="ranks 1 have finished no chunk for 0.1 s and owe 2 of 4"):
+    with pytest.raises(RankError, match="rank 1 finished no chunk for 0.1 s, which leaves 2 of 4"):
         dealing.wait(store(tmp_path), rank(0, 2, timeout=0.1))
 
 

@@ -8,11 +8,12 @@ import re
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from resnet_func import calibration
-from resnet_func.app.experiment import Experiment, Task
+from resnet_func.app.experiment import Experiment, Privacy, Task
 from resnet_func.app.recipes import ARTICLE, FAST, Recipe
 from resnet_func.app.storage import checkpoint, run_folder
 from resnet_func.app.storage.run_folder import RunError
@@ -165,6 +166,97 @@ def test_a_config_of_another_version(tmp_path: Path, damage: str) -> None:
         run_folder.read_config(tmp_path)
 
 
+DAMAGES = {  # where, what is there instead, and what is said of it
+    "text-for-number": ("experiment.recipe.epochs", "ten", "experiment.recipe.epochs must be a whole number"),
+    "number-for-text": ("experiment.dataset", 7, "experiment.dataset must be one of 'digits'.*got 7"),
+    "no-such-choice": ("experiment.recipe.optimizer", "lion", "experiment.recipe.optimizer must be one of"),
+    "truth-for-number": ("experiment.seed", True, "experiment.seed must be a whole number; got True"),
+    "fraction": ("task.train_images", 2.5, "task.train_images must be a whole number; got 2.5"),
+    "null": ("experiment.recipe.learning_rate", None, "learning_rate must be a number; got None"),
+    "list-for-object": ("experiment.recipe", [], "experiment.recipe must be an object"),
+    "object-for-list": ("task.classes", {}, "task.classes must be a list"),
+    "text-for-object": ("task", "cats", "task must be an object; got 'cats'"),
+    "inside-a-list": ("task.mean", [0.5, "x", 0.5], r"task.mean\[1\] must be a number; got 'x'"),
+    "pair-of-three": (
+        "experiment.recipe.early_scales",
+        [[1, 2, 3]],
+        r"early_scales\[0\] must be a list of 2",
+    ),
+    "path": ("experiment.data_dir", ["a"], "experiment.data_dir must be a text"),
+    "privacy": ("experiment.privacy", "yes", "experiment.privacy must be an object; got 'yes'"),
+    "training-set": ("experiment.training_set", None, "experiment.training_set must be an object"),
+    "share": ("experiment.training_set.keep", 2.0, "experiment.training_set: keep must be a share"),
+    "range": ("experiment.recipe.batch_size", 0, "experiment.recipe: batch_size must be 1 or more; got 0"),
+    "negative-seed": ("experiment.seed", -1, "experiment: seed must be 0 or more"),
+    "negative-snapshots": ("experiment.snapshots", -1, "experiment: snapshots must be 0 or more"),
+    "no-classes": ("task.classes", [], "task.classes must be one class or more"),
+    "channels": ("task.in_channels", 2, "task.mean must be 2 numbers"),
+    "spread": ("task.std", [1.0, 0.0, 1.0], "task.std must be 3 above 0"),
+    "size": ("task.image_size", 0, "task.image_size must be 1 or more"),
+    "machine": ("machine", 1, "machine must be an object"),
+    "compile": ("machine.compile", "no", "machine.compile must be true or false"),
+    "speeds": ("machine.speeds", [1], "machine.speeds must be an object"),
+    "a-speed": ("machine.speeds.call", "fast", "machine.speeds.call must be a number; got 'fast'"),
+    "no-speed": ("machine.speeds.call", 0, "machine: speeds.call must be above 0"),
+}
+CHOSEN = {"speeds": calibration.TYPICAL.as_numbers(), "compile": False}
+
+
+def change(folder: Path, where: str, value: Any) -> None:
+    """Replace a field of config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    *outer, last = where.split(".")
+    inside = config
+    for name in outer:
+        inside = inside[name]
+    inside[last] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("where", "value", "says"), DAMAGES.values(), ids=DAMAGES)
+def test_a_field_of_another_type_is_named(tmp_path: Path, where: str, value: Any, says: str) -> None:
+    run_folder.write_config(tmp_path, EXPERIMENT, TASK, CHOSEN)
+    change(tmp_path, where, value)
+    with pytest.raises(RunError, match=f"{tmp_path}/config.json is damaged: .*{says}.*Restore it") as refused:
+        run_folder.read_config(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("where", ["experiment", "experiment.recipe", "task"])
+def test_a_field_that_is_missing_is_named(tmp_path: Path, where: str) -> None:
+    run_folder.write_config(tmp_path, EXPERIMENT, TASK, CHOSEN)
+    config = json.loads((tmp_path / "config.json").read_text())
+    *outer, last = where.split(".")
+    del (config[outer[0]] if outer else config)[last]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=f"not of this version: {where} is missing. Start a new run"):
+        run_folder.read_config(tmp_path)
+
+
+def test_a_private_runs_numbers_are_checked(tmp_path: Path) -> None:
+    private = replace(EXPERIMENT, privacy=Privacy(8.0, 1e-5, 1.0))
+    run_folder.write_config(tmp_path, private, TASK, CHOSEN)
+    assert run_folder.read_config(tmp_path) == (private, TASK)
+    for name, value in (
+        ("epsilon", 0),
+        ("delta", 1),
+        ("noise_multiplier", -1),
+        ("max_norm", 0),
+        ("views", 0),
+    ):
+        run_folder.write_config(tmp_path, private, TASK, CHOSEN)
+        change(tmp_path, f"experiment.privacy.{name}", value)
+        with pytest.raises(RunError, match=f"config.json is damaged: experiment.privacy: {name} must be"):
+            run_folder.read_config(tmp_path)
+
+
+def test_snapshots_are_those_that_a_run_has_numbered(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("epoch-10", "epoch-9", "epoch-9.previous", "epoch-copy", "epoch-"):
+        (tmp_path / "checkpoints" / f"{name}.json").touch()
+    assert run_folder.snapshots(tmp_path) == ["epoch-9", "epoch-10"]
+
+
 def test_metrics_are_written_where_they_differ(tmp_path: Path) -> None:
     assert run_folder.write_metrics(tmp_path, RECORDS)
     assert not run_folder.write_metrics(tmp_path, RECORDS)
@@ -175,7 +267,7 @@ def test_metrics_are_written_where_they_differ(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
 
 
-@pytest.mark.parametrize("text", ["{", "[]", ""], ids=["cut", "list", "empty"])
+@pytest.mark.parametrize("text", ["{", "[]", "", "[" * 100_000], ids=["cut", "list", "empty", "deep"])
 def test_a_damaged_config(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(RunError, match="config.json is damaged.*Restore it from a copy"):
