@@ -139,7 +139,8 @@ def ntk(model: Model, num_classes: int | None = None, **options: Unpack[Options]
         **options: Those of `gram`.
 
     Returns:
-        `fn(params, state, x_a, x_b) -> Tensor [N_a, N_b]`, of inputs that may be trees; without `x_b`, of the first batch with itself.
+        `fn(params, state, x_a, x_b) -> Tensor [N_a, N_b]`, of inputs that may be trees;
+        without `x_b`, of the first batch with itself.
 
     Raises:
         ValueError: the model came from a module and `num_classes` is None.
@@ -167,5 +168,11 @@ def _logit(index: int, logits: Tensor, targets: Any) -> Tensor:
 def _sum_of_grams(
     grams: list[Callable[..., Tensor]], params: Params, state: State, x_a: Any, x_b: Any = None
 ) -> Tensor:
-    batches = [(x, tree.leaves(x)[0].new_zeros(len(tree.leaves(x)[0]))) for x in (x_a, x_b) if x is not None]
+    batches = [(x, _zeros_for(x)) for x in (x_a, x_b) if x is not None]
     return torch.stack([gram_fn(params, state, *batches) for gram_fn in grams]).sum(0)
+
+
+def _zeros_for(x: Any) -> Tensor:
+    """Targets that a logit does not look at."""
+    first = tree.leaves(x)[0]
+    return first.new_zeros(len(first))

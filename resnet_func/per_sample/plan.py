@@ -166,8 +166,8 @@ def plan(
         captured = capture(task, Batch(x, targets, samples, views))
     except RuntimeError as error:
         raise ValueError(
-            f"the network does not take a batch {list(x.shape)} of {x.dtype} ({str(error)[:120]}). Look at the "
-            "shape, and pass plan(..., input_dtype=torch.int64) where it takes tokens"
+            f"the network does not take a batch {list(x.shape)} of {x.dtype} ({str(error)[:120]}). Look at "
+            "the shape, and pass plan(..., input_dtype=torch.int64) where it takes tokens"
         ) from error
     return plan_factors(captured.factors, quantity, memory_budget, speeds=speeds, input_shape=shape)
 
