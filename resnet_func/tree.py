@@ -112,8 +112,9 @@ def _branches(tree: Any) -> Iterable[tuple[Any, Any]] | None:
         return ()
     if isinstance(tree, Mapping):
         return tree.items()
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return zip(tree._fields, tree, strict=True)
+    fields = getattr(tree, "_fields", None)
+    if isinstance(tree, tuple) and fields is not None:
+        return zip(fields, tree, strict=True)
     return enumerate(tree) if type(tree) in (list, tuple) else None
 
 

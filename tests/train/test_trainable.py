@@ -89,9 +89,7 @@ def test_a_step_takes_any_tree(name: str, only_bias: bool) -> None:
 def test_what_cannot_be_trained_is_told_in_one_line() -> None:
     with pytest.raises(ValueError, match="'fc.scale' is a float. Try torch.as_tensor"):
         trained_leaves({"fc": {"scale": 1.0}})
-    with pytest.raises(
-        ValueError, match="'w' is complex, and cannot be trained here. Give torch.view_as_real"
-    ):
+    with pytest.raises(ValueError, match="'w' is complex, and cannot be trained here"):
         trained_leaves({"w": torch.zeros(2, dtype=torch.complex64)})
     with pytest.raises(ValueError, match="selects no leaf of floating-point numbers; the leaves are n"):
         trained_leaves({"n": torch.tensor(1)})

@@ -88,8 +88,8 @@ def _final(sums: _Sums) -> Moments:
 
 
 def _like_params(moments: Moments, params: Params) -> Moments:
-    trees = (tree.select(params, leaves) for leaves in (moments.mean, moments.second_moment))
-    return Moments(*trees, moments.noise_scale, moments.layer_noise_scale)
+    mean, second = (tree.select(params, leaves) for leaves in (moments.mean, moments.second_moment))
+    return moments._replace(mean=mean, second_moment=second)
 
 
 def _noise_scale(paths: list[str], mean: dict[str, Any], second: dict[str, Any], n: int) -> NoiseScale:
