@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import optree
@@ -73,24 +74,88 @@ def size(tree: Any) -> int:
     return sum(leaf.numel() for leaf in leaves(tree))
 
 
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts to `{dotted path: leaf}`, in insertion order.
+def flatten(tree: Any) -> dict[str, Any]:
+    """Any tree to `{dotted path: leaf}`: nested dicts in insertion order, lists and tuples by their indices.
 
-    `{"conv1": {"weight": w}}` becomes `{"conv1.weight": w}`; empty dicts vanish.
+    `{"conv1": {"weight": w}}` becomes `{"conv1.weight": w}`, and so does `{"conv1.weight": w}`. Named tuples
+    go by their fields; None and empty branches vanish; a leaf alone has the path "".
 
-    >>> flatten({"fc": {"weight": 1, "bias": 2}, "empty": {}})
+    Raises:
+        ValueError: two leaves have the same path.
+
+    >>> flatten({"fc": {"weight": 1, "bias": 2}, "empty": {}, "none": None})
     {'fc.weight': 1, 'fc.bias': 2}
+    >>> flatten([{"w": 1}, (2, 3)])
+    {'0.w': 1, '1.0': 2, '1.1': 3}
     """
-    return dict(_walk(tree, ""))
+    flat: dict[str, Any] = {}
+    for path, leaf in _walk(tree, ""):
+        if path in flat:
+            raise ValueError(f"two leaves have the path {path!r}: rename one, so that no name holds a dot")
+        flat[path] = leaf
+    return flat
 
 
-def _walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _walk(value, f"{path}.")
-        else:
-            yield path, value
+def _walk(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    branches = _branches(tree)
+    if branches is None:
+        yield path, tree
+        return
+    for key, value in branches:
+        yield from _walk(value, f"{path}.{key}" if path else str(key))
+
+
+def _branches(tree: Any) -> Iterable[tuple[Any, Any]] | None:
+    """Names and subtrees of a node; None for a leaf."""
+    if tree is None:
+        return ()
+    if isinstance(tree, Mapping):
+        return tree.items()
+    fields = getattr(tree, "_fields", None)
+    if isinstance(tree, tuple) and fields is not None:
+        return zip(fields, tree, strict=True)
+    return enumerate(tree) if type(tree) in (list, tuple) else None
+
+
+def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """The tree with other leaves in the places of these dotted paths; the rest is as it was.
+
+    >>> replace({"fc.weight": 1, "fc.bias": 2}, {"fc.bias": 3})
+    {'fc.weight': 1, 'fc.bias': 3}
+    """
+    return _rebuilt(tree, "", lambda path, leaf: leaves.get(path, leaf))
+
+
+def select(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """These leaves alone, by their dotted paths, in the structure of a tree that has them all.
+
+    In a dict the other leaves are left out; in a list or a tuple None takes their places.
+
+    >>> select({"fc.weight": 1, "fc.bias": 2}, {"fc.bias": 3}), select([1, 2], {"1": 3})
+    ({'fc.bias': 3}, [None, 3])
+    """
+    chosen = _rebuilt(tree, "", lambda path, leaf: leaves.get(path, _LEFT_OUT))
+    return {} if chosen is _LEFT_OUT else chosen
+
+
+_LEFT_OUT = object()
+
+
+def _rebuilt(tree: Any, path: str, fn: Callable[[str, Any], Any]) -> Any:
+    """A tree of the same structure, without what `fn` leaves out."""
+    branches = _branches(tree)
+    if branches is None:
+        return fn(path, tree)
+    built = [(key, _rebuilt(value, f"{path}.{key}" if path else str(key), fn)) for key, value in branches]
+    if built and all(value is _LEFT_OUT for _, value in built):
+        return _LEFT_OUT
+    if isinstance(tree, Mapping):
+        kept = [(key, value) for key, value in built if value is not _LEFT_OUT]
+        return OrderedDict(kept) if isinstance(tree, OrderedDict) else dict(kept)
+    values = [None if value is _LEFT_OUT else value for _, value in built]
+    if isinstance(tree, list):
+        return values
+    return None if tree is None else type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,13 +190,13 @@ def merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten({**flatten(a), **flatten(b)})
 
 
-def map_with_path(fn: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+def map_with_path(fn: Callable[[str, Any], Any], tree: Any) -> Any:
     """Like `map`, with the leaf's dotted path as the first argument.
 
     >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"fc": {"bias": 2}})
     {'fc': {'bias': 'fc.bias=2'}}
     """
-    return unflatten({path: fn(path, leaf) for path, leaf in flatten(tree).items()})
+    return _rebuilt(tree, "", fn)
 
 
 def prune(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,29 @@ def test_a_path_is_a_leaf_or_a_branch(flat: dict) -> None:
         tree.unflatten(flat)
 
 
+@given(nested)
+def test_replace_and_select_keep_the_structure(params: dict) -> None:
+    flat = tree.flatten(params)
+    doubled = {path: 2 * leaf for path, leaf in flat.items()}
+    whole = tree.replace(params, doubled)
+    assert list(tree.flatten(whole)) == list(flat)
+    assert torch.equal(vector(whole), 2 * vector(params))
+    some = {path: leaf for path, leaf in doubled.items() if len(path) % 2}
+    assert tree.flatten(tree.select(params, some)) == some
+    assert tree.flatten(tree.select(flat, some)) == some  # dotted names, too
+
+
+def test_lists_and_tuples_keep_their_places() -> None:
+    params = [{"a": 1}, (2, None), {}]
+    assert tree.flatten(params) == {"0.a": 1, "1.0": 2}
+    assert tree.select(params, {"1.0": 5}) == [None, (5, None), {}]
+    assert tree.replace(params, {"0.a": 5}) == [{"a": 5}, (2, None), {}]
+    assert tree.map_with_path(lambda path, leaf: path, params) == [{"a": "0.a"}, ("1.0", None), {}]
+    assert tree.select(params, {}) == [None, (None, None), {}]
+    with pytest.raises(ValueError, match="two leaves have the path 'a.b'"):
+        tree.flatten({"a": {"b": 1}, "a.b": 2})
+
+
 # --------------------------------------------------------------------------- derivatives, narrow leaves
 
 ZEROS = {"a": torch.zeros(3, dtype=torch.float64), "b": {"c": torch.zeros((), dtype=torch.float64)}}

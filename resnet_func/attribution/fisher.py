@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_func import tree
+from resnet_func.attribution.quantities import check_covered
 from resnet_func.curvature import KroneckerEstimate, ekfac
 from resnet_func.per_sample import over_dataset
 from resnet_func.per_sample.dataset import Batches
@@ -42,13 +43,17 @@ class DiagonalFisher(NamedTuple):
         return {path: 1 / (leaf + chosen) for path, leaf in tree.flatten(self.diagonal).items()}
 
     def inverse_product(self, of: Params, *, damping: float | None = None) -> Params:
-        """The damped inverse times a tree; leaves may lead with more dimensions, `[N, *shape]`.
+        """The damped inverse times a tree of some or all of its leaves, which may be `[N, *shape]`.
+
+        Raises:
+            ValueError: the tree has a leaf that the diagonal has not.
 
         >>> fisher = DiagonalFisher({"w": torch.tensor([1.0, 3.0])})
         >>> fisher.inverse_product({"w": torch.tensor([[2.0, 4.0]])}, damping=1.0)
         {'w': tensor([[1., 1.]])}
         """
         inverse = self.inverse(damping)
+        check_covered("the curvature", inverse, tree.flatten(of))
         return tree.map_with_path(lambda path, leaf: leaf * inverse[path].to(leaf.dtype), of)
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from resnet_func import tree
 from resnet_func.losses import check_per_sample
 from resnet_func.per_sample import dot
+from resnet_func.per_sample.constants import ConstantUnderNoGrad
 from resnet_func.per_sample.options import Options
-from resnet_func.types import LossFn, Model, Params, State
+from resnet_func.train.trainable import trained_leaves
+from resnet_func.types import LossFn, Model, Params, State, Trainable
 
 Pair: TypeAlias = tuple[Any, Any]
 
@@ -52,7 +54,7 @@ def in_run_values(
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2; got {order}")
-    return _Values(model, loss_fn, order, options.get("trainable") or _every, dot(model, loss_fn, **options))
+    return _Values(model, loss_fn, order, options.get("trainable"), dot(model, loss_fn, **options))
 
 
 class _Values(NamedTuple):
@@ -61,7 +63,7 @@ class _Values(NamedTuple):
     model: Model
     loss_fn: LossFn
     order: int
-    trainable: Callable[[str], bool]
+    trainable: Trainable | None
     products: Callable[..., Tensor]
 
     def __call__(
@@ -72,7 +74,7 @@ class _Values(NamedTuple):
         validation: Pair,
         learning_rate: float,
     ) -> Tensor:
-        chosen = {path: leaf for path, leaf in tree.flatten(params).items() if self.trainable(path)}
+        chosen = trained_leaves(params, self.trainable)
         task = self.model, self.loss_fn, params, state
         gradient = torch.func.grad(partial(_mean_loss, *task, *validation))
         if self.order == 1:
@@ -81,19 +83,15 @@ class _Values(NamedTuple):
             total = torch.func.grad(partial(_sum_loss, *task, *batch))(chosen)
             first, second = cast(tuple[Any, Any], torch.func.jvp(gradient, (chosen,), (total,)))
             along = {p: learning_rate * (first[p] - learning_rate / 2 * second[p]) for p in first}
-        zeros = {path: torch.zeros_like(leaf) for path, leaf in tree.flatten(params).items()}
-        return self.products(params, state, *batch, tree.unflatten({**zeros, **along}))
-
-
-def _every(path: str) -> bool:
-    return True
+        return self.products(params, state, *batch, tree.select(params, along))
 
 
 def _losses(
     model: Model, loss_fn: LossFn, params: Params, state: State, x: Any, y: Any, chosen: dict[str, Tensor]
 ) -> Tensor:
-    moved = tree.unflatten({**tree.flatten(params), **chosen})
-    losses = loss_fn(model.apply(moved, state, x, train=False)[0], y)
+    with ConstantUnderNoGrad():
+        logits = model.apply(tree.replace(params, chosen), state, x, train=False)[0]
+    losses = loss_fn(logits, y)
     check_per_sample(losses, len(tree.leaves(x)[0]))
     return losses
 

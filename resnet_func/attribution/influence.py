@@ -40,7 +40,8 @@ def influence(
     https://arxiv.org/abs/2308.03296).
 
     Args:
-        model, loss_fn, **options: As in `per_sample.grads`; `trainable` must be that of the curvature.
+        model, loss_fn, **options: As in `per_sample.grads`. `trainable` is that of the curvature; it may
+            choose fewer leaves, of a Kronecker estimate those of its `restrict(trainable)`.
         curvature: Of the mean training loss; None is the identity.
         damping: Handed to the curvature; None leaves it the choice.
         block_elements: As in `tracin`.
@@ -51,7 +52,7 @@ def influence(
         training sample helps. Batches can be gone through once for each pass, such as a list.
 
     Raises:
-        ValueError: as in `per_sample.over_dataset`.
+        ValueError: as in `per_sample.over_dataset`; the curvature lacks a leaf of the gradients.
 
     >>> import torch, resnet_func as rf
     >>> model = rf.resnet20(depths=(1, 1, 1), norm="group")

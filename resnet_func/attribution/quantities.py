@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import TypeAlias
 
@@ -103,6 +103,7 @@ def weighted_squared_norms(weights: Mapping[str, Tensor]) -> Quantity:
 
 
 def _weighted_squared_norms(weights: Mapping[str, Tensor], path: str, factors: Factors, way: Way) -> Tensor:
+    check_covered("the curvature", weights, [path])
     scale = widen(weights[path]).flatten()
     parts = (widen(grad_rows(contract.grads(part))) for part in sample_slices(factors))
     return torch.cat([part.square() @ scale for part in parts])
@@ -117,6 +118,7 @@ def products(directions: Mapping[str, Float[Tensor, "t ..."]]) -> Quantity:
 
 
 def _products(directions: Mapping[str, Tensor], path: str, factors: Factors, way: Way) -> Tensor:
+    check_covered("the directions", directions, [path])
     return contract.inner_products(factors, Direct(directions[path]), "materialize")
 
 
@@ -133,6 +135,21 @@ def _self_products(inverse: Callable[[str, Tensor], Tensor], path: str, factors:
     parts = (contract.grads(part) for part in sample_slices(factors))
     pairs = ((widen(grad_rows(part)), widen(grad_rows(inverse(path, part)))) for part in parts)
     return torch.cat([(a * b).sum(1) for a, b in pairs])
+
+
+def check_covered(what: str, covered: Collection[str], paths: Iterable[str]) -> None:
+    """Refuse gradients that have leaves which something does not cover.
+
+    Raises:
+        ValueError: names them.
+
+    >>> check_covered("the curvature", {"fc.weight", "fc.bias"}, ["fc.bias"])
+    """
+    if missing := [path for path in paths if path not in covered]:
+        raise ValueError(
+            f"the gradients have leaves that {what} had not: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}. Give both the same trainable="
+        )
 
 
 def _sum_of_leaves(answers: dict[str, Tensor], captured: Captured) -> Tensor:

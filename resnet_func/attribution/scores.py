@@ -145,6 +145,7 @@ def _by_block(estimate: KroneckerEstimate, damping: float | None) -> Callable[[s
 def _inverse_product(
     estimate: KroneckerEstimate, dampings: Mapping[str, float | Tensor], path: str, leaf: Tensor
 ) -> Tensor:
+    quantities.check_covered("the curvature", estimate.blocks, [path])
     return estimate.blocks[path].inverse_product(leaf, dampings[path])
 
 

@@ -127,14 +127,16 @@ class _Products(NamedTuple):
         columns = []
         parts = (self.gradients(*checkpoint, x, y) for x, y in test_batches)
         for block in _joined(parts, self.block_elements):
-            directions = tree.flatten(block if self.transform is None else self.transform(block))
+            moved = block if self.transform is None else self.transform(block)
+            directions = tree.flatten(moved)
+            quantities.check_covered("the curvature", directions, tree.flatten(block))
             wanted: dict[str, Any] = {"products": quantities.products(directions)}
             if self.cosine:
                 wanted["norms"] = "norms"
             found = self.run(wanted)(*checkpoint, train_batches)
             values = found["products"]
             if self.cosine:
-                lengths = found["norms"][:, None] * tree_norms(tree.unflatten(directions)).cpu()
+                lengths = found["norms"][:, None] * tree_norms(moved).cpu()
                 values = values / lengths.clamp(min=torch.finfo(values.dtype).tiny)
             columns.append(values)
         if not columns:

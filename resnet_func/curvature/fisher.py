@@ -39,7 +39,16 @@ def mixing_loss(loss_fn: LossFn) -> LossFn:
 
 def _mixed_loss(loss_fn: LossFn, logits: Logits, targets: tuple[Any, Mixture]) -> PerSample:
     cotangent = root_product(loss_fn, logits.detach(), *targets)
-    return (logits.flatten(1) * cotangent).sum(1)
+    return (flat_logits(logits) * cotangent).sum(1)
+
+
+def flat_logits(logits: Logits) -> Float[Tensor, "n k"]:
+    """As many columns as a sample has logits: one, where they are `[N]`.
+
+    >>> flat_logits(torch.zeros(3)).shape
+    torch.Size([3, 1])
+    """
+    return logits.reshape(len(logits), -1)
 
 
 def root_product(loss_fn: LossFn, logits: Logits, y: Any, mixture: Mixture) -> Mixture:
@@ -57,7 +66,7 @@ def root_product(loss_fn: LossFn, logits: Logits, y: Any, mixture: Mixture) -> M
         alone = flat.reshape(1, *logits.shape[1:])
         return loss_fn(alone, tree.map(lambda leaf: leaf.unsqueeze(0), y)).sum()
 
-    hessians = torch.vmap(torch.func.hessian(one))(logits.flatten(1), y)
+    hessians = torch.vmap(torch.func.hessian(one))(flat_logits(logits), y)
     values, vectors = torch.linalg.eigh(hessians)
     # the symmetric root is the only one that does not hang on the eigenvectors' signs; rounding has no root
     rounding = torch.finfo(values.dtype).eps * values.shape[1] * values.abs().amax(1, keepdim=True)

@@ -23,7 +23,7 @@ from resnet_func.curvature.factor_sums import (
     factor_sums,
     squared_coordinates,
 )
-from resnet_func.curvature.fisher import Fisher, mixing_loss, mixtures
+from resnet_func.curvature.fisher import Fisher, flat_logits, mixing_loss, mixtures
 from resnet_func.curvature.kronecker import Factors, KroneckerEstimate, decompose
 from resnet_func.curvature.products import Options, check_curvature_options
 from resnet_func.per_sample.engine import evaluate
@@ -53,7 +53,8 @@ def kfac(
     whose product has the right trace. What is too large for either has its exact diagonal.
 
     Args:
-        model, loss_fn: A network in evaluation mode, and a per-sample loss.
+        model, loss_fn: A network in evaluation mode, and a per-sample loss. Logits may be `[N]`, as for a
+            binary cross-entropy.
         fisher: "exact" is the Gauss-Newton matrix, with a pass for every logit ("type-2" in other libraries);
             "sampled" estimates it in a single pass, by random signs ("mc"); "empirical" is the second moment
             of the loss's own gradients.
@@ -215,7 +216,7 @@ class _Passes(NamedTuple):
             first = tree.map(lambda leaf: leaf[:1], x)
             logits, _ = self.settings.model.apply(params, state, first, train=False)
         count = tree.leaves(x)[0].shape[0]
-        like = logits.flatten(1).expand(count, -1)
+        like = flat_logits(logits).expand(count, -1)
         for mixture in mixtures(self.fisher, like, generator):
             yield y, mixture
 

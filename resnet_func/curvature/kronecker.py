@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resnet_func import tree
-from resnet_func.types import Params
+from resnet_func.types import Params, Trainable
 
 # In units of a block's mean eigenvalue.
 DEFAULT_DAMPING = 0.1
@@ -99,6 +99,22 @@ class KroneckerEstimate:
 
     blocks: dict[str, Block]
 
+    def restrict(self, trainable: Trainable) -> KroneckerEstimate:
+        """The blocks of some leaves alone, by their dotted paths; exact, for no block looks at another.
+
+        Raises:
+            ValueError: there is no such block.
+
+        >>> import torch
+        >>> one = Block((1,), *[torch.ones(1, 1, 1)] * 3)
+        >>> list(KroneckerEstimate({"conv.bias": one, "fc.bias": one}).restrict(lambda p: "fc" in p).blocks)
+        ['fc.bias']
+        """
+        chosen = {path: block for path, block in self.blocks.items() if trainable(path)}
+        if not chosen:
+            raise ValueError(f"trainable selects no block; they are of {', '.join(self.blocks)}")
+        return KroneckerEstimate(chosen)
+
     def product(self, of: Params) -> Params:
         """Curvature times a tree.
 
@@ -107,7 +123,7 @@ class KroneckerEstimate:
                 `[N, *shape]`, as `per_sample.grads` returns them. Leaves that have no block do not count.
 
         Returns:
-            The product for the leaves that have a block, in its dtypes.
+            The product for the leaves that have a block, in the tree's structure and dtypes.
 
         Raises:
             ValueError: a block's leaf is missing, or has another shape.
@@ -157,11 +173,16 @@ class KroneckerEstimate:
 
     def _by_block(self, of: Params, apply: Callable[[str, Tensor], Tensor]) -> Params:
         flat = tree.flatten(of)
+        if missing := [path for path in self.blocks if path not in flat]:
+            raise ValueError(
+                f"the curvature has blocks of leaves that the tree has not: {', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}. Take restrict(trainable) of it"
+            )
         for path, block in self.blocks.items():
-            shape = tuple(flat[path].shape) if path in flat else None
-            if shape is None or shape[max(len(shape) - len(block.shape), 0) :] != block.shape:
+            shape = tuple(flat[path].shape)
+            if shape[max(len(shape) - len(block.shape), 0) :] != block.shape:
                 raise ValueError(
                     f"expected a tree like the trainable parameters, or a batch of them, with {path} of "
-                    f"{list(block.shape)} or [N, ...]; got {'no such leaf' if shape is None else list(shape)}"
+                    f"{list(block.shape)} or [N, ...]; got {list(shape)}"
                 )
-        return tree.unflatten({path: apply(path, flat[path]) for path in self.blocks})
+        return tree.select(of, {path: apply(path, flat[path]) for path in self.blocks})

@@ -15,6 +15,7 @@ from resnet_func.autodiff import detach_leaves
 from resnet_func.losses import check_per_sample
 from resnet_func.numerics import widen
 from resnet_func.per_sample.capture import Task, leaves_like, make_task
+from resnet_func.per_sample.constants import ConstantUnderNoGrad
 from resnet_func.per_sample.engine import fold_batch, parts, refuse_unstated_statistics
 from resnet_func.per_sample.options import Settings, check_options
 from resnet_func.types import Logits, LossFn, Model, Params, State, Trainable
@@ -56,7 +57,7 @@ def hvp(model: Model, loss_fn: LossFn, **options: Unpack[Options]) -> Product:
         **options: `trainable`, `microbatch`, `train`: see `Options`.
 
     Returns:
-        `fn(params, state, x, y, direction) -> product`: a nested dict of the trainable leaves, in their
+        `fn(params, state, x, y, direction) -> product`: the trainable leaves of the tree, in their
         dtypes. The direction is like the parameters; frozen leaves in it do not count, and may be left out.
         No samples give zeros.
 
@@ -118,16 +119,16 @@ def _product(
         found = product(task, part_x, part_y, along)
         total = {path: leaf + found[path] for path, leaf in total.items()}
     mean = {path: leaf / max(samples, 1) for path, leaf in total.items()}
-    return tree.unflatten({path: leaf.to(task.trained[path].dtype) for path, leaf in mean.items()})
+    return tree.select(params, {path: leaf.to(task.trained[path].dtype) for path, leaf in mean.items()})
 
 
 def _network(task: Task, x: Any) -> Callable[[Leaves], Logits]:
     """The logits as a function of the trainable leaves."""
 
     def logits(trained: Leaves) -> Logits:
-        with sdpa_kernel(SDPBackend.MATH):  # the only attention with second derivatives
-            params = tree.unflatten({**task.frozen, **trained})
-            return task.model.apply(params, task.state, x, train=False)[0]
+        # the only attention with second derivatives
+        with sdpa_kernel(SDPBackend.MATH), ConstantUnderNoGrad():
+            return task.model.apply(task.params(trained), task.state, x, train=False)[0]
 
     return logits
 

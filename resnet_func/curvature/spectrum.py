@@ -15,6 +15,7 @@ from resnet_func import tree
 from resnet_func.curvature.lanczos import Estimate, Spectrum, Vector, estimate, lanczos, quadrature
 from resnet_func.curvature.products import Options, check_curvature_options, ggn_vp, hvp
 from resnet_func.numerics import to_float64, widen
+from resnet_func.train.trainable import trained_leaves
 from resnet_func.types import LossFn, Model, Params, State
 
 Matrix: TypeAlias = Literal["hessian", "ggn"]
@@ -155,14 +156,14 @@ class _Operator(NamedTuple):
         counts = [tree.leaves(x)[0].shape[0] for x, _ in batches]
         if sum(counts) == 0:
             raise ValueError("expected at least one batch (x, y) with samples; got none")
-        leaves = {path: leaf for path, leaf in tree.flatten(params).items() if self.trainable(path)}
+        leaves = trained_leaves(params, self.trainable)
         zeros = torch.cat([torch.zeros_like(widen(leaf)).flatten() for leaf in leaves.values()])
         sizes = [leaf.numel() for leaf in leaves.values()]
 
         def apply(vector: Vector) -> Vector:
             pieces = zip(leaves.items(), vector.split(sizes), strict=True)
-            direction = tree.unflatten(
-                {path: piece.reshape(leaf.shape).to(leaf.dtype) for (path, leaf), piece in pieces}
+            direction = tree.select(
+                params, {path: piece.reshape(leaf.shape).to(leaf.dtype) for (path, leaf), piece in pieces}
             )
             total = torch.zeros_like(vector)
             for (x, y), count in zip(batches, counts, strict=True):

@@ -14,7 +14,7 @@ computes as the number it holds would, to round-off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -286,8 +286,6 @@ def _add_scaled_square(x: Tensor, y: Tensor, scale: Scalar) -> Tensor:
     return torch.addcmul(x, y, y, value=scale)
 
 
-def _decays(node: Any, mask: DecayMask, path: str = "") -> Any:
-    """A tree like params that says which leaves decay."""
-    if isinstance(node, Mapping):
-        return {key: _decays(child, mask, f"{path}.{key}" if path else key) for key, child in node.items()}
-    return None if node is None else mask is None or bool(mask(path))
+def _decays(params: Params, mask: DecayMask) -> Any:
+    """Whether each leaf decays, as a tree like params."""
+    return tree.map_with_path(lambda path, leaf: mask is None or bool(mask(path)), params)

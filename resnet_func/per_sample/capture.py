@@ -32,6 +32,7 @@ from resnet_func.per_sample.layers.factors import ConvFactors, Derived, Direct, 
 from resnet_func.per_sample.layers.layer import Layer
 from resnet_func.per_sample.layers.layer_factors import factors_of_layer
 from resnet_func.per_sample.layers.rows import row_jacobian
+from resnet_func.train.trainable import trained_leaves
 from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State, Trainable
 
 
@@ -59,25 +60,28 @@ class Captured(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is differentiated: the loss of a network, with respect to its trainable leaves."""
+    """What is differentiated: the loss of a network, with respect to its trainable leaves.
+
+    `like` has the structure of the parameters; its leaves are not looked at.
+    """
 
     model: Model
     loss_fn: LossFn
     trained: dict[str, Tensor]
     frozen: dict[str, Tensor]
     state: State
+    like: Params
+
+    def params(self, trained: dict[str, Tensor]) -> Params:
+        """The parameters as the network takes them."""
+        return tree.replace(self.like, {**self.frozen, **trained})
 
 
 def make_task(model: Model, loss_fn: LossFn, trainable: Trainable, params: Params, state: State) -> Task:
     """Split the leaves; a frozen one costs nothing."""
-    flat = tree.flatten(params)
-    trained = {path: leaf for path, leaf in flat.items() if trainable(path)}
-    if flat and not trained:
-        shown = ", ".join(list(flat)[:3])
-        raise ValueError(f"trainable selects no leaf; the leaves are {shown}, ... ({len(flat)} in all)")
-    return Task(
-        model, loss_fn, trained, {path: leaf for path, leaf in flat.items() if path not in trained}, state
-    )
+    trained = trained_leaves(params, trainable)
+    frozen = {path: leaf for path, leaf in tree.flatten(params).items() if path not in trained}
+    return Task(model, loss_fn, trained, frozen, state, params)
 
 
 def capture(task: Task, batch: Batch) -> Captured:
@@ -114,9 +118,8 @@ class _Pass(NamedTuple):
 
 def _forward(task: Task, batch: Batch, trained: dict[str, Tensor], calls: Calls) -> tuple[Tensor, Tensor]:
     """Losses `[N]` and logits."""
-    params = tree.unflatten({**task.frozen, **trained})
     with Interception(calls):
-        logits, _ = task.model.apply(params, task.state, batch.x, train=False)
+        logits, _ = task.model.apply(task.params(trained), task.state, batch.x, train=False)
     losses = task.loss_fn(logits, batch.y)
     check_per_sample(losses, batch.samples * batch.views)
     return losses.reshape(batch.views, batch.samples).mean(0), logits

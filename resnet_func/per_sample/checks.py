@@ -111,9 +111,9 @@ def _check_gradients(task: Task, few: Batch) -> None:
             path = _first_that_differs(*_in_float64(task, few))
     if path is not None:
         raise ValueError(
-            f"the gradient of {path} is another in a batch of {few.samples} than sample by sample. Are "
-            "samples coupled (attention or statistics across the batch), or is the network random? "
-            "Use method='vmap' if each sample's own gradient is meant"
+            f"the gradient of {path} is another in a batch than sample by sample. Are samples coupled "
+            "(attention or statistics across the batch) or brought into another order, or is the network "
+            "random? Use method='vmap' if each sample's own gradient is meant"
         )
 
 
@@ -126,14 +126,24 @@ def _in_float64(task: Task, batch: Batch) -> tuple[Task, Batch]:
 
 
 def _first_that_differs(task: Task, few: Batch) -> str | None:
-    """The first leaf whose gradients are others in the batch than sample by sample."""
+    """The first leaf whose gradients are others in the batch than sample by sample.
+
+    Two samples come in an order that is no other one turned, sorted or shifted.
+    """
+    order = [0, 1, 0, 1, 1] if few.samples > 1 else [0]
     with torch.enable_grad():
-        ours = capture(task, few)
+        try:
+            ours = capture(task, _in_order(few, order))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the network takes no batch of {len(order)} samples to compare ({error}). Does it depend on "
+                "the size of the batch? Pass check=False if that is meant"
+            ) from error
         alone = reference(task, few, how="loop").factors
     scale = math.hypot(*[_finite_norm(contract.grads(factors)) for factors in alone.values()])
     dtype = _coarsest(ours)
     for path, factors in alone.items():
-        if _differ(contract.grads(ours.factors[path]), contract.grads(factors), scale, dtype):
+        if _differ(contract.grads(ours.factors[path]), contract.grads(factors)[order], scale, dtype):
             return path
     return None
 
@@ -146,12 +156,14 @@ def _finite_norm(tensor: Tensor) -> float:
 
 
 def _first_samples(batch: Batch, count: int) -> Batch:
-    count = min(count, batch.samples)
+    return _in_order(batch, list(range(min(count, batch.samples))))
 
-    def first(leaf: Tensor) -> Tensor:
-        return split_views(leaf, batch.views)[:, :count].flatten(0, 1)
 
-    return Batch(tree.map(first, batch.x), tree.map(first, batch.y), count, batch.views)
+def _in_order(batch: Batch, order: list[int]) -> Batch:
+    def take(leaf: Tensor) -> Tensor:
+        return split_views(leaf, batch.views)[:, order].flatten(0, 1)
+
+    return Batch(tree.map(take, batch.x), tree.map(take, batch.y), len(order), batch.views)
 
 
 def _tells_samples_apart(few: Batch) -> bool:

@@ -65,7 +65,7 @@ class ClippedSum:
                 raise ValueError(f"mask must be bools [N]; got {mask.dtype} {list(mask.shape)}")
             settings, y = self.masked, (y, mask)
         (joined,) = evaluate(settings, [wanted], params, state, x, y)
-        total, norms = wanted.final(joined)
+        total, norms = wanted.result(joined, params)
         if self.nonfinite == "raise":
             detect_nonfinite(norms)
         return total, norms

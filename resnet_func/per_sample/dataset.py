@@ -84,7 +84,7 @@ def _over_dataset(
     if not all(parts):
         raise ValueError("expected at least one batch (x, y); the iterable was empty or used up")
     return {
-        name: wanted.final(wanted.join(part) if len(part) > 1 else part[0])
+        name: wanted.result(wanted.join(part) if len(part) > 1 else part[0], params)
         for (name, wanted), part in zip(chosen.items(), parts, strict=True)
     }
 

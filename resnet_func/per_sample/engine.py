@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,12 +175,17 @@ def directional_derivatives(
         return tree.leaves(x)[0].new_zeros(0, dtype=_float_dtype(params))
     along = leaves_like(task.trained, direction, "direction")
     settings.checks.before(task, batch)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no forward mode
-        return torch.func.jvp(
-            lambda trained: losses_of(task, batch, trained),
-            (task.trained,),
-            (along,),
-        )[1]
+    keeps_graph = torch.is_grad_enabled()  # where it does not, a network's own no_grad still counts
+    try:
+        # the fused kernels of attention have no forward mode
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            found = torch.func.jvp(partial(losses_of, task, batch), (task.trained,), (along,))[1]
+    except NotImplementedError as error:
+        raise ValueError(
+            f"dot is a forward-mode pass, which a call of this network has not ({str(error)[:80]}...). "
+            "Take the products of per_sample.grads"
+        ) from error
+    return found if keeps_graph else found.detach()
 
 
 def plan_ways(

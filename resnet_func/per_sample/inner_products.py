@@ -135,11 +135,12 @@ def ntk(model: Model, num_classes: int | None = None, **options: Unpack[Options]
 
     Args:
         model: As in `grads`.
-        num_classes: Logits to sum over; None means all of the model's config.
+        num_classes: Logits to sum over; None means all of the model's config. Logits `[N]` are one.
         **options: Those of `gram`.
 
     Returns:
-        `fn(params, state, x_a, x_b) -> Tensor [N_a, N_b]`; without `x_b`, of the first batch with itself.
+        `fn(params, state, x_a, x_b) -> Tensor [N_a, N_b]`, of inputs that may be trees;
+        without `x_b`, of the first batch with itself.
 
     Raises:
         ValueError: the model came from a module and `num_classes` is None.
@@ -155,13 +156,23 @@ def ntk(model: Model, num_classes: int | None = None, **options: Unpack[Options]
         if model.config is None:
             raise ValueError("a model from a module needs the number of its logits; pass num_classes=")
         num_classes = model.config.num_classes
-    grams = [gram(model, logit(index), **options) for index in range(num_classes)]
+    grams = [gram(model, partial(_logit, index), **options) for index in range(num_classes)]
 
     return partial(_sum_of_grams, grams)
 
 
+def _logit(index: int, logits: Tensor, targets: Any) -> Tensor:
+    return logit(index)(logits.unsqueeze(1) if logits.ndim == 1 else logits, targets)
+
+
 def _sum_of_grams(
-    grams: list[Callable[..., Tensor]], params: Params, state: State, x_a: Tensor, x_b: Tensor | None = None
+    grams: list[Callable[..., Tensor]], params: Params, state: State, x_a: Any, x_b: Any = None
 ) -> Tensor:
-    batches = [(x, x.new_zeros(x.shape[0])) for x in (x_a, x_b) if x is not None]
+    batches = [(x, _zeros_for(x)) for x in (x_a, x_b) if x is not None]
     return torch.stack([gram_fn(params, state, *batches) for gram_fn in grams]).sum(0)
+
+
+def _zeros_for(x: Any) -> Tensor:
+    """Targets that a logit does not look at."""
+    first = tree.leaves(x)[0]
+    return first.new_zeros(len(first))

@@ -18,6 +18,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from resnet_func.per_sample.constants import run_as_constant
+
+# Calls that align dimensions from the last one, by their names without underscores
+BROADCASTING = {
+    *("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "multiply", "subtract"),
+    *("div", "truediv", "rtruediv", "itruediv", "divide", "where", "maximum", "minimum", "matmul", "rmatmul"),
+    "scaled_dot_product_attention",
+}
 EXPANDING = (Tensor.expand, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile, Tensor.tile)
 
 
@@ -90,7 +98,10 @@ class Calls:
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     sources: dict[Tensor, Source] = field(default_factory=dict)
+    versions: dict[Tensor, int] = field(default_factory=dict)
+    expanded: dict[Tensor, tuple[str, ...]] = field(default_factory=dict)  # as many rows as the batch has
     count: int = 0
+    grad_mode: bool = field(default_factory=torch.is_grad_enabled)
 
     def __post_init__(self) -> None:
         for path, leaf in self.leaves.items():
@@ -106,16 +117,38 @@ class Calls:
         """Run a call, and keep what it says about the leaves."""
         tensors = list(dict.fromkeys(tensors_of(args, kwargs)))
         refuse_coupling(func, args, kwargs, self.sources)
+        if self.grad_mode and not torch.is_grad_enabled():
+            result = run_as_constant(func, args, kwargs)
+            if all(tensor in self.sources for tensor in tensors):
+                for output in tensors_of((result,), {}):
+                    self.sources.setdefault(output, Source(()))
+            return result
+        expanded = [tensor for tensor in tensors if tensor in self.expanded]
+        carriers = [tensor for tensor in tensors if tensor not in self.sources]
+        if expanded:
+            refuse_unaligned(func, expanded[0], carriers, self.expanded[expanded[0]])
+        result = self._run(func, args, kwargs, tensors)
+        if expanded and all(tensor in self.expanded for tensor in carriers):
+            for output in tensors_of((result,), {}):
+                self.expanded[output] = self.expanded[expanded[0]]
+        return result
+
+    def _run(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Any:
         known = [(tensor, self.sources[tensor]) for tensor in tensors if tensor in self.sources]
         parameters = [(tensor, source) for tensor, source in known if source.paths]
+        self._refuse_unseen_changes(func, parameters)
         if len(known) == len(tensors) and not (parameters and self._expands(func, args, kwargs)):
             return self._derive(func, args, kwargs, parameters)
         if not parameters:
+            if is_in_place(func) or func is Tensor.__setitem__:
+                self.sources.pop(args[0], None)  # a constant that samples are written into is none
             return func(*args, **kwargs)
         before = args
         if is_in_place(func):  # what comes in is overwritten: keep it as it was
             before = (args[0].clone(), *args[1:])
-        result = func(*args, **kwargs)
+        result = out_of_place(func)(*before, **kwargs)
         if func is F.embedding:
             result = _without_padding(result, *args, **kwargs)
         alone = isinstance(result, Tensor)
@@ -124,7 +157,11 @@ class Calls:
         if not indices:
             return result
         kept = [self._keep(outputs, index) for index in indices]
-        self.calls.append(Call(func, before, kwargs, parameters, indices, kept))
+        self.calls.append(Call(out_of_place(func), before, kwargs, parameters, indices, kept))
+        if is_in_place(func):  # written back: what shares its memory, as a view does, changes too
+            return args[0].copy_(outputs[0])
+        if len(known) == len(tensors):
+            self.expanded[outputs[0]] = parameters[0][1].paths
         return outputs[0] if alone else type(result)(outputs)
 
     def _keep(self, outputs: list[Any], index: int) -> Output:
@@ -133,7 +170,10 @@ class Calls:
         edge = None
         if self.taps is not None:
             output = outputs[index] = output + self.taps[self.count]
-        elif self.edges and output.requires_grad:  # what comes of a detached leaf does not
+        elif len(outputs) > 1:  # one may be made from another inside the call: as an alias it is an end
+            output = outputs[index] = output.view_as(output)
+        # what comes of a detached leaf requires no grad
+        if self.taps is None and self.edges and output.requires_grad:
             edge = get_gradient_edge(output)  # not the tensor: a later call may overwrite it
         self.count += 1
         return Output(edge, tuple(output.shape), output.dtype)
@@ -159,11 +199,30 @@ class Calls:
         if outputs:
             paths = tuple(dict.fromkeys([path for _, source in parameters for path in source.paths]))
             for output in outputs:
+                self.versions[output] = version_of(output)
                 if output not in self.sources or is_in_place(func):  # `contiguous` may return its argument
                     self.sources[output] = Source(paths, len(self.steps) if paths else -1)
             if paths:
                 self.steps.append(Step(func, args, kwargs, [source for _, source in parameters], outputs))
         return result
+
+    def _refuse_unseen_changes(
+        self, func: Callable[..., Any], parameters: list[tuple[Tensor, Source]]
+    ) -> None:
+        """Refuse what derives from a leaf and was changed by other means than calls on itself."""
+        for tensor, source in parameters:
+            if func is Tensor.__setitem__:
+                raise ValueError(
+                    f"{' and '.join(source.paths)}, or what derives from it, is in an assignment by index, "
+                    "t[i] = value, which cannot be followed. Use torch.cat, torch.where or index_put, "
+                    "or method='vmap'"
+                )
+            if version_of(tensor) != self.versions.get(tensor, version_of(tensor)):
+                raise ValueError(
+                    f"a tensor that derives from {' and '.join(source.paths)} was changed in place through a "
+                    "view, which cannot be followed. Change it by calls that return a new tensor, or use "
+                    "method='vmap'"
+                )
 
 
 class Interception(TorchFunctionMode):
@@ -201,6 +260,42 @@ def is_in_place(func: Callable[..., Any]) -> bool:
     if name.startswith("__"):
         return name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__init__")
     return name.endswith("_")
+
+
+def refuse_unaligned(
+    func: Callable[..., Any], expanded: Tensor, carriers: list[Tensor], paths: tuple[str, ...]
+) -> None:
+    """Refuse a leaf expanded to as many rows as the batch has samples, where the rows are no samples."""
+    if getattr(func, "__name__", "").strip("_") in BROADCASTING and any(
+        tensor.ndim > expanded.ndim for tensor in carriers
+    ):
+        raise ValueError(
+            f"{' and '.join(paths)} is expanded to {expanded.shape[0]} rows, as many as the batch has, but "
+            "they are no samples. Use another batch size or microbatch=, or method='vmap'"
+        )
+
+
+def out_of_place(func: Callable[..., Any]) -> Callable[..., Any]:
+    """`add` for `add_` and `__iadd__`; a function that overwrites nothing as it is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not is_in_place(func):
+        return func
+    name = func.__name__
+    found = getattr(Tensor, f"__{name[3:-2]}__" if name.startswith("__i") else name[:-1], None)
+    if found is None:
+        raise ValueError(
+            f"a trainable leaf is written into a tensor by {name}, which cannot be followed. Use torch.where "
+            "or torch.cat, or method='vmap'"
+        )
+    return found
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor's memory was changed in place, where that is counted."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _without_padding(

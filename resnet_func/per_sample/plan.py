@@ -114,6 +114,7 @@ def plan(
     trainable: Trainable | None = None,
     params: Params | None = None,
     state: State | None = None,
+    input_dtype: torch.dtype | None = None,
     speeds: Speeds = TYPICAL,
 ) -> Plan:
     """Choose, layer by layer, how to contract; pass the result to a transform as `method=`.
@@ -129,10 +130,12 @@ def plan(
             goes as low as it can where even that does not fit: use `microbatch=` then.
         trainable: Predicate on a leaf's dotted path; None means every leaf.
         params, state: Of a network that cannot draw its own (`from_module`); only their shapes are read.
+        input_dtype: Of the batch; None is that of the parameters. Tokens are `torch.int64`.
         speeds: What the ways are weighed by; `calibration.measured()` has this machine's.
 
     Raises:
-        ValueError: an unknown quantity, a shape of the wrong rank, or no params for a model that draws none.
+        ValueError: an unknown quantity, a shape of the wrong rank, no params for a model that draws none, or
+            the network does not take such a batch.
 
     >>> import resnet_func as rf
     >>> plan = rf.per_sample.plan(rf.resnet20(norm="group"), (64, 3, 32, 32), "norms")
@@ -156,10 +159,16 @@ def plan(
             raise ValueError("this model draws no parameters; pass plan(..., params=, state=)") from error
     shapes, statistics = tree.map(_as_meta, params), tree.map(_as_meta, state or {})
     first = next(leaf for leaf in tree.leaves(shapes) if leaf.is_floating_point())
-    x = torch.empty(views * samples, *rest, device="meta", dtype=first.dtype)
+    x = torch.empty(views * samples, *rest, device="meta", dtype=input_dtype or first.dtype)
     targets = torch.empty(views * samples, device="meta", dtype=torch.float32)
     task = make_task(model, _any_loss, trainable or (lambda path: True), shapes, statistics)
-    captured = capture(task, Batch(x, targets, samples, views))
+    try:
+        captured = capture(task, Batch(x, targets, samples, views))
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network does not take a batch {list(x.shape)} of {x.dtype} ({str(error)[:120]}). Look at "
+            "the shape, and pass plan(..., input_dtype=torch.int64) where it takes tokens"
+        ) from error
     return plan_factors(captured.factors, quantity, memory_budget, speeds=speeds, input_shape=shape)
 
 
@@ -168,7 +177,7 @@ def _as_meta(leaf: torch.Tensor) -> torch.Tensor:
 
 
 def _any_loss(logits: Logits, targets: torch.Tensor) -> PerSample:
-    return logits.flatten(1).sum(1)
+    return logits.reshape(len(logits), -1).sum(1)
 
 
 def plan_factors(

@@ -45,8 +45,7 @@ def _sample(batch: Any, index: int) -> Any:
 
 def _gradient_of_one(task: Task) -> GradientOfOne:
     def loss(trained: dict[str, Tensor], x: Any, y: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        params = tree.unflatten({**task.frozen, **trained})
-        logits, _ = task.model.apply(params, task.state, x, train=False)
+        logits, _ = task.model.apply(task.params(trained), task.state, x, train=False)
         losses = task.loss_fn(logits, y)
         check_per_sample(losses, logits.shape[0])
         return losses.mean(), (losses.mean(), logits)

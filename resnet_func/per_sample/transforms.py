@@ -32,7 +32,8 @@ def grads(
         **options: See `Options`.
 
     Returns:
-        `fn(params, state, x, y)`: nested dicts of the trainable leaves, each `[N, *shape]`. `x [N, C, H, W]`,
+        `fn(params, state, x, y)`: the trainable leaves of the parameters' tree (`tree.select`), each
+        `[N, *shape]`. `x [N, C, H, W]`,
         or `x [N, views, C, H, W]` for gradients averaged over augmented views that share a target `y [N,
         ...]` (De et al. 2022, https://arxiv.org/abs/2204.13650). No samples give leaves `[0, *shape]`; a
         sample with NaN has NaN in its own gradient only.
@@ -125,7 +126,7 @@ def clipped_sum(
             raise, and leaves it out: look at the norms.
 
     Returns:
-        `fn(params, state, x, y, mask=None) -> (sum, norms)`: nested dicts of the trainable leaves, and the
+        `fn(params, state, x, y, mask=None) -> (sum, norms)`: the trainable leaves of the tree, and the
         norms `[N]` before clipping. `max_norm=0` gives zeros; a zero gradient stays zero; no samples give
         zeros and `[0]`. Where `mask [N]`, of bools, is False, a sample is padding: it adds exactly nothing,
         whatever it holds, and its norm is 0. `fn(..., max_norm=)` takes another bound for the call, a 0-d
@@ -253,7 +254,7 @@ def _transform(
 ) -> Any:
     wanted = make()
     (joined,) = evaluate(settings, [wanted], params, state, x, y)
-    return wanted.final(joined)
+    return wanted.result(joined, params)
 
 
 def _dot(settings: Settings, params: Params, state: State, x: Any, y: Any, direction: Params) -> Tensor:

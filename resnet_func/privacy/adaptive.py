@@ -16,7 +16,7 @@ from torch import Tensor
 
 from resnet_func.optim import Optimizer
 from resnet_func.train import init_train_state
-from resnet_func.types import Params, State, TrainState
+from resnet_func.types import Params, State, Trainable, TrainState
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,13 @@ def init_private_state(
     *,
     max_norm: Any = None,
     ema: bool = False,
+    trainable: Trainable | None = None,
 ) -> TrainState:
     """What the first private step takes: `train.init_train_state`, with the bound where that adapts.
 
     Args:
         params, state: From `model.init`.
-        optimizer, max_norm: Those of `make_private_step`.
+        optimizer, max_norm, trainable: Those of `make_private_step`.
         ema: Whether to keep a moving average.
 
     >>> import resnet_func as rf
@@ -101,7 +102,7 @@ def init_private_state(
     >>> begin.opt_state.max_norm
     tensor(0.5000)
     """
-    begin = init_train_state(params, state, optimizer, ema=ema)
+    begin = init_train_state(params, state, optimizer, ema=ema, trainable=trainable)
     if not isinstance(max_norm, AdaptiveNorm):
         return begin
     inner = begin.opt_state

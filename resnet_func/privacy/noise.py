@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -11,32 +12,41 @@ from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.numerics import accumulation_dtype
-from resnet_func.types import Params
+from resnet_func.train.trainable import trained_leaves
+from resnet_func.types import Params, Trainable
 
 # The noise of the count of unclipped samples, beside that of the parameters.
 COUNT = "count of unclipped samples"
 
 
-def gaussian_noise(params: Params, *, seed: int, step: int, adaptive: bool = False) -> Params:
-    """Independent standard normal numbers like `params`: the noise of one step, the same whenever it is
-    drawn.
+def gaussian_noise(
+    params: Params,
+    *,
+    seed: int,
+    step: int,
+    adaptive: bool = False,
+    trainable: Trainable | None = None,
+) -> Params:
+    """Independent standard normal numbers like the trained leaves of `params`: the noise of one step, the
+    same whenever it is drawn.
 
     Leaf by leaf from NumPy's Philox4x64-10, keyed by 128 bits of the seed's SHA-256 and counted by step and
-    leaf: no two steps or leaves share a number, a step repeated after a crash is the same release and not a
-    second one, and no other random stream is read or advanced. They are drawn on the CPU, in at least
-    float32, then moved. (`torch.Generator` on a CPU keeps 32 bits of its seed: noise that could be found by
-    trying.)
+    trained leaf (in the order of their paths, so that frozen leaves change no number): no two steps or leaves
+    share a number, a step repeated after a crash is the same release and not a second one, and no other
+    random stream is read or advanced. They are drawn on the CPU, in at least float32, then moved.
+    (`torch.Generator` on a CPU keeps 32 bits of its seed: noise that could be found by trying.)
 
     Whoever has the seed can subtract the noise: take `secrets.randbits(128)`, and keep it secret. The
     generator is not cryptographic, and floating-point normals are not exactly Gaussian (Mironov 2012,
     https://doi.org/10.1145/2382196.2382264): the guarantee is that of the idealised mechanism.
 
     Args:
-        params: Nested dicts of floating-point tensors; only their shapes, dtypes and devices are looked at.
+        params: A tree of tensors; only their shapes, dtypes and devices are looked at.
         seed: Any integer.
         step: The number of the step, 0 to 2^64 - 1, each used once.
         adaptive: Whether the step's bound adapts (`AdaptiveNorm`): then there is one number more, for the
-            count of unclipped samples.
+            count of unclipped samples; parameters that are no dict then give one, by dotted paths.
+        trainable: That of the step: the other leaves get no noise.
 
     >>> import torch
     >>> from resnet_func import privacy
@@ -59,36 +69,40 @@ def gaussian_noise(params: Params, *, seed: int, step: int, adaptive: bool = Fal
         )
         return torch.as_tensor(values).to(leaf.device)
 
-    leaves = tree.flatten(params)
+    leaves = trained_leaves(params, trainable)
     noise = {path: draw(number, leaves[path]) for number, path in enumerate(sorted(leaves))}
-    if adaptive:
-        like = torch.zeros((), dtype=torch.float32, device=tree.leaves(params)[0].device)
-        noise[COUNT] = draw(len(leaves), like)
-    return tree.unflatten(noise)
+    if not adaptive:
+        return tree.select(params, noise)
+    like = torch.zeros((), dtype=torch.float32, device=next(iter(leaves.values())).device)
+    rest = tree.select(params, noise) if isinstance(params, Mapping) else noise
+    return {**rest, COUNT: draw(len(leaves), like)}
 
 
-def add_noise(total: Params, noise: Params, std: float | Tensor) -> Params:
+def add_noise(total: dict[str, Tensor], noise: dict[str, Tensor], std: float | Tensor) -> dict[str, Tensor]:
     """`total + std * noise`, in at least float32; a `std` that is the number 0 adds nothing."""
     if not isinstance(std, Tensor) and not std:
         return total
-    return tree.map(lambda leaf, z: leaf.to(z.dtype) + std * z, total, noise)
+    return {path: leaf.to(noise[path].dtype) + std * noise[path] for path, leaf in total.items()}
 
 
-def check_noise(noise: Params, params: Params, *, adaptive: bool = False) -> None:
-    """Refuse noise of another tree or other shapes: it would broadcast, and one number would hide nothing.
+def check_noise(noise: dict[str, Tensor], leaves: dict[str, Tensor], *, adaptive: bool = False) -> None:
+    """Refuse noise of other leaves or other shapes: it would broadcast, and one number would hide nothing.
+
+    Both are by dotted path; `leaves` are those that are trained.
 
     Raises:
         ValueError: a leaf is missing, or has another shape or less precision.
     """
-    given, wanted = tree.flatten(noise), dict(tree.flatten(params))
+    wanted = dict(leaves)
     if adaptive:
         wanted[COUNT] = torch.zeros((), dtype=torch.float32, device="meta")
-    for path in {**wanted, **given}:
-        leaf, like = given.get(path), wanted.get(path)
+    for path in {**wanted, **noise}:
+        leaf, like = noise.get(path), wanted.get(path)
         got = None if leaf is None else (leaf.shape, leaf.dtype)
         need = None if like is None else (like.shape, accumulation_dtype(like.dtype))
         if got != need:
             raise ValueError(
-                f"noise must be like the parameters, in at least float32: {path!r} must be {need}; got {got}."
-                f" Try privacy.gaussian_noise(params, seed=, step={', adaptive=True' if adaptive else ''})"
+                "noise must be like the parameters that are trained, in at least float32: "
+                f"{path!r} must be {need}; got {got}. Try privacy.gaussian_noise(params, seed=, step="
+                f"{', adaptive=True' if adaptive else ''}), with the trainable= of the step"
             )

@@ -38,5 +38,5 @@ def join_over_ranks(clipped: Clipped, ranks: Ranks) -> Clipped:
     flat = {path: widen(leaf) for path, leaf in tree.flatten(clipped.total).items()}
     rows = placed(clipped.norms), placed(clipped.mask), clipped.unclipped
     *leaves, norms, mask, unclipped = sum_over_ranks([*flat.values(), *rows], ranks)
-    total = tree.unflatten(dict(zip(flat, leaves, strict=True)))
+    total = tree.replace(clipped.total, dict(zip(flat, leaves, strict=True)))
     return Clipped(total, norms.flatten(), mask.flatten() > 0, unclipped)

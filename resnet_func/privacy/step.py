@@ -15,13 +15,14 @@ from resnet_func import tree
 from resnet_func.numerics import to_float64, widen
 from resnet_func.optim import Optimizer, ema
 from resnet_func.per_sample import clipped_sum
-from resnet_func.per_sample.options import Method, every_leaf
+from resnet_func.per_sample.options import Method
 from resnet_func.per_sample.quantities.quantity import Clipping
 from resnet_func.per_sample.transforms import ClippedSum
 from resnet_func.privacy.accounting import Neighbours, check_calibrated_for, check_neighbours
 from resnet_func.privacy.adaptive import AdaptiveNorm, AdaptiveState
 from resnet_func.privacy.noise import COUNT, add_noise, check_noise
-from resnet_func.types import LossFn, Metrics, Model, Params, TrainState
+from resnet_func.train.trainable import check_opt_state, select_trained, trained_leaves
+from resnet_func.types import LossFn, Metrics, Model, Params, Trainable, TrainState
 
 MaxNorm: TypeAlias = float | Mapping[str, float] | AdaptiveNorm
 PrivateStep: TypeAlias = Callable[[TrainState, Any, Any, Tensor, Params], tuple[TrainState, Metrics]]
@@ -36,7 +37,7 @@ def sensitivity(
     clipping: Clipping = "flat",
     neighbours: Neighbours = "add-or-remove-one",
 ) -> float:
-    """How far, in L2 norm over all leaves, neighbouring data sets can move the clipped sum.
+    """How far, in L2 norm over all leaves that are trained, neighbouring data sets can move the clipped sum.
 
     Every clipping bounds a sample's whole contribution by `max_norm`: "per_layer" gives each of L layers
     `max_norm / sqrt(L)`, and "automatic" normalises to below `max_norm`. Bounds by prefix add up as squares.
@@ -118,6 +119,7 @@ def make_private_step(
     views: bool | None = None,
     method: Method = "auto",
     check: bool | None = None,
+    trainable: Trainable | None = None,
 ) -> PrivateStep:
     """A pure function of one step of DP-SGD (Abadi et al. 2016, https://arxiv.org/abs/1607.00133), or of DP
     with any other optimizer, which sees nothing but the noisy mean.
@@ -141,19 +143,24 @@ def make_private_step(
         microbatch: Samples at a time, to bound memory; noise is added once all the same.
         views: As in `per_sample.Options`: views of a sample are averaged before its gradient is clipped.
         method, check: As in `per_sample.Options`.
+        trainable: Dotted path -> whether that leaf is trained, such as a head on a network that was trained
+            in public; None trains all. Gradients are clipped over these leaves, and noise is on these alone:
+            the sensitivity stays `max_norm`, and fewer numbers carry the same noise. The others, and their
+            moving average, come back as the same tensors. Give `init_private_state` and `gaussian_noise` the
+            same function.
 
     Returns:
         `step(train_state, x, y, mask, noise) -> (train_state, metrics)`. `x`, `y` and `mask [N]` are a batch
         of `poisson_batches`; where the mask is False, a sample is padding and counts exactly nothing. `noise`
-        is `gaussian_noise(params, seed=, step=)`, a fresh one each step. A sample with NaN or Inf in its
-        gradient counts nothing, either.
+        is `gaussian_noise(params, seed=, step=, trainable=)`, a fresh one each step. A sample with NaN or Inf
+        in its gradient counts nothing, either.
 
         Parameters, optimizer state, moving average and an adaptive bound are private, and so is the metric
         "max_norm". Metrics that start with "not_private/" are NOT: they are computed from the samples without
         noise, for your eyes while you develop on public data. "share_clipped": of the samples whose gradient
         is longer than the bound; "norm_lower_quartile", "norm_median", "norm_upper_quartile" of the
         gradients' norms; "signal_to_noise": norm of the clipped sum over the expected norm of the noise;
-        "share_nonfinite": of the samples left out. Of an empty batch they are 0.
+        "share_nonfinite": of the samples left out. Of an empty batch they are all 0.
 
     Raises:
         ValueError: an option is out of range, the noise multiplier was calibrated for other neighbours, the
@@ -166,7 +173,15 @@ def make_private_step(
     >>> step = rf.privacy.make_private_step(model, rf.losses.cross_entropy, optimizer, **rule)
     """
     summed = _clipped_sum(
-        model, loss_fn, max_norm, clipping, microbatch=microbatch, views=views, method=method, check=check
+        model,
+        loss_fn,
+        max_norm,
+        clipping,
+        microbatch=microbatch,
+        views=views,
+        method=method,
+        check=check,
+        trainable=trainable,
     )
     parts = make_private_parts(
         summed,
@@ -215,23 +230,19 @@ def make_private_parts(
     and noise is added to what they have together.
 
     Args:
-        summed: A transform of `per_sample.clipped_sum`, which states the bound that the noise is scaled by.
+        summed: A transform of `per_sample.clipped_sum`, which states the bound that the noise is scaled by,
+            and by its `trainable=` the leaves that move.
         max_norm: An `AdaptiveNorm`, or what the transform was made with.
         optimizer, noise_multiplier, expected_batch_size, neighbours, ema_decay: As in `make_private_step`.
 
     Raises:
-        ValueError: as in `make_private_step`, `max_norm` is not the transform's, or that has `trainable=`.
+        ValueError: as in `make_private_step`, or `max_norm` is not the transform's.
 
     >>> import resnet_func as rf
     >>> model, rule = rf.resnet20(norm="group"), {"noise_multiplier": 1.1, "expected_batch_size": 64}
     >>> summed = rf.per_sample.clipped_sum(model, rf.losses.cross_entropy, max_norm=1.0, nonfinite="zero")
     >>> parts = rf.privacy.make_private_parts(summed, rf.optim.sgd(0.5), max_norm=1.0, **rule)
     """
-    if summed.settings.trainable is not every_leaf:
-        raise ValueError(
-            "a private step moves every leaf: leave trainable= out of the clipped sum. To freeze a part of a "
-            "network, close over it in rf.from_function"
-        )
     adaptive = max_norm if isinstance(max_norm, AdaptiveNorm) else None
     _check_bound(summed, max_norm)
     _check(noise_multiplier, expected_batch_size, summed.bound, neighbours, ema_decay)
@@ -281,21 +292,28 @@ class _PrivateRule:
 
     def finish(self, train_state: TrainState, clipped: Clipped, noise: Params) -> TrainState:
         params, state, opt_state, ema_params, ema_state = train_state
-        check_noise(noise, params, adaptive=self.adaptive is not None)
-        leaves = {name: leaf for name, leaf in noise.items() if name != COUNT}
-        noisy = add_noise(clipped.total, leaves, self.std_of(train_state))
-        mean = tree.map(lambda leaf, like: (leaf / self.expected_batch_size).to(like.dtype), noisy, params)
+        trainable, drawn = self.summed.settings.trainable, tree.flatten(noise)
+        leaves, trained = trained_leaves(params, trainable), select_trained(params, trainable)
         inner = opt_state.optimizer if self.adaptive else opt_state
-        params, inner = self.optimizer.step(mean, inner, params)
+        check_noise(drawn, leaves, adaptive=self.adaptive is not None)
+        check_opt_state(inner, params, trained)
+        noisy = add_noise(tree.flatten(clipped.total), drawn, self.std_of(train_state))
+        mean = {
+            path: (noisy[path] / self.expected_batch_size).to(leaf.dtype) for path, leaf in leaves.items()
+        }
+        moved, inner = self.optimizer.step(tree.replace(trained, mean), inner, trained)
+        params = tree.replace(params, tree.flatten(moved))
         if self.adaptive:
-            count = clipped.unclipped + self.adaptive.count_std(self.noise_multiplier) * noise[COUNT]
+            count = clipped.unclipped + self.adaptive.count_std(self.noise_multiplier) * drawn[COUNT]
             bound = self.adaptive.move(opt_state.max_norm, count, self.expected_batch_size)
             opt_state = AdaptiveState(inner.step, bound, inner)
         else:
             opt_state = inner
-        if self.ema_decay is not None and ema_params:
+        if self.ema_decay is not None and tree.leaves(ema_params):
             steps = to_float64(opt_state.step)
-            ema_params = ema(ema_params, params, torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay))
+            decay = torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay)
+            averages = ema(select_trained(ema_params, trainable), moved, decay)
+            ema_params = tree.replace(ema_params, tree.flatten(averages))
         return TrainState(params, state, opt_state, ema_params, ema_state)
 
     def measure(self, train_state: TrainState, clipped: Clipped) -> Metrics:
@@ -308,6 +326,7 @@ class _PrivateRule:
 def _metrics(clipped: Clipped, bound: float | Tensor, std: float | Tensor) -> Metrics:
     total, norms, mask, _ = clipped
     with torch.no_grad():
+        signal = tree.norm(total)
         finite = mask & norms.isfinite()
         count = mask.sum().clamp(min=1)
         usable = finite.sum()
@@ -315,7 +334,8 @@ def _metrics(clipped: Clipped, bound: float | Tensor, std: float | Tensor) -> Me
         found = {
             "share_clipped": (finite & (norms > bound)).sum() / count,
             "share_nonfinite": (mask & ~finite).sum() / count,
-            "signal_to_noise": tree.norm(total) / (std * math.sqrt(tree.size(total))),
+            # without signal it is 0, also without noise
+            "signal_to_noise": torch.where(signal > 0, signal / (std * math.sqrt(tree.size(total))), 0),
         }
         for name, level in QUANTILES.items():  # nearest rank
             place = (level * (usable - 1)).round().clamp(min=0).to(torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from resnet_func.distributed import sync_batch_norm as over_ranks
 from resnet_func.losses import accuracy, are_class_indices, check_per_sample
 from resnet_func.numerics import to_float64, widen
 from resnet_func.optim import Optimizer, ema
+from resnet_func.train.trainable import check_opt_state, select_trained, trained_leaves
 from resnet_func.types import (
     Apply,
     Images,
@@ -65,7 +66,7 @@ def init_train_state(
     params, state = detach_leaves((params, state))
     # Copies: were they the parameters themselves, a compiled step would be traced anew once they differ.
     averages = tree.map(torch.clone, (params, state)) if ema else ({}, {})
-    return TrainState(params, state, optimizer.init(_select(params, trainable)), *averages)
+    return TrainState(params, state, optimizer.init(select_trained(params, trainable)), *averages)
 
 
 def make_train_step(
@@ -97,9 +98,9 @@ def make_train_step(
             where that is smaller (t: steps done), so that the average forgets the initial network.
         metrics: Functions `(logits, targets) -> [N]` by name, which are averaged over the batch. None means
             "accuracy" where targets are class indices, `[N]` and integer, and nothing for other targets.
-        trainable: Dotted path -> whether that leaf is trained; None trains all. The others come back as the
-            same tensors, without a gradient or optimizer state; give `init_train_state` the same function.
-            Running statistics move all the same.
+        trainable: Dotted path -> whether that leaf is trained; None trains all but leaves of whole numbers.
+            The others come back as the same tensors, without a gradient or optimizer state; give
+            `init_train_state` the same function. Running statistics move all the same.
         ranks: Of `distributed.join`: the processes that each take a part of the batch, one sample at least.
             Gradients, metrics and sample counts are summed in one all-reduce, inside the graph, and divided
             then: on dyadic data every world gives the same bits. Every rank returns the same state.
@@ -151,11 +152,16 @@ class _TrainStep:
     sync_batch_norm: bool
 
     def objective(
-        self, trained: Params, params: Params, state: State, x: Images, y: Targets, batch_size: int
+        self,
+        leaves: dict[str, Tensor],
+        params: Params,
+        state: State,
+        x: Images,
+        y: Targets,
+        batch_size: int,
     ) -> tuple[Tensor, tuple[State, Metrics]]:
         """The loss of a piece, over the size of the batch."""
-        params = trained if self.trainable is None else _replace(params, trained)
-        logits, state = self.model.apply(params, state, x, train=True)
+        logits, state = self.model.apply(tree.replace(params, leaves), state, x, train=True)
         losses = self.loss_fn(logits, y)
         check_per_sample(losses, len(x))
         loss = widen(losses).sum() / batch_size
@@ -164,9 +170,10 @@ class _TrainStep:
     def __call__(self, train_state: TrainState, x: Images, y: Targets) -> tuple[TrainState, Metrics]:
         _check_batch(x, y)
         params, state, opt_state, ema_params, ema_state = detach_leaves(train_state)
-        trained, total = _select(params, self.trainable), None
-        if self.trainable is not None:
-            _check_opt_state(opt_state, params, trained)
+        leaves, trained = trained_leaves(params, self.trainable), select_trained(params, self.trainable)
+        if trained is not params:
+            check_opt_state(opt_state, params, trained)
+        total = None
         # over ranks sums are divided last: exact where sums are
         divisor = len(x) if self.ranks is None else 1
         for x_part, y_part in _pieces(x, y, self.microbatches):
@@ -174,7 +181,7 @@ class _TrainStep:
                 self.objective, params=params, state=state, x=x_part, y=y_part, batch_size=divisor
             )
             others = (params, state, x_part, y_part)
-            _, grads, (state, measured) = value_and_grad(part_of, trained, others)
+            _, grads, (state, measured) = value_and_grad(part_of, leaves, others)
             part = (grads, measured)
             total = part if total is None else tree.map(_add_wide, total, part)
         assert total is not None  # _check_batch refuses an empty batch
@@ -182,23 +189,29 @@ class _TrainStep:
             *total, state = _mean_over_ranks(
                 total[0], total[1], state, len(x), self.ranks, average_state=not self.sync_batch_norm
             )
-        grads, measured = tree.map(lambda g, p: g.to(p.dtype), total[0], trained), total[1]
-        moved, opt_state = self.optimizer.step(grads, opt_state, trained)
-        if self.ema_decay is not None and ema_params:
+        grads, measured = {path: grad.to(leaves[path].dtype) for path, grad in total[0].items()}, total[1]
+        moved, opt_state = self.optimizer.step(tree.replace(trained, grads), opt_state, trained)
+        if self.ema_decay is not None and tree.leaves(ema_params):
             steps = to_float64(opt_state.step)
             decay = torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay)
-            averages = ema(_select(ema_params, self.trainable), moved, decay)
-            ema_params = averages if self.trainable is None else _replace(ema_params, averages)
+            averages = ema(select_trained(ema_params, self.trainable), moved, decay)
+            ema_params = tree.replace(ema_params, tree.flatten(averages))
             ema_state = ema(ema_state, state, decay)
-        params = moved if self.trainable is None else _replace(params, moved)
+        params = tree.replace(params, tree.flatten(moved))
         return TrainState(params, state, opt_state, ema_params, ema_state), measured
 
 
 def _mean_over_ranks(
-    grads: Params, measured: Metrics, state: State, samples: int, ranks: Ranks, *, average_state: bool
-) -> tuple[Params, Metrics, State]:
+    grads: dict[str, Tensor],
+    measured: Metrics,
+    state: State,
+    samples: int,
+    ranks: Ranks,
+    *,
+    average_state: bool,
+) -> tuple[dict[str, Tensor], Metrics, State]:
     """Sums of the parts to means over the batch, in one collective; running statistics to those of all."""
-    flat = {("grads", path): widen(leaf) for path, leaf in tree.flatten(grads).items()}
+    flat = {("grads", path): widen(leaf) for path, leaf in grads.items()}
     flat |= {("metrics", name): widen(leaf) for name, leaf in measured.items()}
     flat["samples", ""] = torch.full((), samples, dtype=torch.float32, device=measured["loss"].device)
     statistics = {
@@ -211,9 +224,9 @@ def _mean_over_ranks(
     averages = zip(statistics.items(), sums[len(flat) :], strict=True)
     moved = {path: (leaf / ranks.world).to(like.dtype) for (path, like), leaf in averages}
     return (
-        tree.unflatten({path: leaf for (kind, path), leaf in means.items() if kind == "grads"}),
+        {path: leaf for (kind, path), leaf in means.items() if kind == "grads"},
         {name: leaf for (kind, name), leaf in means.items() if kind == "metrics"},
-        _replace(state, moved) if moved else state,
+        tree.replace(state, moved),
     )
 
 
@@ -246,35 +259,6 @@ def check_length(targets: Targets, n: int) -> None:
             raise ValueError(
                 f"targets must have the samples first, {n} as in the images; got {list(leaf.shape)}"
             )
-
-
-def _check_opt_state(opt_state: Any, params: Params, trained: Params) -> None:
-    frozen = tree.flatten(params).keys() - tree.flatten(trained).keys()
-    for field in opt_state if isinstance(opt_state, tuple) else (opt_state,):
-        if isinstance(field, tuple):
-            _check_opt_state(field, params, trained)
-        elif isinstance(field, Mapping) and (kept := frozen & tree.flatten(field).keys()):
-            raise ValueError(
-                f"the optimizer's state holds {min(kept)!r}, which trainable refuses; "
-                "give init_train_state the same trainable"
-            )
-
-
-def _select(params: Params, trainable: Trainable | None) -> Params:
-    """The leaves that are trained."""
-    if trainable is None:
-        return params
-    flat = tree.flatten(params)
-    chosen = {path: leaf for path, leaf in flat.items() if trainable(path)}
-    if not chosen:
-        raise ValueError(f"trainable accepts none of {len(flat)} leaves, such as {next(iter(flat), None)!r}")
-    return tree.unflatten(chosen)
-
-
-def _replace(params: Params, chosen: Params) -> Params:
-    """`params` with the leaves of `chosen` in place of its own."""
-    flat = tree.flatten(chosen)
-    return tree.map_with_path(lambda path, leaf: flat.get(path, leaf), params)
 
 
 def _pieces(x: Images, y: Targets, pieces: int) -> list[tuple[Images, Targets]]:

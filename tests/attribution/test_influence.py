@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from resnet_func import tree
 from resnet_func.attribution import DiagonalFisher, influence, sampled_ekfac
 from resnet_func.types import Params
 from tests.attribution.oracle import CE, batches, close, gradient_rows, joined, rows_of, tiny
-from tests.per_sample.cases import CLASSES, batch
+from tests.per_sample.cases import CLASSES, batch, network, small
 
 RIDGE = 0.05
 
@@ -119,3 +121,50 @@ def test_ekfac_is_a_curvature_and_its_labels_are_the_seeds() -> None:
     again, other = (sampled_ekfac(model, CE, seed=seed)(params, state, train) for seed in (0, 1))
     assert torch.equal(again.eigenvalues(), estimate.eigenvalues())
     assert not torch.equal(other.eigenvalues(), estimate.eigenvalues())
+
+
+def is_head(path: str) -> bool:
+    return path.startswith("fc.")
+
+
+@pytest.fixture(scope="module")
+def curvatures() -> dict[str, Any]:
+    """Of a network with a head, over all leaves and over the head."""
+    model, params, state = network(small(), 0)
+    data = [batch(4, 1)]
+    run = {
+        "diagonal": lambda **o: rf.attribution.diagonal_fisher(model, CE, **o),
+        "kfac": lambda **o: rf.curvature.kfac(model, CE, **o),
+    }
+    return {
+        f"{name} {which}": of(**options)(params, state, data)
+        for name, of in run.items()
+        for which, options in (("all", {}), ("head", {"trainable": is_head}))
+    }
+
+
+@pytest.mark.parametrize("name", ["diagonal", "kfac"])
+def test_a_curvature_of_fewer_leaves_is_refused_by_their_names(name: str, curvatures: dict[str, Any]) -> None:
+    model, params, state = network(small(), 0)
+    data = [batch(4, 1)]
+    run = influence(model, CE, curvatures[f"{name} head"])
+    with pytest.raises(ValueError, match=r"leaves that the curvature had not: conv1.weight.*same trainable="):
+        run((params, state), data, data)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "kfac"])
+def test_of_a_curvature_of_more_leaves_the_chosen_count(name: str, curvatures: dict[str, Any]) -> None:
+    """Blocks do not look at each other: to the bit that of the head alone."""
+    model, params, state = network(small(), 0)
+    data, options = [batch(4, 1)], {"trainable": is_head, "damping": 0.1}
+    whole = curvatures[f"{name} all"]
+    if name == "kfac":
+        run = influence(model, CE, whole, **options)
+        with pytest.raises(ValueError, match=r"the tree has not: conv1.weight.*Take restrict\(trainable\)"):
+            run((params, state), data, data)
+        whole = whole.restrict(is_head)
+    got, want = (
+        influence(model, CE, one, **options)((params, state), data, data)
+        for one in (whole, curvatures[f"{name} head"])
+    )
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)

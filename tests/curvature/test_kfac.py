@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -34,6 +35,27 @@ def test_factors_of_a_linear_layer_are_second_moments(approximation) -> None:
     mean_hessian = (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)).mean(0)
     assert_close(dense(estimate.blocks["0.weight"]), torch.kron(mean_hessian, x.T @ x / 5), 1e-10)
     assert_close(dense(estimate.blocks["0.bias"]), mean_hessian, 1e-10)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "sampled"])
+@pytest.mark.parametrize("column", [False, True], ids=["[N]", "[N, 1]"])
+def test_a_binary_cross_entropy_of_one_logit(fisher: Any, column: bool) -> None:
+    """Its Gauss-Newton matrix is the mean of p (1 - p) x x'; one sign estimates it without error."""
+
+    def loss_fn(logits: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits.reshape(len(y)), y, reduction="none")
+
+    model = rf.from_function(lambda p, x: x @ p["w"] if column else (x @ p["w"])[:, 0])
+    x, params = data(5, 4)[0], {"w": data(4, 1)[0]}
+    y, p = (x[:, 0] > 0).to(x.dtype), torch.sigmoid(x @ params["w"])
+    batches, draw = [(x, y)], generator(0)
+    want = (x.T * (p * (1 - p)).T) @ x / 5
+    e = curvature.ekfac(model, loss_fn, fisher=fisher)(params, {}, batches, generator=draw)
+    k = curvature.kfac(model, loss_fn, fisher=fisher)(params, {}, batches, generator=draw)
+    assert_close(e.trace(), want.trace(), 1e-10)
+    assert list(k.blocks) == ["w"]
+    product = curvature.ggn_vp(model, loss_fn)(params, {}, x, y, params)["w"]
+    assert_close(product, want @ params["w"], 1e-10)
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])

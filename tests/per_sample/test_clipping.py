@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch
 import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func.per_sample import checks
+from resnet_func.per_sample.quantities import quantity
+from resnet_func.testing import generator
 from tests.per_sample.cases import batch, network, small
 
 
@@ -47,3 +51,14 @@ def test_a_masked_loss_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(3):
         summed(params, state, x, y, torch.tensor([True, True, False]))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("rule", [quantity.clip_factors, quantity.automatic_factors])
+def test_a_factor_times_its_norm_is_never_above_the_bound(rule: Any, dtype: torch.dtype) -> None:
+    """Exactly, in rational numbers: also where 0.01 is less than the last digit of the norm."""
+    scales = 10 ** torch.linspace(-30, 30, 2000, dtype=torch.float64)
+    norms = torch.cat([scales, torch.rand(2000, generator=generator(0), dtype=torch.float64) * 1e6]).to(dtype)
+    for bound in (0.1, 1.0, 3e-5, 7.3e4, 1e-37):
+        for norm, factor in zip(norms.tolist(), rule(norms, bound).tolist(), strict=True):
+            assert Fraction(factor) * Fraction(norm) <= Fraction(bound)

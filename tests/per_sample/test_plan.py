@@ -134,3 +134,19 @@ def test_mistakes_of_plans_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ps.plan(*arguments)
+
+
+def test_a_plan_of_tokens_and_of_one_logit() -> None:
+    """The dtype of the inputs is told; a batch that does not fit is refused in one line."""
+    module = torch.nn.Sequential(torch.nn.Embedding(9, 6), torch.nn.Flatten(), torch.nn.Linear(30, 1))
+    network, params, state = rf.from_module(module)
+    model = rf.from_function(lambda p, x: network.apply(p, {}, x, train=False)[0][:, 0])
+    with pytest.raises(ValueError, match=r"batch \[4, 5\] of torch.float32 .* input_dtype=torch.int64"):
+        ps.plan(model, (4, 5), "norms", params=params, state=state)
+    plan = ps.plan(model, (4, 5), "norms", params=params, state=state, input_dtype=torch.int64)
+    x, y = torch.arange(20).reshape(4, 5) % 9, torch.zeros(4)
+    got, want = (
+        ps.norms(model, lambda logits, y: logits.square(), method=method)(params, state, x, y)
+        for method in (plan, "loop")
+    )
+    torch.testing.assert_close(got, want)

@@ -15,7 +15,7 @@ import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample.quantities.projections import leaf_seed, signs, split_dim
-from resnet_func.testing import assert_trees_near
+from resnet_func.testing import assert_trees_near, generator
 from resnet_func.types import Params
 from tests.per_sample.cases import CLASSES, batch, configs, network, small
 
@@ -73,6 +73,15 @@ def test_layer_grams_add_up_and_blocks_join() -> None:
     assert_trees_near(ps.gram(model, losses.cross_entropy, microbatch=3)(params, state, a, b), expected)
     empty = (a[0][:0], a[1][:0])
     assert ps.gram(model, losses.cross_entropy)(params, state, a, empty).shape == (5, 0)
+
+
+def test_ntk_of_one_logit_and_of_a_tree_of_inputs() -> None:
+    model = rf.from_function(lambda p, x: x["a"] @ p["w"] + x["b"])
+    x = {"a": torch.randn(3, 4, generator=generator(0)), "b": torch.ones(3)}
+    params = {"w": torch.randn(4, generator=generator(1))}
+    few = tree.map(lambda leaf: leaf[:2], x)
+    torch.testing.assert_close(ps.ntk(model, 1)(params, {}, x), x["a"] @ x["a"].T)
+    torch.testing.assert_close(ps.ntk(model, 1)(params, {}, x, few), x["a"] @ few["a"].T)
 
 
 def test_ntk_sums_over_logits() -> None:

@@ -295,13 +295,14 @@ def test_views_of_a_sample_are_averaged_before_they_are_clipped() -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_a_step_is_one_graph(adaptive: bool) -> None:
+@pytest.mark.parametrize("head", [False, True], ids=["all", "head"])
+def test_a_step_is_one_graph(adaptive: bool, head: bool) -> None:
     model, params, state = network(small(), 0)
     x, y = batch(4, 1)
-    bound = bounded() if adaptive else 0.5
-    before = privacy.init_private_state(params, state, optim.sgd(LR), max_norm=bound, ema=True)
-    noise = privacy.gaussian_noise(params, seed=1, step=0, adaptive=adaptive)
-    step = private(model, max_norm=bound, noise_multiplier=1.0, ema_decay=0.9)
+    bound, chosen = bounded() if adaptive else 0.5, {"trainable": is_head} if head else {}
+    before = privacy.init_private_state(params, state, optim.sgd(LR), max_norm=bound, ema=True, **chosen)
+    noise = privacy.gaussian_noise(params, seed=1, step=0, adaptive=adaptive, **chosen)
+    step = private(model, max_norm=bound, noise_multiplier=1.0, ema_decay=0.9, **chosen)
     mask = torch.tensor([True, True, False, True])
     eager, _ = step(before, x, y, mask, noise)
     compiled, _ = torch.compile(step, fullgraph=True)(before, x, y, mask, noise)
@@ -309,10 +310,110 @@ def test_a_step_is_one_graph(adaptive: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_frozen_leaves_are_refused_before_a_step() -> None:
-    model = rf.resnet20(norm="group", depths=(1, 1, 1))
-    head: dict[str, Any] = {"max_norm": 1.0, "nonfinite": "zero", "trainable": lambda path: path[:2] == "fc"}
-    summed = rf.per_sample.clipped_sum(model, losses.cross_entropy, **head)
-    rule = {"max_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 4}
-    with pytest.raises(ValueError, match="a private step moves every leaf"):
-        privacy.make_private_parts(summed, optim.sgd(0.1), **rule)
+# --------------------------------------------------------------------------- a head alone
+
+
+def is_head(path: str) -> bool:
+    return path.startswith("fc.")
+
+
+def head_start(optimizer: rf.optim.Optimizer) -> tuple[rf.Model, TrainState, Tensor, Tensor]:
+    model, params, state = network(small(), 0)
+    begin = privacy.init_private_state(params, state, optimizer, ema=True, trainable=is_head)
+    return model, begin, *batch(4, 1)
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_without_noise_and_bound_a_head_takes_the_plain_step(microbatch: int | None) -> None:
+    optimizer = optim.adamw(0.1, weight_decay=0.5)
+    model, begin, x, y = head_start(optimizer)
+    loss, options = losses.cross_entropy, {"ema_decay": 0.9, "trainable": is_head}
+    plain, _ = rf.train.make_train_step(model, loss, optimizer, **options)(begin, x, y)
+    rule = {"max_norm": math.inf, "noise_multiplier": 0.0, "expected_batch_size": 4, "microbatch": microbatch}
+    step = privacy.make_private_step(model, loss, optimizer, **rule, **options)
+    noise = privacy.gaussian_noise(begin.params, seed=1, step=0, trainable=is_head)
+    after, _ = step(begin, x, y, torch.ones(4, dtype=torch.bool), noise)
+    close(after, plain)
+
+
+def test_frozen_leaves_and_their_average_stay_the_same_tensors() -> None:
+    optimizer = optim.adamw(0.1, weight_decay=0.5)
+    model, begin, x, y = head_start(optimizer)
+    begin = begin._replace(ema_params=tree.map(lambda leaf: leaf + 1, begin.params))
+    options = {"noise_multiplier": 1.0, "ema_decay": 0.9, "trainable": is_head}
+    rule: dict[str, Any] = {"max_norm": 0.5, "expected_batch_size": 4, **options}
+    step = privacy.make_private_step(model, losses.cross_entropy, optimizer, **rule)
+    noise = privacy.gaussian_noise(begin.params, seed=1, step=0, trainable=is_head)
+    after, _ = step(begin, x, y, torch.ones(4, dtype=torch.bool), noise)
+    for before, now in ((begin.params, after.params), (begin.ema_params, after.ema_params)):
+        old, new = tree.flatten(before), tree.flatten(now)
+        assert list(old) == list(new)
+        assert {path for path in old if old[path] is not new[path]} == {"fc.weight", "fc.bias"}
+    assert tree.flatten(after.opt_state.exp_avg).keys() == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer", "automatic"])
+def test_a_head_is_the_whole_of_a_network_with_its_body_closed_over(clipping: Any) -> None:
+    """To the bit, metrics too: sensitivity and noise know nothing of the frozen rest."""
+    optimizer = optim.sgd(LR, momentum=0.9, weight_decay=0.1)
+    model, begin, x, y = head_start(optimizer)
+    body = begin.params
+
+    def apply(head: Params, state: Params, x: Tensor, *, train: bool) -> Any:
+        return model.apply({**body, "fc": head["fc"]}, state, x, train=train)
+
+    alone = rf.from_function(apply)
+    only = privacy.init_private_state({"fc": body["fc"]}, begin.state, optimizer, ema=True)
+    rule: dict[str, Any] = {"max_norm": 0.5, "noise_multiplier": 1.0, "expected_batch_size": 4}
+    rule |= {"ema_decay": 0.9, "clipping": clipping}
+    ones, loss = torch.ones(4, dtype=torch.bool), losses.cross_entropy
+    noises = (
+        privacy.gaussian_noise(body, seed=3, step=5, trainable=is_head),
+        privacy.gaussian_noise({"fc": body["fc"]}, seed=3, step=5),
+    )
+    assert all(map(torch.equal, tree.leaves(noises[0]), tree.leaves(noises[1])))
+    step = privacy.make_private_step(model, loss, optimizer, trainable=is_head, **rule)
+    closed = privacy.make_private_step(alone, loss, optimizer, **rule)
+    got, metrics = step(begin, x, y, ones, noises[0])
+    want, wanted = closed(only, x, y, ones, noises[1])
+    pairs = zip(tree.leaves(got.params["fc"]), tree.leaves(want.params["fc"]), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    close((got.ema_params["fc"], got.opt_state, metrics), (want.ema_params["fc"], want.opt_state, wanted))
+
+
+def test_an_adaptive_bound_on_a_head() -> None:
+    adaptive = bounded()
+    model, params, state = network(small(), 0)
+    begin = privacy.init_private_state(params, state, optim.sgd(LR), max_norm=adaptive, trainable=is_head)
+    noise = privacy.gaussian_noise(params, seed=1, step=0, adaptive=True, trainable=is_head)
+    head = privacy.gaussian_noise({"fc": params["fc"]}, seed=1, step=0, adaptive=True)
+    assert all(map(torch.equal, tree.leaves(noise), tree.leaves(head)))
+    step = private(model, max_norm=adaptive, noise_multiplier=1.0, trainable=is_head)
+    after, metrics = step(begin, *batch(4, 1), torch.ones(4, dtype=torch.bool), noise)
+    assert after.opt_state.max_norm != metrics["max_norm"]
+    assert after.params["conv1"]["weight"] is params["conv1"]["weight"]
+
+
+def test_noise_or_state_of_all_leaves_is_refused_for_a_head() -> None:
+    """Noise on what is frozen would hide nothing, and momentum of it would be lost."""
+    optimizer = optim.sgd(LR, momentum=0.9)
+    model, begin, x, y = head_start(optimizer)
+    rule: dict[str, Any] = {"max_norm": 0.5, "noise_multiplier": 1.0, "expected_batch_size": 4}
+    step = privacy.make_private_step(model, losses.cross_entropy, optimizer, trainable=is_head, **rule)
+    ones = torch.ones(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"'conv1.weight' must be None; got .* the trainable= of the step"):
+        step(begin, x, y, ones, privacy.gaussian_noise(begin.params, seed=1, step=0))
+    noise = privacy.gaussian_noise(begin.params, seed=1, step=0, trainable=is_head)
+    for_all = privacy.init_private_state(begin.params, begin.state, optimizer)
+    with pytest.raises(ValueError, match="state holds .* give init_train_state the same trainable"):
+        step(for_all, x, y, ones, noise)
+
+
+def test_without_noise_and_samples_the_signal_is_none() -> None:
+    model, before = start()
+    x, y = batch(3, 1)
+    nobody, everybody = torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    _, of_nobody = private(model)(before, x, y, nobody, zeros(before.params))
+    assert {name: float(value) for name, value in of_nobody.items() if value != 0} == {}
+    _, of_all = private(model)(before, x, y, everybody, zeros(before.params))
+    assert of_all["not_private/signal_to_noise"] == math.inf

@@ -378,10 +378,10 @@ def test_a_trainable_that_selects_nothing_or_something_else_is_refused(make):
     def nothing(path):
         return path.startswith("layer9")
 
-    with pytest.raises(ValueError, match=r"trainable accepts none of \d+ leaves, such as 'conv1.weight'"):
+    with pytest.raises(ValueError, match="trainable selects no leaf; the leaves are conv1.weight"):
         init_train_state(params, state, optimizer, trainable=nothing)
     for_all = init_train_state(params, state, optimizer)
-    with pytest.raises(ValueError, match="trainable accepts none"):
+    with pytest.raises(ValueError, match="trainable selects no leaf"):
         make_train_step(model, cross_entropy, optimizer, trainable=nothing)(for_all, x, y)
     with pytest.raises(ValueError, match="state holds .* give init_train_state the same trainable"):
         make_train_step(model, cross_entropy, optimizer, trainable=is_head)(for_all, x, y)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_func.per_sample.intercept import is_in_place, substitute
+from resnet_func.per_sample.intercept import substitute
 from resnet_func.per_sample.layers.factors import CallFactors, Direct
 from resnet_func.per_sample.layers.layer import Found, Layer, direct, in_front, is_one_of
 
@@ -52,13 +52,12 @@ def _function(
     layer: Layer, parameter: Tensor, ins: tuple[int, ...], outs: tuple[int, ...]
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The call as a function of one parameter and of the tensors that carry samples, these in front."""
-    func = out_of_place(layer.func)
 
     def function(weight: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         moved = [x.movedim(0, dim) for x, dim in zip(inputs, ins, strict=True)]
         values: Mapping[Tensor, Tensor] = {parameter: weight, **dict(zip(layer.batched, moved, strict=True))}
         args, kwargs = substitute((layer.args, layer.kwargs), values)
-        result = func(*args, **kwargs)
+        result = layer.func(*args, **kwargs)
         outputs = [result] if isinstance(result, Tensor) else result
         chosen = zip(layer.indices, outs, strict=True)
         return tuple([outputs[index].movedim(dim, 0) for index, dim in chosen])
@@ -72,11 +71,3 @@ def _expanded(layer: Layer, parameter: Tensor) -> Direct:
     pullback = torch.func.vjp(lambda weight: function(weight)[0][:1], parameter)[1]
     by_view = torch.vmap(lambda cotangent: pullback(cotangent.unsqueeze(0))[0])(layer.cotangent)
     return direct(by_view, parameter, layer.views)
-
-
-def out_of_place(func: Callable[..., Any]) -> Callable[..., Any]:
-    """`add` for `add_` and `__iadd__`."""
-    if not is_in_place(func):
-        return func
-    name = func.__name__
-    return getattr(Tensor, f"__{name[3:-2]}__" if name.startswith("__i") else name[:-1])

@@ -11,7 +11,7 @@ from resnet_func.per_sample.layers.layer import Found, Layer, direct, is_one_of,
 
 
 def linear(layer: Layer, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Found | None:
-    if not leads(input, layer) or weight.ndim != 2:
+    if not leads(input, layer) or weight.ndim != 2 or input.ndim < 2:
         return None
     g = layer.cotangent
     found: Found = {}

@@ -46,7 +46,9 @@ class _Sums(NamedTuple):
 
 def moments_quantity() -> Quantity:
     """`Moments` as a quantity."""
-    return Quantity("moments", _sums_of_leaf, _finish, _join, _final, accumulate=True)
+    return Quantity(
+        "moments", _sums_of_leaf, _finish, _join, _final, accumulate=True, like_params=_like_params
+    )
 
 
 def _sums_of_leaf(path: str, factors: Factors, way: Way) -> tuple[Tensor, Tensor]:
@@ -82,7 +84,12 @@ def _final(sums: _Sums) -> Moments:
         layer: _noise_scale(paths, mean, second, sums.samples) for layer, paths in by_layer(mean).items()
     }
     whole = _noise_scale(list(mean), mean, second, sums.samples)
-    return Moments(tree.unflatten(mean), tree.unflatten(second), whole, layers)
+    return Moments(mean, second, whole, layers)
+
+
+def _like_params(moments: Moments, params: Params) -> Moments:
+    mean, second = (tree.select(params, leaves) for leaves in (moments.mean, moments.second_moment))
+    return moments._replace(mean=mean, second_moment=second)
 
 
 def _noise_scale(paths: list[str], mean: dict[str, Any], second: dict[str, Any], n: int) -> NoiseScale:

@@ -17,6 +17,7 @@ from resnet_func.per_sample.capture import Captured
 from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.layers.contract import Way
 from resnet_func.per_sample.layers.factors import Derived, Direct, Factors, masked, split_views
+from resnet_func.types import Params
 
 Clipping: TypeAlias = Literal["flat", "per_layer", "automatic"]
 
@@ -24,7 +25,7 @@ Clipping: TypeAlias = Literal["flat", "per_layer", "automatic"]
 AUTOMATIC_STABILITY = 0.01
 
 
-def identity(value: Any) -> Any:
+def identity(value: Any, *_: Any) -> Any:
     """The value itself."""
     return value
 
@@ -36,6 +37,7 @@ class Quantity(NamedTuple):
     returns them; `finish(answers, captured)` puts the leaves of a batch together; `join` puts batches
     together, in order; `final` makes the result. `name` is what `plan` calls it; "" means that `leaf` is
     never called. `accumulate` says that `join` adds up, so that a pass over a data set holds one part only.
+    `like_params(result, params)` puts what is by dotted path into the structure of the parameters.
     `as_captured` says that `leaf` wants the factors themselves, not gradients that were formed for several
     quantities together. Made of a module's functions it can be pickled, and so sent to other processes.
 
@@ -59,14 +61,24 @@ class Quantity(NamedTuple):
     final: Callable[[Any], Any] = identity
     accumulate: bool = False
     as_captured: bool = False
+    like_params: Callable[[Any, Params], Any] = identity
+
+    def result(self, joined: Any, params: Params) -> Any:
+        """What the caller gets."""
+        return self.like_params(self.final(joined), params)
 
 
 # --------------------------------------------------------------------------- gradients and norms
 
 
 def grads() -> Quantity:
-    """Per-sample gradients: nested dicts, leaves `[N, *shape]`."""
-    return Quantity("grads", _grads, _as_they_are, _join_each, tree.unflatten)
+    """Per-sample gradients: the trainable leaves of the parameters' tree, each `[N, *shape]`."""
+    return Quantity("grads", _grads, _as_they_are, _join_each, like_params=select_leaves)
+
+
+def select_leaves(leaves: dict[str, Tensor], params: Params) -> Params:
+    """Leaves by dotted path in the structure of the parameters."""
+    return tree.select(params, leaves)
 
 
 def norms() -> Quantity:
@@ -136,7 +148,15 @@ def clipped_sum(
     and has norm 0.
     """
     finish = partial(_clip_and_sum, max_norm, clipping, masked_targets)
-    return Quantity("clipped_sum", _first_pass, finish, _join_sums, _as_trees, accumulate=True)
+    return Quantity(
+        "clipped_sum",
+        _first_pass,
+        finish,
+        _join_sums,
+        _rounded,
+        accumulate=True,
+        like_params=_sum_like_params,
+    )
 
 
 class Sum(NamedTuple):
@@ -186,8 +206,12 @@ def _join_sums(parts: list[tuple[dict[str, Sum], Tensor]]) -> tuple[dict[str, Su
     return total, torch.cat([norms for _, norms in parts])
 
 
-def _as_trees(result: tuple[dict[str, Sum], Tensor]) -> tuple[dict[str, Any], Tensor]:
-    return tree.unflatten({path: sum.value.to(sum.dtype) for path, sum in result[0].items()}), result[1]
+def _rounded(result: tuple[dict[str, Sum], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    return {path: sum.value.to(sum.dtype) for path, sum in result[0].items()}, result[1]
+
+
+def _sum_like_params(result: tuple[dict[str, Tensor], Tensor], params: Params) -> tuple[Params, Tensor]:
+    return tree.select(params, result[0]), result[1]
 
 
 def _factors_by_leaf(
@@ -234,16 +258,23 @@ def by_prefix(paths: list[str], prefixes: Mapping[str, Any]) -> dict[str, list[s
 
 def clip_factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
     """`min(1, max_norm / norm)`: exactly 1 up to `max_norm`, and `factor * norm` never rounds above it."""
-    # the quotient may round up, and so may its product with the norm: a step below is safe, unless subnormal
-    info = torch.finfo(norms.dtype)
-    quotient = max_norm / norms.clamp(min=info.tiny) * (1 - 2 * info.eps)
-    quotient = torch.where(quotient < info.tiny, 0.0, quotient)
-    return torch.where(norms <= max_norm, 1.0, quotient).to(norms.dtype)
+    return torch.where(norms <= max_norm, 1.0, _rounded_down(max_norm, norms)).to(norms.dtype)
 
 
 def automatic_factors(norms: Tensor, max_norm: float | Tensor) -> Tensor:
-    """`max_norm / (norm + 0.01)`: every gradient normalised (Bu et al. 2023)."""
-    return max_norm / (norms + AUTOMATIC_STABILITY)
+    """`max_norm / (norm + 0.01)`: every gradient normalised (Bu et al. 2023).
+
+    As in `clip_factors`, `factor * norm` never rounds above `max_norm`.
+    """
+    return _rounded_down(max_norm, norms + AUTOMATIC_STABILITY)
+
+
+def _rounded_down(max_norm: float | Tensor, norms: Tensor) -> Tensor:
+    """`max_norm / norm`, so that neither it nor its product with the norm rounds up."""
+    # the quotient may round up, and so may its product with the norm: a step below is safe, unless subnormal
+    info = torch.finfo(norms.dtype)
+    quotient = max_norm / norms.clamp(min=info.tiny) * (1 - 2 * info.eps)
+    return torch.where(quotient < info.tiny, 0.0, quotient).to(norms.dtype)
 
 
 def _known_true(condition: Tensor) -> bool:

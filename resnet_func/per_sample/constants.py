@@ -1,0 +1,35 @@
+"""What a network computes under `no_grad` is a constant, in forward mode too, which torch leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from resnet_func import tree
+
+
+class ConstantUnderNoGrad(TorchFunctionMode):
+    """Forward mode in which `no_grad` makes constants, as it does in reverse mode."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        return run_as_constant(func, args, kwargs or {})
+
+
+def run_as_constant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call returns, detached; what it was given and returns is as it was."""
+    result = func(*args, **kwargs)
+    given = tree.leaves((args, kwargs))
+
+    def detach(value: Any) -> Any:
+        is_new = isinstance(value, Tensor) and not any(value is one for one in given)
+        return value.detach() if is_new else value
+
+    if isinstance(result, Tensor | tuple | list):
+        return tree.map(detach, result)
+    return result
