@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import optree
@@ -89,20 +89,19 @@ def flatten(tree: Any) -> dict[str, Any]:
     {'0.w': 1, '1.0': 2, '1.1': 3}
     """
     flat: dict[str, Any] = {}
-    for path, leaf in _walk(tree, ""):
-        if path in flat:
-            raise ValueError(f"two leaves have the path {path!r}: rename one, so that no name holds a dot")
-        flat[path] = leaf
+    _collect(tree, "", flat)
     return flat
 
 
-def _walk(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _collect(tree: Any, path: str, flat: dict[str, Any]) -> None:
     branches = _branches(tree)
     if branches is None:
-        yield path, tree
+        if path in flat:
+            raise ValueError(f"two leaves have the path {path!r}: rename one, so that no name holds a dot")
+        flat[path] = tree
         return
     for key, value in branches:
-        yield from _walk(value, f"{path}.{key}" if path else str(key))
+        _collect(value, f"{path}.{key}" if path else str(key), flat)
 
 
 def _branches(tree: Any) -> Iterable[tuple[Any, Any]] | None:

@@ -21,7 +21,7 @@ from resnet_func.per_sample.transforms import ClippedSum
 from resnet_func.privacy.accounting import Neighbours, check_calibrated_for, check_neighbours
 from resnet_func.privacy.adaptive import AdaptiveNorm, AdaptiveState
 from resnet_func.privacy.noise import COUNT, add_noise, check_noise
-from resnet_func.train.trainable import check_opt_state, select_trained, trained_leaves
+from resnet_func.train.trainable import check_opt_state, put_trained, select_trained, trained_leaves
 from resnet_func.types import LossFn, Metrics, Model, Params, Trainable, TrainState
 
 MaxNorm: TypeAlias = float | Mapping[str, float] | AdaptiveNorm
@@ -293,7 +293,8 @@ class _PrivateRule:
     def finish(self, train_state: TrainState, clipped: Clipped, noise: Params) -> TrainState:
         params, state, opt_state, ema_params, ema_state = train_state
         trainable, drawn = self.summed.settings.trainable, tree.flatten(noise)
-        leaves, trained = trained_leaves(params, trainable), select_trained(params, trainable)
+        leaves = trained_leaves(params, trainable)
+        trained = select_trained(params, leaves)
         inner = opt_state.optimizer if self.adaptive else opt_state
         check_noise(drawn, leaves, adaptive=self.adaptive is not None)
         check_opt_state(inner, params, trained)
@@ -302,19 +303,18 @@ class _PrivateRule:
             path: (noisy[path] / self.expected_batch_size).to(leaf.dtype) for path, leaf in leaves.items()
         }
         moved, inner = self.optimizer.step(tree.replace(trained, mean), inner, trained)
-        params = tree.replace(params, tree.flatten(moved))
         if self.adaptive:
             count = clipped.unclipped + self.adaptive.count_std(self.noise_multiplier) * drawn[COUNT]
             bound = self.adaptive.move(opt_state.max_norm, count, self.expected_batch_size)
             opt_state = AdaptiveState(inner.step, bound, inner)
         else:
             opt_state = inner
-        if self.ema_decay is not None and tree.leaves(ema_params):
+        if self.ema_decay is not None and tree.flatten(ema_params):
             steps = to_float64(opt_state.step)
             decay = torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay)
-            averages = ema(select_trained(ema_params, trainable), moved, decay)
-            ema_params = tree.replace(ema_params, tree.flatten(averages))
-        return TrainState(params, state, opt_state, ema_params, ema_state)
+            before = ema_params if trained is params else tree.select(ema_params, leaves)
+            ema_params = put_trained(ema_params, ema(before, moved, decay), before)
+        return TrainState(put_trained(params, moved, trained), state, opt_state, ema_params, ema_state)
 
     def measure(self, train_state: TrainState, clipped: Clipped) -> Metrics:
         bound = self.bound_of(train_state)

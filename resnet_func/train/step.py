@@ -17,7 +17,7 @@ from resnet_func.distributed import sync_batch_norm as over_ranks
 from resnet_func.losses import accuracy, are_class_indices, check_per_sample
 from resnet_func.numerics import to_float64, widen
 from resnet_func.optim import Optimizer, ema
-from resnet_func.train.trainable import check_opt_state, select_trained, trained_leaves
+from resnet_func.train.trainable import check_opt_state, put_trained, select_trained, trained_leaves
 from resnet_func.types import (
     Apply,
     Images,
@@ -66,7 +66,9 @@ def init_train_state(
     params, state = detach_leaves((params, state))
     # Copies: were they the parameters themselves, a compiled step would be traced anew once they differ.
     averages = tree.map(torch.clone, (params, state)) if ema else ({}, {})
-    return TrainState(params, state, optimizer.init(select_trained(params, trainable)), *averages)
+    return TrainState(
+        params, state, optimizer.init(select_trained(params, trained_leaves(params, trainable))), *averages
+    )
 
 
 def make_train_step(
@@ -170,7 +172,8 @@ class _TrainStep:
     def __call__(self, train_state: TrainState, x: Images, y: Targets) -> tuple[TrainState, Metrics]:
         _check_batch(x, y)
         params, state, opt_state, ema_params, ema_state = detach_leaves(train_state)
-        leaves, trained = trained_leaves(params, self.trainable), select_trained(params, self.trainable)
+        leaves = trained_leaves(params, self.trainable)
+        trained = select_trained(params, leaves)
         if trained is not params:
             check_opt_state(opt_state, params, trained)
         total = None
@@ -191,13 +194,13 @@ class _TrainStep:
             )
         grads, measured = {path: grad.to(leaves[path].dtype) for path, grad in total[0].items()}, total[1]
         moved, opt_state = self.optimizer.step(tree.replace(trained, grads), opt_state, trained)
-        if self.ema_decay is not None and tree.leaves(ema_params):
+        if self.ema_decay is not None and tree.flatten(ema_params):
             steps = to_float64(opt_state.step)
             decay = torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay)
-            averages = ema(select_trained(ema_params, self.trainable), moved, decay)
-            ema_params = tree.replace(ema_params, tree.flatten(averages))
+            before = ema_params if trained is params else tree.select(ema_params, leaves)
+            ema_params = put_trained(ema_params, ema(before, moved, decay), before)
             ema_state = ema(ema_state, state, decay)
-        params = tree.replace(params, tree.flatten(moved))
+        params = put_trained(params, moved, trained)
         return TrainState(params, state, opt_state, ema_params, ema_state), measured
 
 

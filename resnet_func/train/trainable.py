@@ -50,15 +50,25 @@ def trained_leaves(params: Params, trainable: Trainable | None = None) -> dict[s
     return chosen
 
 
-def select_trained(params: Params, trainable: Trainable | None = None) -> Params:
+def select_trained(params: Params, leaves: Mapping[str, Tensor]) -> Params:
     """`trained_leaves` in the structure of the parameters; the very tree where all are trained.
 
     >>> import torch
-    >>> select_trained([torch.ones(1), torch.tensor(3)])
+    >>> params = [torch.ones(1), torch.tensor(3)]
+    >>> select_trained(params, trained_leaves(params))
     [tensor([1.]), None]
     """
-    chosen = trained_leaves(params, trainable)
-    return params if len(chosen) == len(tree.leaves(params)) else tree.select(params, chosen)
+    return params if len(leaves) == len(tree.flatten(params)) else tree.select(params, leaves)
+
+
+def put_trained(params: Params, moved: Params, trained: Params) -> Params:
+    """The parameters with those in place that moved from `trained`; the very `moved` where that is all.
+
+    >>> params = {"w": 1, "b": 2}
+    >>> put_trained(params, {"w": 3}, {"w": 1})
+    {'w': 3, 'b': 2}
+    """
+    return moved if trained is params else tree.replace(params, tree.flatten(moved))
 
 
 def check_opt_state(opt_state: Any, params: Params, trained: Params) -> None:

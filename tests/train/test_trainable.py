@@ -101,8 +101,9 @@ def test_what_cannot_be_trained_is_told_in_one_line() -> None:
 
 def test_all_leaves_are_the_very_tree() -> None:
     params = {"w": W, "none": None}
-    assert select_trained(params) is params
-    assert select_trained([W, torch.tensor(1)])[1] is None
+    assert select_trained(params, trained_leaves(params)) is params
+    counted = [W, torch.tensor(1)]
+    assert select_trained(counted, trained_leaves(counted))[1] is None
 
 
 def test_a_state_of_other_leaves_is_refused() -> None:
