@@ -10,14 +10,14 @@ from resnet_func.per_sample.quantities import noise_scale, quantity
 INSTANCE_NORM = edit(
     reference._gradient_of_one,
     (
-        "        logits, _ = task.model.apply(params, task.state, x, train=False)",
+        "        logits, _ = task.model.apply(task.params(trained), task.state, x, train=False)",
         "        from unittest import mock\n"
         "        from resnet_func.models import layers\n"
         "        def alone(params, state, x, *, train):\n"
         '            affine = params["weight"], params["bias"]\n'
         "            return layers.F.batch_norm(x, None, None, *affine, True, 0.1, layers.NORM_EPS), state\n"
         '        with mock.patch.object(layers, "batch_norm", alone):\n'
-        "            logits, _ = task.model.apply(params, task.state, x, train=True)",
+        "            logits, _ = task.model.apply(task.params(trained), task.state, x, train=True)",
     ),
 )
 
@@ -84,7 +84,7 @@ EXHIBITS = [
         edit(
             quantity.clip_factors,
             (
-                "torch.where(norms <= max_norm, 1.0, quotient).to(norms.dtype)",
+                "torch.where(norms <= max_norm, 1.0, _rounded_down(max_norm, norms)).to(norms.dtype)",
                 "(max_norm / (norms + 1e-6)).clamp(max=1.0)",
             ),
         ),

@@ -42,8 +42,8 @@ EXHIBITS = [
         edit(
             step._PrivateRule.finish,
             (
-                "leaves, self.std_of(train_state))",
-                "leaves, self.std_of(train_state) * len(clipped.mask) ** 0.5)",
+                "drawn, self.std_of(train_state))",
+                "drawn, self.std_of(train_state) * len(clipped.mask) ** 0.5)",
             ),
         ),
     ),
@@ -84,7 +84,10 @@ EXHIBITS = [
         "privacy/a-batch-of-any-size-is-divided-by-the-expected",
         edit(
             step._PrivateRule.finish,
-            ("(leaf / self.expected_batch_size).to", "(leaf / clipped.mask.sum().clamp(min=1)).to"),
+            (
+                "(noisy[path] / self.expected_batch_size).to",
+                "(noisy[path] / clipped.mask.sum().clamp(min=1)).to",
+            ),
         ),
     ),
     Exhibit(
@@ -108,9 +111,9 @@ EXHIBITS = [
         edit(
             step._PrivateRule.finish,
             (
-                "ema_params = ema(ema_params, params,",
-                "clean = tree.map(lambda p, g: p - g.to(p.dtype), train_state.params, clipped.total)\n"
-                "        ema_params = ema(ema_params, clean,",
+                "averages = ema(select_trained(ema_params, trainable), moved, decay)",
+                "clean = tree.map(lambda p, g: p - g.to(p.dtype), trained, clipped.total)\n"
+                "        averages = ema(select_trained(ema_params, trainable), clean, decay)",
             ),
         ),
     ),
