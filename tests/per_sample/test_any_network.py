@@ -19,6 +19,10 @@ import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample import dataset
+from resnet_func.per_sample.capture import Batch, capture, make_task
+from resnet_func.per_sample.layers import layer_factors
+from resnet_func.per_sample.layers.factors import ConvFactors
+from resnet_func.per_sample.layers.layer import Found, Layer
 from resnet_func.testing import assert_trees_near, randn
 from resnet_func.types import Model, Params, State
 from tests.per_sample.cases import batch, generator, network, small
@@ -180,6 +184,37 @@ def quantities(method: Any) -> dict[str, Callable[[Model], Callable[..., Any]]]:
 
 def tuple_of(moments: Callable[..., ps.Moments]) -> Callable[..., Any]:
     return lambda *arguments: (moments(*arguments).mean, moments(*arguments).second_moment)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convolutions with biases",
+        "paddings",
+        "transposed",
+        "three dimensions",
+        "layer norms",
+        "a linear layer over positions",
+    ],
+)
+def test_layers_of_a_known_kind_need_no_vmap(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule for any call would give the same, at the price of one pass per sample."""
+
+    def refuse(layer: Layer) -> Found:
+        raise AssertionError(f"{layer.name} is of a known kind")
+
+    monkeypatch.setattr(layer_factors, "any_call", refuse)
+    model, params, state, x = build(name)
+    norms = ps.norms(model, losses.cross_entropy, train=False)(params, state, x, torch.arange(N) % CLASSES)
+    assert norms.shape == (N,)
+
+
+def test_uses_of_a_convolution_that_differ_in_images_only_are_views() -> None:
+    model, params, state, x = build("tied convolution")
+    task = make_task(model, losses.cross_entropy, lambda path: True, params, state)
+    factors = capture(task, Batch(x, torch.arange(N) % CLASSES, N, 1)).factors["conv.weight"]
+    assert isinstance(factors, ConvFactors)
+    assert factors.views == 3
 
 
 @pytest.mark.parametrize("name", NETWORKS)
