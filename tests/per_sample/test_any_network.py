@@ -228,6 +228,22 @@ def test_every_quantity_is_that_of_a_loop(name: str) -> None:
             assert_trees_near(make(model)(params, state, x, y), expected)
 
 
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "tokens"])  # whose input has no NaN
+def test_a_broken_sample_is_left_out_of_any_network(name: str) -> None:
+    """With two views of each sample: both are left out."""
+    model, params, state, x = build(name)
+    views, y = torch.stack([x, x.flip(0)], 1), torch.arange(N) % CLASSES
+    clipped = ps.clipped_sum(
+        model, losses.cross_entropy, max_norm=0.3, nonfinite="zero", views=True, train=False
+    )
+    expected, norms = clipped(params, state, views[1:], y[1:])
+    views[0, 1] = torch.nan
+    total, found = clipped(params, state, views, y)
+    assert_trees_near(total, expected)
+    assert not found[0].isfinite()
+    assert_trees_near(found[1:], norms)
+
+
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_torchvisions_module_and_our_config_give_the_same(norm: str) -> None:
     groups = {"norm_layer": lambda c: nn.GroupNorm(32, c)} if norm == "group" else {}
@@ -238,6 +254,31 @@ def test_torchvisions_module_and_our_config_give_the_same(norm: str) -> None:
     for name in ("norms", "clipped_sum"):
         make = quantities("auto")[name]
         assert_trees_near(make(model)(params, state, x, y), make(config)(params, state, x, y), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "expand",
+    [
+        lambda token, n: token.expand(n, -1, -1),
+        lambda token, n: token.expand((n, -1, -1)),
+        lambda token, n: token.expand(size=(n, -1, -1)),
+        lambda token, n: token.repeat(n, 1, 1),
+        lambda token, n: token[0].expand(n, -1, -1),
+        lambda token, n: torch.broadcast_to(token, (n, 1, 7)),
+        lambda token, n: torch.tile(token, dims=(n, 1, 1)),
+    ],
+    ids=["sizes", "tuple", "keyword", "repeat", "new dimension", "broadcast", "tile"],
+)
+def test_a_class_token_becomes_a_batch(expand: Callable[[Tensor, int], Tensor]) -> None:
+    def apply(params: Params, x: Tensor) -> Tensor:
+        together = torch.cat([expand(params["token"], len(x)), x.unsqueeze(1)], 1)
+        return torch.tanh(together).mean(1) @ params["head"]
+
+    params = {"token": images(7)[:1].unsqueeze(1), "head": images(CLASSES, 7)[0].T}
+    arguments = params, {}, images(7), torch.arange(N) % CLASSES
+    for name in ("grads", "norms"):
+        fast, loop = (quantities(method)[name](rf.from_function(apply)) for method in ("contract", "loop"))
+        assert_trees_near(fast(*arguments), loop(*arguments))
 
 
 class Attention(nn.Module):
@@ -526,6 +567,8 @@ def test_dot_is_the_inner_product_with_a_direction() -> None:
     assert_trees_near(ps.dot(model, losses.cross_entropy)(params, state, x, y, direction), expected)
     only = ps.dot(model, losses.cross_entropy, trainable=lambda path: path.startswith("fc."))
     assert_trees_near(only(params, state, x, y, direction), products["fc"]["weight"] + products["fc"]["bias"])
+    none = ps.dot(model, losses.cross_entropy)(params, state, x[:0], y[:0], direction)
+    assert torch.equal(none, x.new_zeros(0))
 
 
 OUR_WRAPPERS: dict[str, Callable[[Model], Model]] = {

@@ -35,6 +35,15 @@ def test_a_plan_covers_every_weight_and_counts(quantity: str) -> None:
         stem = plan.entries[0]
         assert stem.flops == 2 * 64 * 1024 * 432
         assert stem.bytes == 64 * 432 * 4
+    if quantity == "gram":
+        assert plan.entries[0].flops == 2 * 64 * 1024 * 432 + 2 * 64**2 * 432  # gradients, and their products
+        assert plan.entries[-1].way == "ghost"
+        assert plan.entries[-1].flops == 2 * 64**2 * (64 + 10)
+        assert plan.entries[-1].bytes == 64**2 * (1 + 2) * 4
+    if quantity == "norms":
+        assert plan.entries[-1].way == "ghost"
+        assert plan.entries[-1].flops == 2 * 64 * (64 + 10)
+        assert plan.entries[-1].bytes == 64 * (1 + 2) * 4
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
