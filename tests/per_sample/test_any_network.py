@@ -20,8 +20,8 @@ from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample import dataset
 from resnet_func.per_sample.capture import Batch, capture, make_task
-from resnet_func.per_sample.layers import layer_factors
-from resnet_func.per_sample.layers.factors import ConvFactors
+from resnet_func.per_sample.layers import contract, layer_factors
+from resnet_func.per_sample.layers.factors import ConvFactors, sample_slices
 from resnet_func.per_sample.layers.layer import Found, Layer
 from resnet_func.testing import assert_trees_near, randn
 from resnet_func.types import Model, Params, State
@@ -226,6 +226,34 @@ def test_every_quantity_is_that_of_a_loop(name: str) -> None:
         for quantity, make in quantities("auto").items():
             expected = quantities("loop")[quantity](model)(params, state, x, y)
             assert_trees_near(make(model)(params, state, x, y), expected)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_slices_of_factors_are_those_samples(name: str, views: int) -> None:
+    model, params, state, x = build(name)
+    task = make_task(model, losses.cross_entropy, lambda path: True, params, state)
+    y = torch.arange(N) % CLASSES
+    folded = Batch(torch.cat([x, x.flip(0)][:views]), y.repeat(views), N, views)
+    for factors in capture(task, folded).factors.values():
+        parts = sample_slices(factors, max_elements=1)
+        assert len(parts) == N or not contract.grads(factors).numel()
+        assert_trees_near(torch.cat([contract.grads(part) for part in parts]), contract.grads(factors))
+
+
+@pytest.mark.parametrize("name", ["convolutions with biases", "weight norm and spectral norm"])
+def test_norms_can_be_differentiated_by_the_input_alone(name: str) -> None:
+    model, params, state, x = build(name)
+    y, towards = torch.arange(N) % CLASSES, x.flip(0)
+    fast, loop = (quantities(method)["norms"](model) for method in ("contract", "loop"))
+
+    def of_input(norms: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: norms(params, state, x, y)
+
+    by_jvp = [torch.func.jvp(of_input(norms), (x,), (towards,)) for norms in (fast, loop)]
+    assert_trees_near(*by_jvp)
+    by_vjp = [torch.func.vjp(of_input(norms), x)[1](torch.ones(N, dtype=x.dtype)) for norms in (fast, loop)]
+    assert_trees_near(*by_vjp)
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "tokens"])  # whose input has no NaN
@@ -650,8 +678,9 @@ def test_dot_refuses_coupled_samples_and_other_directions() -> None:
     with pytest.raises(ValueError, match="Are samples coupled"):
         ps.dot(model, losses.cross_entropy)(SQUARE, {}, FEW, LABELS, SQUARE)
     products = ps.dot(rf.from_function(lambda params, x: x @ params["w"]), losses.cross_entropy)
-    for direction in ({}, {"w": torch.ones(3, 1)}):
-        with pytest.raises(ValueError, match="expected a direction like the trainable parameters, with w of"):
+    expected = "expected a direction like the trainable parameters, with w of"
+    for direction, got in (({"v": torch.ones(3)}, "leaves v"), ({"w": torch.ones(3, 1)}, r"\[3, 1\]")):
+        with pytest.raises(ValueError, match=rf"{expected} \[3, 3\]; got {got}"):
             products(SQUARE, {}, FEW, LABELS, direction)
 
 
