@@ -195,6 +195,14 @@ def test_a_layer_that_runs_twice_is_one_row_and_counted_once():
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_input_of_a_shape_has_the_parameters_dtype_and_device(dtype, device):
+    module = nn.Linear(4, 2, dtype=dtype, device=device)
+    expected = [LayerRow("linear", "linear", (2,), 10, 8)]
+    assert summarize_network(*rf.from_module(module), (4,)) == expected
+
+
 def test_numbers_of_tokens_as_input():
     net = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3))
     rows = summarize_network(*rf.from_module(net), torch.zeros(1, 7, dtype=torch.int64))

@@ -19,6 +19,10 @@ import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample import dataset
+from resnet_func.per_sample.capture import Batch, capture, make_task
+from resnet_func.per_sample.layers import contract, layer_factors
+from resnet_func.per_sample.layers.factors import ConvFactors, sample_slices
+from resnet_func.per_sample.layers.layer import Found, Layer
 from resnet_func.testing import assert_trees_near, randn
 from resnet_func.types import Model, Params, State
 from tests.per_sample.cases import batch, generator, network, small
@@ -182,6 +186,37 @@ def tuple_of(moments: Callable[..., ps.Moments]) -> Callable[..., Any]:
     return lambda *arguments: (moments(*arguments).mean, moments(*arguments).second_moment)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convolutions with biases",
+        "paddings",
+        "transposed",
+        "three dimensions",
+        "layer norms",
+        "a linear layer over positions",
+    ],
+)
+def test_layers_of_a_known_kind_need_no_vmap(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule for any call would give the same, at the price of one pass per sample."""
+
+    def refuse(layer: Layer) -> Found:
+        raise AssertionError(f"{layer.name} is of a known kind")
+
+    monkeypatch.setattr(layer_factors, "any_call", refuse)
+    model, params, state, x = build(name)
+    norms = ps.norms(model, losses.cross_entropy, train=False)(params, state, x, torch.arange(N) % CLASSES)
+    assert norms.shape == (N,)
+
+
+def test_uses_of_a_convolution_that_differ_in_images_only_are_views() -> None:
+    model, params, state, x = build("tied convolution")
+    task = make_task(model, losses.cross_entropy, lambda path: True, params, state)
+    factors = capture(task, Batch(x, torch.arange(N) % CLASSES, N, 1)).factors["conv.weight"]
+    assert isinstance(factors, ConvFactors)
+    assert factors.views == 3
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_quantity_is_that_of_a_loop(name: str) -> None:
     model, params, state, x = build(name)
@@ -191,6 +226,50 @@ def test_every_quantity_is_that_of_a_loop(name: str) -> None:
         for quantity, make in quantities("auto").items():
             expected = quantities("loop")[quantity](model)(params, state, x, y)
             assert_trees_near(make(model)(params, state, x, y), expected)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_slices_of_factors_are_those_samples(name: str, views: int) -> None:
+    model, params, state, x = build(name)
+    task = make_task(model, losses.cross_entropy, lambda path: True, params, state)
+    y = torch.arange(N) % CLASSES
+    folded = Batch(torch.cat([x, x.flip(0)][:views]), y.repeat(views), N, views)
+    for factors in capture(task, folded).factors.values():
+        parts = sample_slices(factors, max_elements=1)
+        assert len(parts) == N or not contract.grads(factors).numel()
+        assert_trees_near(torch.cat([contract.grads(part) for part in parts]), contract.grads(factors))
+
+
+@pytest.mark.parametrize("name", ["convolutions with biases", "weight norm and spectral norm"])
+def test_norms_can_be_differentiated_by_the_input_alone(name: str) -> None:
+    model, params, state, x = build(name)
+    y, towards = torch.arange(N) % CLASSES, x.flip(0)
+    fast, loop = (quantities(method)["norms"](model) for method in ("contract", "loop"))
+
+    def of_input(norms: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: norms(params, state, x, y)
+
+    by_jvp = [torch.func.jvp(of_input(norms), (x,), (towards,)) for norms in (fast, loop)]
+    assert_trees_near(*by_jvp)
+    by_vjp = [torch.func.vjp(of_input(norms), x)[1](torch.ones(N, dtype=x.dtype)) for norms in (fast, loop)]
+    assert_trees_near(*by_vjp)
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "tokens"])  # whose input has no NaN
+def test_a_broken_sample_is_left_out_of_any_network(name: str) -> None:
+    """With two views of each sample: both are left out."""
+    model, params, state, x = build(name)
+    views, y = torch.stack([x, x.flip(0)], 1), torch.arange(N) % CLASSES
+    clipped = ps.clipped_sum(
+        model, losses.cross_entropy, max_norm=0.3, nonfinite="zero", views=True, train=False
+    )
+    expected, norms = clipped(params, state, views[1:], y[1:])
+    views[0, 1] = torch.nan
+    total, found = clipped(params, state, views, y)
+    assert_trees_near(total, expected)
+    assert not found[0].isfinite()
+    assert_trees_near(found[1:], norms)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
@@ -203,6 +282,31 @@ def test_torchvisions_module_and_our_config_give_the_same(norm: str) -> None:
     for name in ("norms", "clipped_sum"):
         make = quantities("auto")[name]
         assert_trees_near(make(model)(params, state, x, y), make(config)(params, state, x, y), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "expand",
+    [
+        lambda token, n: token.expand(n, -1, -1),
+        lambda token, n: token.expand((n, -1, -1)),
+        lambda token, n: token.expand(size=(n, -1, -1)),
+        lambda token, n: token.repeat(n, 1, 1),
+        lambda token, n: token[0].expand(n, -1, -1),
+        lambda token, n: torch.broadcast_to(token, (n, 1, 7)),
+        lambda token, n: torch.tile(token, dims=(n, 1, 1)),
+    ],
+    ids=["sizes", "tuple", "keyword", "repeat", "new dimension", "broadcast", "tile"],
+)
+def test_a_class_token_becomes_a_batch(expand: Callable[[Tensor, int], Tensor]) -> None:
+    def apply(params: Params, x: Tensor) -> Tensor:
+        together = torch.cat([expand(params["token"], len(x)), x.unsqueeze(1)], 1)
+        return torch.tanh(together).mean(1) @ params["head"]
+
+    params = {"token": images(7)[:1].unsqueeze(1), "head": images(CLASSES, 7)[0].T}
+    arguments = params, {}, images(7), torch.arange(N) % CLASSES
+    for name in ("grads", "norms"):
+        fast, loop = (quantities(method)[name](rf.from_function(apply)) for method in ("contract", "loop"))
+        assert_trees_near(fast(*arguments), loop(*arguments))
 
 
 class Attention(nn.Module):
@@ -491,6 +595,8 @@ def test_dot_is_the_inner_product_with_a_direction() -> None:
     assert_trees_near(ps.dot(model, losses.cross_entropy)(params, state, x, y, direction), expected)
     only = ps.dot(model, losses.cross_entropy, trainable=lambda path: path.startswith("fc."))
     assert_trees_near(only(params, state, x, y, direction), products["fc"]["weight"] + products["fc"]["bias"])
+    none = ps.dot(model, losses.cross_entropy)(params, state, x[:0], y[:0], direction)
+    assert torch.equal(none, x.new_zeros(0))
 
 
 OUR_WRAPPERS: dict[str, Callable[[Model], Model]] = {
@@ -572,8 +678,9 @@ def test_dot_refuses_coupled_samples_and_other_directions() -> None:
     with pytest.raises(ValueError, match="Are samples coupled"):
         ps.dot(model, losses.cross_entropy)(SQUARE, {}, FEW, LABELS, SQUARE)
     products = ps.dot(rf.from_function(lambda params, x: x @ params["w"]), losses.cross_entropy)
-    for direction in ({}, {"w": torch.ones(3, 1)}):
-        with pytest.raises(ValueError, match="expected a direction like the trainable parameters, with w of"):
+    expected = "expected a direction like the trainable parameters, with w of"
+    for direction, got in (({"v": torch.ones(3)}, "leaves v"), ({"w": torch.ones(3, 1)}, r"\[3, 1\]")):
+        with pytest.raises(ValueError, match=rf"{expected} \[3, 3\]; got {got}"):
             products(SQUARE, {}, FEW, LABELS, direction)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from rich.console import Console
 import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
+from resnet_func.per_sample import engine
+from resnet_func.per_sample.plan import Plan, plan_factors
 from tests.per_sample.cases import batch, network, small
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")
@@ -32,6 +35,32 @@ def test_a_plan_covers_every_weight_and_counts(quantity: str) -> None:
         stem = plan.entries[0]
         assert stem.flops == 2 * 64 * 1024 * 432
         assert stem.bytes == 64 * 432 * 4
+    if quantity == "gram":
+        assert plan.entries[0].flops == 2 * 64 * 1024 * 432 + 2 * 64**2 * 432  # gradients, and their products
+        assert plan.entries[-1].way == "ghost"
+        assert plan.entries[-1].flops == 2 * 64**2 * (64 + 10)
+        assert plan.entries[-1].bytes == 64**2 * (1 + 2) * 4
+    if quantity == "norms":
+        assert plan.entries[-1].way == "ghost"
+        assert plan.entries[-1].flops == 2 * 64 * (64 + 10)
+        assert plan.entries[-1].bytes == 64 * (1 + 2) * 4
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_a_transform_takes_the_ways_of_its_own_plan(quantity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params, state = network(small(), 0)
+    x, y = batch(2, 1)
+    asked = []
+
+    def note(factors: Any, quantity: str, **options: Any) -> Plan:
+        asked.append(quantity)
+        return plan_factors(factors, quantity, **options)
+
+    monkeypatch.setattr(engine, "plan_factors", note)
+    options = {"max_norm": 1.0} if quantity == "clipped_sum" else {}
+    transform = getattr(ps, quantity)(model, losses.cross_entropy, train=False, **options)
+    transform(params, state, *([(x, y)] if quantity == "gram" else [x, y]))
+    assert asked == [quantity]
 
 
 def test_views_count_as_pixels() -> None:

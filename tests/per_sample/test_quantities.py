@@ -14,6 +14,8 @@ from torch import Tensor
 import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
+from resnet_func.per_sample import dataset
+from resnet_func.per_sample.quantities import quantity
 from resnet_func.per_sample.quantities.projections import leaf_seed, signs, split_dim
 from resnet_func.testing import assert_trees_near, generator
 from resnet_func.types import Params
@@ -298,10 +300,17 @@ def test_over_dataset_averages_over_views() -> None:
         torch.testing.assert_close(value, (each[0][name] + each[1][name]) / 2)
 
 
+def test_sums_stay_one_sum() -> None:
+    """What says that it adds up is held once in a pass over a data set, not once for each batch."""
+    made = [make() for make in dataset.NAMED.values()]
+    made += [quantity.grads(), quantity.clipped_sum(1.0, "flat"), ps.sketch_quantity(8, 0, "dense")]
+    assert {one.name for one in made if one.accumulate} == {"moments", "clipped_sum"}
+
+
 def test_mistakes_of_over_dataset_are_named() -> None:
     model, params, state = network(small(), 0)
-    for wrong in (("norm",), ()):
-        with pytest.raises(ValueError, match="expected quantities among"):
+    for wrong, got in ((("norm",), "got norm"), ((), "got none")):
+        with pytest.raises(ValueError, match=f"expected quantities among .*{got}"):
             ps.over_dataset(model, losses.cross_entropy, wrong)
     with pytest.raises(ValueError, match="at least one batch"):
         ps.over_dataset(model, losses.cross_entropy, ("norms",))(params, state, [])
