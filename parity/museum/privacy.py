@@ -111,9 +111,9 @@ EXHIBITS = [
         edit(
             step._PrivateRule.finish,
             (
-                "averages = ema(select_trained(ema_params, trainable), moved, decay)",
+                "ema_params = put_trained(ema_params, ema(before, moved, decay), before)",
                 "clean = tree.map(lambda p, g: p - g.to(p.dtype), trained, clipped.total)\n"
-                "        averages = ema(select_trained(ema_params, trainable), clean, decay)",
+                "        ema_params = put_trained(ema_params, ema(before, clean, decay), before)",
             ),
         ),
     ),

@@ -170,8 +170,8 @@ def test_a_plan_of_tokens_and_of_one_logit() -> None:
     module = torch.nn.Sequential(torch.nn.Embedding(9, 6), torch.nn.Flatten(), torch.nn.Linear(30, 1))
     network, params, state = rf.from_module(module)
     model = rf.from_function(lambda p, x: network.apply(p, {}, x, train=False)[0][:, 0])
-    with pytest.raises(ValueError, match=r"batch \[4, 5\] of torch.float32 .* input_dtype=torch.int64"):
-        ps.plan(model, (4, 5), "norms", params=params, state=state)
+    with pytest.raises(ValueError, match=r"batch \[4, 6\] of torch.int64 .* input_dtype=torch.int64"):
+        ps.plan(model, (4, 6), "norms", params=params, state=state, input_dtype=torch.int64)
     plan = ps.plan(model, (4, 5), "norms", params=params, state=state, input_dtype=torch.int64)
     x, y = torch.arange(20).reshape(4, 5) % 9, torch.zeros(4)
     got, want = (
