@@ -109,8 +109,9 @@ def clipped_sum(
     """The sum of per-sample gradients, each clipped to norm `max_norm` (Abadi et al. 2016).
 
     Replacing one sample changes the sum by at most `2 max_norm`, adding one by `max_norm`, up to rounding:
-    factors are float32 or wider and never rounded up, whatever the clipping, but what they multiply has the cotangents' dtype, whose
-    relative rounding is 6e-8 in float32, 1e-16 in float64 and 4e-3 under bfloat16 autocast.
+    factors are float32 or wider and never rounded up, whatever the clipping, but what they multiply has the
+    cotangents' dtype, whose relative rounding is 6e-8 in float32, 1e-16 in float64 and 4e-3 under bfloat16
+    autocast.
 
     Args:
         model, loss_fn, **options: As in `grads`.
