@@ -73,7 +73,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`killed_by`: a test, or how the process ended; "" for a survivor."""
+    """`killed_by`: a test; "" for a survivor, also of the limit of time."""
 
     mutant: Mutant
     killed_by: str
@@ -290,20 +290,20 @@ class Session:
             return "", len(names)
 
         start = time.monotonic()
-        killed_by, tests = in_a_fork(run, seconds=3 * self.options.seconds) or ("the end of its process", 0)
+        killed_by, tests = in_a_fork(run, seconds=3 * self.options.seconds) or ("", 0)
         return Outcome(mutant, killed_by, tests, round(time.monotonic() - start, 2))
 
 
 def in_a_fork(function: Callable[[], Any], seconds: float) -> Any:
-    """What a function returns in a process of its own; None where that died, of its limit perhaps.
+    """What a function returns in a process of its own; None where that comes to its limit of CPU time.
 
     Raises:
-        RuntimeError: the function raised.
+        RuntimeError: the function raised, or its process died.
     """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
@@ -317,8 +317,10 @@ def in_a_fork(function: Callable[[], Any], seconds: float) -> Any:
     os.close(writer)
     with os.fdopen(reader) as stream:
         written = stream.read()
-    os.waitpid(child, 0)
-    result, error = json.loads(written) if written else (None, None)
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) == -signal.SIGXCPU:
+        return None
+    result, error = json.loads(written or '[null, "its process died"]')
     if error is not None:
         raise RuntimeError(error)
     return result
@@ -340,7 +342,8 @@ def report(outcomes: list[Outcome]) -> None:
 def main() -> None:
     options = tyro.cli(Options, prog="python -m tests.mutants", description=Options.__doc__)
     folders = [f"{root}/{room}" for root in ("tests", "resnet_func") for room in ROOMS]
-    plain = ["-o", "addopts=", "--doctest-modules", "-m", "not nightly", "-q", "-s", "-p", "no:cacheprovider"]
+    plain = ["-o", "addopts=", "--doctest-modules", "-m", "not nightly", "-q", "-p", "no:cacheprovider"]
+    plain += ["-s", "-W", "ignore:Module already imported"]
     pytest.main([*plain, *folders], plugins=[Session(options)])
 
 

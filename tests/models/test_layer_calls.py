@@ -74,12 +74,14 @@ def test_layers_without_parameters_are_no_calls() -> None:
     assert [call.paths for call in calls_of(module, torch.zeros(0, 4))] == [("0.weight", "0.bias")]
 
 
-def test_options_of_functions_with_a_signature_have_its_names_and_defaults() -> None:
-    model = rf.from_function(
-        lambda params, x: F.adaptive_avg_pool1d(F.dropout(x @ params["w"], 0.25, False), 2)
-    )
+def test_options_have_the_names_of_the_functions_signature() -> None:
+    def apply(params: Any, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool1d(F.dropout((x @ params["w"]).split(2, 1)[0], 0.25, False), 2)
+
+    model = rf.from_function(apply)
     calls = record_all_calls(model, {"w": torch.ones(3, 4)}, {}, torch.zeros(2, 3), train=False)
     options = {call.function: call.options for call in calls}
+    assert options["split"] == {"split_size": 2, "dim": 1}
     assert options["dropout"] == {"p": 0.25, "training": False}
     assert options["adaptive_avg_pool1d"] == {"1": 2}  # built in
 

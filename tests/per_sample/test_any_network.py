@@ -228,6 +228,20 @@ def test_every_quantity_is_that_of_a_loop(name: str) -> None:
             assert_trees_near(make(model)(params, state, x, y), expected)
 
 
+def test_leaves_of_one_derived_weight_are_formed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params, state, x = build("weight norm and spectral norm")
+    form_derived, together = contract.form_derived, []
+
+    def note(leaves: dict[str, Any]) -> dict[str, Any]:
+        together.append(list(leaves))
+        return form_derived(leaves)
+
+    monkeypatch.setattr(contract, "form_derived", note)
+    ps.norms(model, losses.cross_entropy)(params, state, x, torch.arange(N) % CLASSES)
+    pairs = [sorted(path.rpartition(".")[2] for path in paths) for paths in together if len(paths) > 1]
+    assert pairs == [["original0", "original1"]] * 2
+
+
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_slices_of_factors_are_those_samples(name: str, views: int) -> None:
@@ -252,6 +266,8 @@ def test_norms_can_be_differentiated_by_the_input_alone(name: str) -> None:
 
     by_jvp = [torch.func.jvp(of_input(norms), (x,), (towards,)) for norms in (fast, loop)]
     assert_trees_near(*by_jvp)
+    with torch.no_grad():
+        assert_trees_near(torch.func.jvp(of_input(fast), (x,), (towards,)), by_jvp[1])
     by_vjp = [torch.func.vjp(of_input(norms), x)[1](torch.ones(N, dtype=x.dtype)) for norms in (fast, loop)]
     assert_trees_near(*by_vjp)
 

@@ -13,6 +13,7 @@ import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample import engine
+from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.plan import Plan, plan_factors
 from tests.per_sample.cases import batch, network, small
 
@@ -61,6 +62,24 @@ def test_a_transform_takes_the_ways_of_its_own_plan(quantity: str, monkeypatch: 
     transform = getattr(ps, quantity)(model, losses.cross_entropy, train=False, **options)
     transform(params, state, *([(x, y)] if quantity == "gram" else [x, y]))
     assert asked == [quantity]
+
+
+@pytest.mark.parametrize("quantity", ["norms", "clipped_sum"])
+def test_the_ways_of_a_plan_are_taken(quantity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params, state = network(small(), 0)
+    x, y = batch(3, 1)
+    made = ps.plan(model, tuple(x.shape), quantity, 600)
+    assert set(made.ways.values()) >= {"ghost", "materialize"}
+    squared_norms, taken = contract.squared_norms, []
+
+    def note(factors: Any, way: Any) -> torch.Tensor:
+        taken.append(way)
+        return squared_norms(factors, way)
+
+    monkeypatch.setattr(contract, "squared_norms", note)
+    options = {"max_norm": 1.0} if quantity == "clipped_sum" else {}
+    getattr(ps, quantity)(model, losses.cross_entropy, method=made, **options)(params, state, x, y)
+    assert taken == [made.ways.get(path, "materialize") for path in tree.flatten(params)]
 
 
 def test_views_count_as_pixels() -> None:

@@ -78,10 +78,12 @@ def test_every_difference_is_listed() -> None:
         assert line in str(error.value)
 
 
-def test_a_state_dict_of_another_network_is_recognised() -> None:
-    other = rf.resnet20(norm="group", num_classes=100)
+@pytest.mark.parametrize("more", ["norm='group'", "shortcut='projection'"])
+def test_a_state_dict_of_another_network_is_recognised(more: str) -> None:
+    name, value = more.split("=")
+    other = rf.resnet20(num_classes=100, **{name: value.strip("'")})
     state_dict = rf.to_state_dict(other, *other.init(generator(0)))
-    with pytest.raises(ValueError, match=re.escape("It fits rf.resnet20(num_classes=100, norm='group')")):
+    with pytest.raises(ValueError, match=re.escape(f"It fits rf.resnet20(num_classes=100, {more})")):
         rf.from_state_dict(resnet18()[0], state_dict)
 
 
