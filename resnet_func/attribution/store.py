@@ -8,6 +8,7 @@ writes chunks of its own, and none waits for another.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -156,7 +157,8 @@ def open_store(
     ...     [list(block.shape) for block in store.blocks()]
     [[2, 2], [1, 2]]
     """
-    described = {"format": FORMAT, "rows": rows, "width": width, **key}
+    # as JSON gives it back: a tuple in the key is a list there
+    described = json.loads(json.dumps({"format": FORMAT, "rows": rows, "width": width, **key}))
     if not path.exists():
         _create(path, described, rows, width, min(chunk_rows, max(rows, 1)))
     array, found = _open(path)

@@ -89,6 +89,12 @@ def test_another_key_is_refused_by_name(tmp_path: Path, change: dict[str, Any], 
         open_store(tmp_path / "s", KEY, rows=12, width=WIDTH)
 
 
+def test_a_key_of_pairs_opens_again(tmp_path: Path) -> None:
+    """JSON has no tuples: a store made for some is opened for them."""
+    make(tmp_path / "s", checkpoints=[(0.5, "c"), (1.0, "d")]).fill(rows)
+    assert not make(tmp_path / "s", checkpoints=[(0.5, "c"), (1.0, "d")]).missing()
+
+
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "note.txt").write_text("hello")

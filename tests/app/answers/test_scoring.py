@@ -15,9 +15,11 @@ from resnet_func.app.cli import main
 from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment, TrainingSet
 from resnet_func.app.recipes import FAST
+from resnet_func.app.ranks.launch import ONE_PROCESS, Group
 from resnet_func.app.storage import run_folder
-from resnet_func.app.training_set import Training, load_data
+from resnet_func.app.training_set import Training, load_data, load_training
 from resnet_func.attribution import Scores
+from resnet_func.distributed import Ranks
 from resnet_func.losses import cross_entropy
 from tests.app.image_folder import TINY, train_run
 
@@ -65,6 +67,25 @@ def test_scores_of_two_seeds_are_means(runs, capsys):
         found = rows(Path(names[0]) / "scores.csv")
         values.append(torch.tensor([float(r["loss"]) for r in sorted(found, key=lambda r: int(r["index"]))]))
     torch.testing.assert_close(values[2], (values[0] + values[1]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_together_give_the_scores_of_one_process(runs):
+    """To the bit, each opening the store that another made; rank 0 alone gets them."""
+    machine = scoring.exact(runtime.configure(device="cpu", threads=1, precision="fp32", compile="off"))
+    experiment, _ = run_folder.read_config(runs / "0")
+    training, _ = load_training(experiment)
+
+    def scored(group: Group) -> Scores | None:
+        names = ["loss", "grand"]
+        found = scoring.score_runs([runs / "0"], training, names, machine, group=group, batch_size=5)
+        return None if found is None else found[0]
+
+    alone = scored(ONE_PROCESS)
+    assert [scored(Group(Ranks(rank, 3), None, 60.0)) for rank in (2, 1)] == [None, None]
+    together = scored(Group(Ranks(0, 3), None, 60.0))
+    assert together.predictions.equal(alone.predictions)
+    for name, values in alone.values.items():
+        assert together.values[name].equal(values)
 
 
 def test_what_a_score_keeps_is_trained_on_and_resumes(runs, images, tmp_path, capsys):
