@@ -14,8 +14,8 @@ from resnet_func.app.answers import scoring
 from resnet_func.app.cli import main
 from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment, TrainingSet
-from resnet_func.app.recipes import FAST
 from resnet_func.app.ranks.launch import ONE_PROCESS, Group
+from resnet_func.app.recipes import FAST
 from resnet_func.app.storage import run_folder
 from resnet_func.app.training_set import Training, load_data, load_training
 from resnet_func.attribution import Scores
