@@ -172,11 +172,7 @@ def run_under_interception(task: Task, batch: Batch) -> _Pass:
         found = _gradients(value, [*[output.edge for output in outputs], *unmet], differentiable)
         unseen = zip(_unmet(trained, met), found[len(outputs) :], strict=True)
         hidden = [path for path, grad in unseen if grad is not None]
-        if hidden:
-            raise ValueError(
-                f"the loss depends on {', '.join(hidden)} in a way that cannot be followed. "
-                "Use method='vmap', or leave it out by trainable="
-            )
+        _refuse_hidden(hidden)
         cotangents = [
             torch.zeros(output.shape, dtype=output.dtype, device=value.device) if grad is None else grad
             for output, grad in zip(outputs, found, strict=False)
@@ -248,12 +244,23 @@ def _run_with_taps(task: Task, batch: Batch) -> _Pass:
         calls = _make_calls(task, batch, trained, taps=taps)
         made.append(calls)
         losses, logits = _forward(task, batch, trained, calls)
+        # values cannot be looked at: what became something that never met the batch may hide in the loss
+        derived = {path for source in calls.sources.values() if source.step >= 0 for path in source.paths}
+        _refuse_hidden([path for path in _unmet(trained, _met(calls)) if path in derived])
         tensors = [tensors_of(call.args, call.kwargs) for call in calls.calls]
         return losses.sum(), (losses, logits, tensors)
 
     value, pullback, (losses, logits, tensors) = torch.func.vjp(run, taps, has_aux=True)  # type: ignore[misc]
     (cotangents,) = pullback(torch.ones_like(value))
     return _Pass(made[0], losses, logits, tensors, cotangents, [[] for _ in cotangents])
+
+
+def _refuse_hidden(paths: list[str]) -> None:
+    if paths:
+        raise ValueError(
+            f"the loss depends on {', '.join(paths)} in a way that cannot be followed. "
+            "Use method='vmap', or leave it out by trainable="
+        )
 
 
 def _met(calls: Calls) -> set[str]:

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from resnet_func import tree
-
 
 class ConstantUnderNoGrad(TorchFunctionMode):
     """Forward mode in which `no_grad` makes constants, as it does in reverse mode."""
@@ -24,12 +22,13 @@ class ConstantUnderNoGrad(TorchFunctionMode):
 def run_as_constant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call returns, detached; what it was given and returns is as it was."""
     result = func(*args, **kwargs)
-    given = tree.leaves((args, kwargs))
+    given = [*args, *kwargs.values()]
 
     def detach(value: Any) -> Any:
         is_new = isinstance(value, Tensor) and not any(value is one for one in given)
         return value.detach() if is_new else value
 
-    if isinstance(result, Tensor | tuple | list):
-        return tree.map(detach, result)
-    return result
+    if isinstance(result, tuple):
+        detached = [detach(one) for one in result]
+        return type(result)(*detached) if hasattr(result, "_fields") else type(result)(detached)
+    return [detach(one) for one in result] if isinstance(result, list) else detach(result)

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from resnet_func.per_sample.constants import run_as_constant
+from resnet_func.per_sample.in_place import is_in_place, may_be_view, out_of_place, version_of
 
 # Calls that align dimensions from the last one, by their names without underscores
 BROADCASTING = {
@@ -138,7 +139,7 @@ class Calls:
     ) -> Any:
         known = [(tensor, self.sources[tensor]) for tensor in tensors if tensor in self.sources]
         parameters = [(tensor, source) for tensor, source in known if source.paths]
-        self._refuse_unseen_changes(func, parameters)
+        self._refuse_unseen_changes(func, args, parameters)
         if len(known) == len(tensors) and not (parameters and self._expands(func, args, kwargs)):
             return self._derive(func, args, kwargs, parameters)
         if not parameters:
@@ -207,7 +208,7 @@ class Calls:
         return result
 
     def _refuse_unseen_changes(
-        self, func: Callable[..., Any], parameters: list[tuple[Tensor, Source]]
+        self, func: Callable[..., Any], args: tuple[Any, ...], parameters: list[tuple[Tensor, Source]]
     ) -> None:
         """Refuse what derives from a leaf and was changed by other means than calls on itself."""
         for tensor, source in parameters:
@@ -217,7 +218,10 @@ class Calls:
                     "t[i] = value, which cannot be followed. Use torch.cat, torch.where or index_put, "
                     "or method='vmap'"
                 )
-            if version_of(tensor) != self.versions.get(tensor, version_of(tensor)):
+            # compiled code counts no versions: there, any change of what may be a view is refused
+            changes = torch.compiler.is_compiling() and is_in_place(func) and tensor is args[0]
+            hides = changes and source.step >= 0 and may_be_view(self.steps[source.step].func)
+            if hides or version_of(tensor) != self.versions.get(tensor, version_of(tensor)):
                 raise ValueError(
                     f"a tensor that derives from {' and '.join(source.paths)} was changed in place through a "
                     "view, which cannot be followed. Change it by calls that return a new tensor, or use "
@@ -254,14 +258,6 @@ def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]
     return found
 
 
-def is_in_place(func: Callable[..., Any]) -> bool:
-    """Whether a function overwrites its first argument: `add_`, `__iadd__`."""
-    name = getattr(func, "__name__", "")
-    if name.startswith("__"):
-        return name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__init__")
-    return name.endswith("_")
-
-
 def refuse_unaligned(
     func: Callable[..., Any], expanded: Tensor, carriers: list[Tensor], paths: tuple[str, ...]
 ) -> None:
@@ -273,29 +269,6 @@ def refuse_unaligned(
             f"{' and '.join(paths)} is expanded to {expanded.shape[0]} rows, as many as the batch has, but "
             "they are no samples. Use another batch size or microbatch=, or method='vmap'"
         )
-
-
-def out_of_place(func: Callable[..., Any]) -> Callable[..., Any]:
-    """`add` for `add_` and `__iadd__`; a function that overwrites nothing as it is.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not is_in_place(func):
-        return func
-    name = func.__name__
-    found = getattr(Tensor, f"__{name[3:-2]}__" if name.startswith("__i") else name[:-1], None)
-    if found is None:
-        raise ValueError(
-            f"a trainable leaf is written into a tensor by {name}, which cannot be followed. Use torch.where "
-            "or torch.cat, or method='vmap'"
-        )
-    return found
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor's memory was changed in place, where that is counted."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _without_padding(

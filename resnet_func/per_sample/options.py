@@ -28,9 +28,9 @@ class Options(TypedDict, total=False):
             network built from a config so, and nothing else.
         check: Whether results are compared with a loop over single samples, on two samples of the batch.
             None, the default, does so once for each network and loss, True every time, False never. Compiled
-            code and `vmap` cannot compare: call a new network once without, on two different samples or more.
-            Unchecked, a first dimension that is not the batch's but as long, as in a sequence-first network
-            of N samples and N positions, is taken for it.
+            code and `vmap` cannot compare, and compiled code sees no assignments by index: call a new network
+            once without, on two different samples or more. Unchecked, a first dimension that is not the
+            batch's but as long, as in a sequence-first network of N samples and N positions, is taken for it.
         speeds: What contractions are chosen by; None is `calibration.TYPICAL`, and the same everywhere.
             `calibration.measured()` has this machine's. Results differ in rounding at most.
     """

@@ -242,6 +242,34 @@ def test_what_cannot_be_followed_is_refused_in_one_line(name: str, check: bool |
         ps.grads(model, losses.cross_entropy, check=check)(params, {}, x, y)
 
 
+COMPILED = (
+    "two outputs of a call",
+    "in place through views",
+    "a scale under no_grad",
+    "a token for each sample",
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_networks_are_followed_alike(name: str) -> None:
+    network, x, shapes = FOLLOWED[name]
+    params, y = parameters(shapes), torch.arange(N) % CLASSES
+    compiled = torch.compile(ps.grads(rf.from_function(network), losses.cross_entropy), fullgraph=True)
+    assert_trees_near(compiled(params, {}, x, y), loop(network, params, x, y), 1e-10)
+
+
+@pytest.mark.nightly
+def test_compiled_code_refuses_what_it_does_not_see() -> None:
+    """Dynamo hides assignments by index from the interception, and has no versions of tensors."""
+    params, y = parameters(LEAVES), torch.arange(N) % CLASSES
+    for network in (written_into_zeros, view_of_copy):
+        torch.compiler.reset()
+        run = ps.grads(rf.from_function(network), losses.cross_entropy)
+        with pytest.raises(Exception, match="cannot be followed|Observed exception"):
+            torch.compile(run, backend="aot_eager", fullgraph=True)(params, {}, ROWS, y)
+
+
 def sorted_and_back(p: dict[str, Any], x: Tensor) -> Tensor:
     order = x[:, 0].argsort()
     return torch.tanh(x[order] @ p["w"])[order.argsort()] @ p["h"]
