@@ -29,8 +29,8 @@ from resnet_func.app.runtime import compile_obstacle
 
 SECONDS = 60  # of timing in each run
 COMMANDS = {
-    "per-sample-resnet18-n32-32px": "per-sample --model resnet18 --batch 32 --without loop vmap",
-    "per-sample-resnet20-n64-32px": "per-sample --model resnet20 --batch 64 --without loop vmap",
+    "per-sample-resnet18-n32-32px": "per-sample --model resnet18 --batch 32 --without loop vmap module",
+    "per-sample-resnet20-n64-32px": "per-sample --model resnet20 --batch 64 --without loop vmap module",
     "throughput-resnet18-n32-32px-training": (
         "throughput --model resnet18 --batch 32 --layout channels_last --without gradient JAX"
     ),

@@ -34,7 +34,11 @@ from resnet_func.calibration import Speeds
 from resnet_func.losses import cross_entropy
 
 BASELINE, AGAIN, JAX_PLAIN = "plain", "plain again", "plain, JAX"
-OURS = ("norms", "clipped_sum", "grads", "clipped_sum, vmap", "clipped_sum, loop")
+FROM_MODULE = ", from_module"  # the network taken from a plain module, not from its config
+OURS = (
+    *("norms", "clipped_sum", "grads", "clipped_sum, vmap", "clipped_sum, loop"),
+    *(f"norms{FROM_MODULE}", f"clipped_sum{FROM_MODULE}"),
+)
 OTHERS = (*PEERS, JAX_PLAIN)
 VARIANTS = (BASELINE, AGAIN, *OURS, *OTHERS)
 NARROW_ERROR = 2.0  # times the error of ordinary gradients under the same autocast
@@ -115,6 +119,8 @@ def select(options: Options) -> list[str]:
     if options.phases and (options.layers or options.compile or options.dtype != "fp32"):
         raise ValueError("phases are those of an eager step in fp32; leave the other options out")
     names = [name for name in VARIANTS if options.peers or name not in OTHERS]
+    if ":" in options.model:  # is taken from a module as it is
+        names = [name for name in names if not name.endswith(FROM_MODULE)]
     return names[:2] + [name for name in names[2:] if not any(word in name for word in options.without)]
 
 
@@ -207,6 +213,9 @@ def make_function(name: str, case: Case, speeds: Speeds = calibration.TYPICAL) -
     options: Any = {"train": False, "speeds": speeds}
     if name in (BASELINE, AGAIN):
         return plain(case)
+    if name.endswith(FROM_MODULE):
+        name = name.removesuffix(FROM_MODULE)
+        model, _, state = rf.from_module(rf.to_module(model, case.params, state))
     if name == "norms":
         norms = ps.norms(model, cross_entropy, **options)
         return lambda params, x, y: (None, norms(params, state, x, y))

@@ -207,13 +207,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def chunks(run: Path) -> set[str]:
+    """Those that are written; other folders come and go meanwhile, which `os.walk` bears."""
+    return {top for top, _, names in os.walk(run) if "0" in names and Path(top).parent.name == "c"}
+
+
 def computing(process: subprocess.Popen[str], run: Path, seen: set[int]) -> list[int]:
     """The ranks of a new start, once they have written a chunk of rows; none where the command has ended."""
-    chunks, end = set(run.rglob("c/*/0")), time.monotonic() + 200
+    before, end = chunks(run), time.monotonic() + 200
     while process.poll() is None:
         assert time.monotonic() < end
         ranks = children(process)
-        if ranks and not seen & set(ranks) and set(run.rglob("c/*/0")) - chunks:
+        if ranks and not seen & set(ranks) and chunks(run) - before:
             return ranks
         time.sleep(0.02)
     return []
