@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -59,23 +60,29 @@ def gaussian_noise(
     digest = hashlib.sha256(f"resnet_func.privacy noise {operator.index(seed)}".encode()).digest()
     key = int.from_bytes(digest[:16], "big")
 
-    def draw(number: int, leaf: Tensor) -> Tensor:
-        dtype = accumulation_dtype(leaf.dtype)
+    def draw(number: int, shape: torch.Size, dtype: torch.dtype) -> np.ndarray:
         # the lowest of the counter's four words count the numbers of a leaf
         counter = np.array([0, 0, step, number], dtype=np.uint64)
         generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        values = generator.standard_normal(
-            tuple(leaf.shape), dtype=np.float64 if dtype == torch.float64 else np.float32
-        )
-        return torch.as_tensor(values).to(leaf.device)
+        return generator.standard_normal(shape, dtype=np.float64 if dtype == torch.float64 else np.float32)
 
-    leaves = trained_leaves(params, trainable)
-    noise = {path: draw(number, leaves[path]) for number, path in enumerate(sorted(leaves))}
+    leaves = dict(sorted(trained_leaves(params, trainable).items()))
+    if adaptive:
+        device = next(iter(leaves.values())).device
+        leaves[COUNT] = torch.zeros((), dtype=torch.float32, device=device)
+    # Leaves side by side, the largest first, which changes no number: NumPy lets other threads run meanwhile.
+    numbered = sorted(enumerate(leaves), key=lambda pair: -leaves[pair[1]].numel())
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        drawn = {
+            path: pool.submit(draw, number, leaves[path].shape, accumulation_dtype(leaves[path].dtype))
+            for number, path in numbered
+        }
+    noise = {path: torch.as_tensor(drawn[path].result()).to(leaf.device) for path, leaf in leaves.items()}
     if not adaptive:
         return tree.select(params, noise)
-    like = torch.zeros((), dtype=torch.float32, device=next(iter(leaves.values())).device)
+    count = noise.pop(COUNT)
     rest = tree.select(params, noise) if isinstance(params, Mapping) else noise
-    return {**rest, COUNT: draw(len(leaves), like)}
+    return {**rest, COUNT: count}
 
 
 def add_noise(total: dict[str, Tensor], noise: dict[str, Tensor], std: float | Tensor) -> dict[str, Tensor]:
