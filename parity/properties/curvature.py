@@ -78,9 +78,8 @@ def traces_of_curvature_are_squared_gradients(network: Network, batch: Batch) ->
     model, params, state = network
     grads = per_sample.grads(model, bounded_loss, train=False, check=False)(params, state, *batch)
     squares = {path: leaf.square().sum() / len(leaf) for path, leaf in tree.flatten(grads).items()}
-    needs(
-        any(square > 0 for square in squares.values()), "gradients"
-    )  # a leaf's own may be zero: so are its traces
+    # a leaf's own may be zero, and then its traces are, too
+    needs(any(square > 0 for square in squares.values()), "gradients")
     for transform, exact in ((curvature.ekfac, list(squares)), (curvature.kfac, one_dimensional(params))):
         run = transform(model, bounded_loss, fisher="empirical", train=False)
         blocks = run(params, state, [tuple(batch)]).blocks

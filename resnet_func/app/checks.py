@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_func.app.errors import UsageError
+from resnet_func.app.experiment import SEEDS
 from resnet_func.app.options import (
     Attribute,
     Curvature,
@@ -22,7 +23,6 @@ from resnet_func.app.options import (
 from resnet_func.models import variants
 
 MOST_THREADS = 4096  # of many more, the threading library ends the process by itself
-SEEDS = 2**63  # from 0 to below this: what torch's generators take
 
 
 def check(options: Any) -> None:

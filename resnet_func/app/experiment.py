@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # they import torch, which a refused option does not wait for
     from resnet_func.app.private.guarantee import Budget
     from resnet_func.app.runtime import Runtime
 
+SEEDS = 2**63  # from 0 to below this: what torch's generators take
+
 DatasetName = Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder", "shards"]
 
 
@@ -82,7 +84,7 @@ class TrainingSet:
     def __post_init__(self) -> None:
         if not 0 <= self.corrupt <= 1:
             raise ValueError(f"corrupt must be a share from 0 to 1; got {self.corrupt}")
-        if not 0 <= self.corrupt_seed < 2**63:
+        if not 0 <= self.corrupt_seed < SEEDS:
             raise ValueError(f"corrupt_seed must be 0 or more, below 2 ** 63; got {self.corrupt_seed}")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep must be a share above 0, up to 1; got {self.keep}")
@@ -114,7 +116,7 @@ class Experiment:
     shuffle_window: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
+        if not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed must be 0 or more, below 2 ** 63; got {self.seed}")
         for name in ("snapshots", "shuffle_window"):
             if getattr(self, name) < 0:

@@ -312,7 +312,7 @@ class _PrivateRule:
         if self.ema_decay is not None and tree.flatten(ema_params):
             steps = to_float64(opt_state.step)
             decay = torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay)
-            before = ema_params if trained is params else tree.select(ema_params, leaves)
+            before = select_trained(ema_params, leaves)
             ema_params = put_trained(ema_params, ema(before, moved, decay), before)
         return TrainState(put_trained(params, moved, trained), state, opt_state, ema_params, ema_state)
 
