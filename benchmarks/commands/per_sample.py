@@ -286,7 +286,7 @@ def publish(options: Options, where: dict[str, Any], rows: list[Row], found: dic
 def group(name: str) -> str:
     if name in OTHERS:
         return "JAX" if "JAX" in name else "Opacus"
-    return "the references" if "," in name else "ours"
+    return "the references" if "," in name.removesuffix(FROM_MODULE) else "ours"
 
 
 STYLE = report.Bars(

@@ -121,7 +121,7 @@ def _draw_panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
         axes.plot(line.x, line.middle, marker=marker, markersize=5, color=colour, label=line.name)
     ticks = sorted({x for line in panel.lines for x in line.x})
     if panel.ideal and panel.lines:
-        first = max(line.middle[0] for line in panel.lines)
+        first = max(line.middle[0] for line in panel.lines if line.x[0] == ticks[0])
         proportional = [first * x / ticks[0] for x in ticks]
         axes.plot(ticks, proportional, "--", color=GREY, linewidth=1, label="in proportion")
     axes.set_xscale("log", base=2)

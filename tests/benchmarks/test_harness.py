@@ -16,7 +16,7 @@ import torch
 from benchmarks.__main__ import COMMANDS, main, parse
 from benchmarks.commands import everything, throughput
 from benchmarks.forms import networks, step, variants
-from benchmarks.harness import measure, memory, report, statistics
+from benchmarks.harness import measure, memory, pictures, report, statistics
 from benchmarks.harness.measure import Disagreement, Skipped, Variant
 from benchmarks.harness.statistics import Rule
 from parity import environment
@@ -351,3 +351,15 @@ def test_the_fastest_function_is_held_against_the_fastest_of_the_others() -> Non
     assert module["function"] == "function, step compiled, NCHW, fp32"
     assert (module["other"], module["ratio"].median) == ("module compiled, channels_last, fp32", 0.625)
     assert (jax["other"], jax["ratio"].median) == ("JAX jit, NCHW, fp32", 0.25)
+
+
+def test_growth_in_proportion_starts_from_what_was_measured_there():
+    """A series that begins later says nothing of where the others begin."""
+    from matplotlib.figure import Figure
+
+    series = (("a", [1, 2], [3.0, 5.0]), ("b", [2], [7.0]))
+    lines = [pictures.Line(name, x, y, y, y) for name, x, y in series]
+    axes = Figure().subplots()
+    pictures._draw_panel(axes, pictures.Panel("", "", lines, ideal=True), {"a": "red", "b": "blue"})
+    (ideal,) = [line for line in axes.get_lines() if line.get_label() == "in proportion"]
+    assert np.asarray(ideal.get_ydata()).tolist() == [3.0, 6.0]
