@@ -6,12 +6,13 @@ be differentiated in place of faster ones, where nobody asks for a second deriva
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.func import debug_unwrap
 
 from resnet_func import tree
@@ -64,7 +65,12 @@ def is_ordinary(*trees: Any) -> bool:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or _is_inside_a_transform():
         return False
     leaves = [leaf for leaf in tree.leaves(trees) if isinstance(leaf, Tensor)]
-    return not any(leaf.is_inference() or not can_read(leaf) or is_differentiated(leaf) for leaf in leaves)
+    if leaves and forward_ad._current_level >= 0:
+        return False
+    watched = torch.is_grad_enabled()
+    return not any(
+        leaf.is_inference() or not can_read(leaf) or (watched and leaf.requires_grad) for leaf in leaves
+    )
 
 
 def _is_inside_a_transform() -> bool:
@@ -101,28 +107,43 @@ def hangs_on_others(value: Tensor, leaves: Sequence[Tensor]) -> bool:
     >>> hangs_on_others(a * 2, [a]), hangs_on_others(a * b, [a])
     (False, True)
     """
-    known = {id(leaf) for leaf in leaves}
-    if value.grad_fn is None:
-        return value.requires_grad and id(value) not in known
-    variables = (getattr(node, "variable", None) for node in nodes_of(value))
-    return any(variable is not None and id(variable) not in known for variable in variables)
+    return graph_of(value).hangs_on_others(leaves)
 
 
-def nodes_of(value: Tensor) -> Iterator[Any]:
-    """The nodes of autograd's graph of a value, each once.
+class Graph(NamedTuple):
+    """What autograd's graph of a value ends in, and whether an `autograd.Function` is in it."""
+
+    ends: list[Tensor]
+    functions: bool
+
+    def hangs_on_others(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether it ends in other leaves than these."""
+        known = {id(leaf) for leaf in leaves}
+        return any(id(end) not in known for end in self.ends)
+
+
+def graph_of(value: Tensor) -> Graph:
+    """Walk autograd's graph of a value, each node once.
 
     >>> a = torch.ones(2, requires_grad=True)
-    >>> [node.name().rsplit("::")[-1] for node in nodes_of(a * a)]
-    ['MulBackward0', 'AccumulateGrad']
+    >>> graph_of(a * a).ends[0] is a
+    True
     """
-    waiting = [value.grad_fn] if value.grad_fn is not None else []
-    seen: set[Any] = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        after = {one for one, _ in node.next_functions if one is not None} - seen
-        seen |= after
-        waiting.extend(after)
+    if value.grad_fn is None:
+        return Graph([value] if value.requires_grad else [], False)
+    ends, functions = [], False
+    waiting: list[Any] = [value.grad_fn]
+    seen = {value.grad_fn}
+    for node in waiting:
+        following = node.next_functions
+        if not following and (end := getattr(node, "variable", None)) is not None:
+            ends.append(end)
+        functions = functions or isinstance(node, BackwardCFunction)
+        for one, _ in following:
+            if one is not None and one not in seen:
+                seen.add(one)
+                waiting.append(one)
+    return Graph(ends, functions)
 
 
 def is_differentiated(value: Tensor) -> bool:

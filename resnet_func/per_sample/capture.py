@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.func import debug_unwrap
 
 from resnet_func import tree
-from resnet_func.autodiff import hangs_on_others, is_differentiated, is_ordinary, nodes_of
+from resnet_func.autodiff import graph_of, is_differentiated, is_ordinary
 from resnet_func.losses import check_per_sample
 from resnet_func.per_sample.intercept import (
     Call,
@@ -200,10 +199,10 @@ def run_under_interception(task: Task, batch: Batch) -> _Pass:
 def _is_transparent(value: Tensor, leaves: list[Tensor], calls: Calls, grad_mode: bool) -> bool:
     """Whether ordinary autograd sees what `vjp` does: nobody else differentiates the value, and there are no
     `autograd.Function`s, which only `vjp` shows as one call."""
-    if grad_mode and hangs_on_others(value, leaves):
+    graph = graph_of(value)
+    if grad_mode and graph.hangs_on_others(leaves):
         return False
-    functions = any(isinstance(node, BackwardCFunction) for node in nodes_of(value))
-    return not functions and all(output.edge is not None for output in calls.outputs())
+    return not graph.functions and all(output.edge is not None for output in calls.outputs())
 
 
 def _joined(lists: list[list[Tensor]]) -> list[Tensor]:

@@ -27,11 +27,11 @@ BROADCASTING = {
     *("div", "truediv", "rtruediv", "itruediv", "divide", "where", "maximum", "minimum", "matmul", "rmatmul"),
     "scaled_dot_product_attention",
 }
+SEQUENCES = (list, tuple)
 EXPANDING = (Tensor.expand, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile, Tensor.tile)
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where a tensor without samples comes from: the leaves it depends on, and the step that made it.
 
     A leaf depends on itself, and no step made it (-1); a constant depends on no leaf.
@@ -41,8 +41,7 @@ class Source:
     step: int = -1
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A call on tensors without samples."""
 
     func: Callable[..., Any]
@@ -60,8 +59,7 @@ class Output(NamedTuple):
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call in which leaves, or what derives from them, meet the batch.
 
     Args:
@@ -116,20 +114,24 @@ class Calls:
 
     def meet(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call, and keep what it says about the leaves."""
-        tensors = list(dict.fromkeys(tensors_of(args, kwargs)))
-        refuse_coupling(func, args, kwargs, self.sources)
+        tensors = tensors_of(args, kwargs)
+        if len(tensors) > 1:
+            tensors = list(dict.fromkeys(tensors))
+        if func is F.batch_norm or func is torch.batch_norm:
+            refuse_coupling(args, kwargs, self.sources)
         if self.grad_mode and not torch.is_grad_enabled():
             result = run_as_constant(func, args, kwargs)
             if all(tensor in self.sources for tensor in tensors):
                 for output in tensors_of((result,), {}):
                     self.sources.setdefault(output, Source(()))
             return result
-        expanded = [tensor for tensor in tensors if tensor in self.expanded]
+        expanded = [tensor for tensor in tensors if tensor in self.expanded] if self.expanded else []
+        if not expanded:
+            return self._run(func, args, kwargs, tensors)
         carriers = [tensor for tensor in tensors if tensor not in self.sources]
-        if expanded:
-            refuse_unaligned(func, expanded[0], carriers, self.expanded[expanded[0]])
+        refuse_unaligned(func, expanded[0], carriers, self.expanded[expanded[0]])
         result = self._run(func, args, kwargs, tensors)
-        if expanded and all(tensor in self.expanded for tensor in carriers):
+        if all(tensor in self.expanded for tensor in carriers):
             for output in tensors_of((result,), {}):
                 self.expanded[output] = self.expanded[expanded[0]]
         return result
@@ -139,17 +141,19 @@ class Calls:
     ) -> Any:
         known = [(tensor, self.sources[tensor]) for tensor in tensors if tensor in self.sources]
         parameters = [(tensor, source) for tensor, source in known if source.paths]
-        self._refuse_unseen_changes(func, args, parameters)
+        if parameters:
+            self._refuse_unseen_changes(func, args, parameters)
         if len(known) == len(tensors) and not (parameters and self._expands(func, args, kwargs)):
             return self._derive(func, args, kwargs, parameters)
+        in_place = is_in_place(func)
         if not parameters:
-            if is_in_place(func) or func is Tensor.__setitem__:
+            if in_place or func is Tensor.__setitem__:
                 self.sources.pop(args[0], None)  # a constant that samples are written into is none
             return func(*args, **kwargs)
-        before = args
-        if is_in_place(func):  # what comes in is overwritten: keep it as it was
-            before = (args[0].clone(), *args[1:])
-        result = out_of_place(func)(*before, **kwargs)
+        pure, before = func, args
+        if in_place:  # what comes in is overwritten: keep it as it was
+            pure, before = out_of_place(func), (args[0].clone(), *args[1:])
+        result = pure(*before, **kwargs)
         if func is F.embedding:
             result = _without_padding(result, *args, **kwargs)
         alone = isinstance(result, Tensor)
@@ -158,8 +162,8 @@ class Calls:
         if not indices:
             return result
         kept = [self._keep(outputs, index) for index in indices]
-        self.calls.append(Call(out_of_place(func), before, kwargs, parameters, indices, kept))
-        if is_in_place(func):  # written back: what shares its memory, as a view does, changes too
+        self.calls.append(Call(pure, before, kwargs, parameters, indices, kept))
+        if in_place:  # written back: what shares its memory, as a view does, changes too
             return args[0].copy_(outputs[0])
         if len(known) == len(tensors):
             self.expanded[outputs[0]] = parameters[0][1].paths
@@ -219,9 +223,9 @@ class Calls:
                     "or method='vmap'"
                 )
             # compiled code counts no versions: there, any change of what may be a view is refused
-            changes = torch.compiler.is_compiling() and is_in_place(func) and tensor is args[0]
-            hides = changes and source.step >= 0 and may_be_view(self.steps[source.step].func)
-            if hides or version_of(tensor) != self.versions.get(tensor, version_of(tensor)):
+            changes = source.step >= 0 and tensor is args[0] and is_in_place(func)
+            hides = changes and torch.compiler.is_compiling() and may_be_view(self.steps[source.step].func)
+            if hides or (tensor in self.versions and version_of(tensor) != self.versions[tensor]):
                 raise ValueError(
                     f"a tensor that derives from {' and '.join(source.paths)} was changed in place through a "
                     "view, which cannot be followed. Change it by calls that return a new tensor, or use "
@@ -250,10 +254,10 @@ def kept_statistics(edge: GradientEdge | None) -> list[Tensor]:
 def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors among a call's arguments, and in lists and tuples among them."""
     found = []
-    for value in (*args, *kwargs.values()):
+    for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, SEQUENCES):
             found.extend([one for one in value if isinstance(one, Tensor)])
     return found
 
@@ -281,12 +285,8 @@ def _without_padding(
     return torch.where(is_padding, embedded.detach(), embedded)
 
 
-def refuse_coupling(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sources: Mapping[Tensor, Source]
-) -> None:
-    """Refuse normalisation by the statistics of the batch."""
-    if func is not F.batch_norm and func is not torch.batch_norm:
-        return
+def refuse_coupling(args: tuple[Any, ...], kwargs: dict[str, Any], sources: Mapping[Tensor, Source]) -> None:
+    """Refuse a batch normalisation by the statistics of the batch."""
     position = 5
     training = args[position] if len(args) > position else kwargs.get("training", False)
     if training and args[0] not in sources:
