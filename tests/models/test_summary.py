@@ -139,6 +139,12 @@ def test_rows_say_what_the_layers_are():
     assert {row.kind for row in deeper} >= {"conv 3x3 dilation 2 groups 2", "group norm 4"}
 
 
+def test_sides_that_differ_are_all_said():
+    layers = nn.Conv2d(3, 4, (3, 1), stride=(2, 1), padding=(1, 0)), nn.Conv2d(4, 4, 3, dilation=(1, 2))
+    rows = summarize_network(*rf.from_module(nn.Sequential(*layers)), (3, 9, 9))
+    assert [row.kind for row in rows] == ["conv 3x1/2x1", "conv 3x3 dilation 1x2"]
+
+
 @pytest.mark.parametrize("image_size", [0, -4])
 def test_too_small_an_image_is_one_clear_error(image_size):
     with pytest.raises(ValueError, match=rf"image_size must be 1 pixel or more; got {image_size}"):

@@ -433,6 +433,7 @@ def test_gradients_of_another_tree_are_refused(case: str, grads: Any, message: s
         (lambda: optim.one_cycle(0.1, 9, warmup_fraction=1.0), r"warmup_fraction must be in \[0, 1\)"),
         (lambda: optim.one_cycle(0.1, 9, start_div=0), "start_div must be > 0; got 0"),
         (lambda: optim.one_cycle(0.1, 9, anneal="cosine"), 'anneal must be "linear" or "cos"'),  # type: ignore[arg-type]
+        (lambda: optim.adam(0.1, (torch.ones(2), 0.9)), "betas must be"),
         (lambda: optim.step(0.1, (3, -1)), r"milestones must be steps >= 0; got \(3, -1\)"),
         (lambda: optim.step(0.1, (3,), gamma=0.0), "gamma must be finite and > 0; got 0.0"),
     ],
@@ -573,6 +574,11 @@ def test_one_cycle_is_torch(anneal: Any, total: int, fraction: float) -> None:
     # torch's last step of total + 1 lies one further, so ask for a cycle of exactly that length.
     schedule = optim.one_cycle(0.4, total + 1, fraction * total / (total + 1), 20.0, 0.4 / 20 / 1e4, anneal)
     assert_curve(schedule, curve(reference, 0.1, total), peak=0.4)
+
+
+def test_one_cycle_of_two_steps() -> None:
+    schedule = optim.one_cycle(1.0, 2, warmup_fraction=0.0)
+    assert schedule(torch.arange(3)).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_one_cycle_default_is_a_triangle_to_zero() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -39,6 +40,15 @@ def test_a_bound_for_one_call_is_the_transform_with_that_bound(clipping: str) ->
     for a, b in zip(tree.leaves(got), tree.leaves(wanted), strict=True):
         # a number over a tensor is its reciprocal times the number, and rounds once more
         torch.testing.assert_close(a, b, rtol=8 * torch.finfo(a.dtype).eps, atol=torch.finfo(a.dtype).eps)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(3), torch.ones(3, 1, dtype=torch.bool)], ids=["floats", "2d"])
+def test_a_mask_of_another_kind_is_refused(mask: torch.Tensor) -> None:
+    model, params, state = network(small(), 0)
+    summed = rf.per_sample.clipped_sum(model, losses.cross_entropy, max_norm=1.0)
+    said = rf"mask must be bools \[N\]; got {mask.dtype} {re.escape(str(list(mask.shape)))}$"
+    with pytest.raises(ValueError, match=said):
+        summed(params, state, *batch(3, 1), mask)
 
 
 def test_a_masked_loss_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:

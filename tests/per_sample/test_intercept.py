@@ -40,6 +40,13 @@ def no_grad_gate(p: dict[str, Any], x: Tensor) -> Tensor:
     return (torch.tanh(x @ p["w"]) * gate) @ p["h"]
 
 
+def no_grad_parts(p: dict[str, Any], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        left, right = p["w"].abs().chunk(2, 1)
+        largest, _ = left.max(1, keepdim=True)
+    return torch.tanh(x @ (p["w"] / (largest + right.mean()))) @ p["h"]
+
+
 def lstm_cell(p: dict[str, Any], x: Tensor) -> Tensor:
     hidden = cell = x.new_zeros(len(x), D)
     for step in x.unbind(1):
@@ -94,6 +101,7 @@ FOLLOWED: dict[str, tuple[Network, Tensor, dict[str, tuple[int, ...]]]] = {
         LEAVES,
     ),
     "a scale under no_grad": (no_grad_scale, ROWS, LEAVES),
+    "parts under no_grad": (no_grad_parts, ROWS, LEAVES),
     "a gate under no_grad": (no_grad_gate, ROWS, LEAVES),
     "keywords": (
         lambda p, x: torch.tanh(torch.addmm(input=p["v"], mat1=x, mat2=p["w"])) @ p["h"],

@@ -67,6 +67,8 @@ CLOSED: dict[str, Callable[[Leaves], Tensor]] = {
     "steps": by_steps,
     "arithmetic": by_arithmetic,
     "weight-norm": by_weight_norm,
+    "biased": lambda p: p["weight"] / p["weight"].var((1, 2, 3), unbiased=False, keepdim=True),
+    "corrected": lambda p: p["weight"] / p["weight"].var((1, 2, 3), correction=3, keepdim=True),
     "doubled": lambda p: 2 * p["weight"],
 }
 OPEN: dict[str, Callable[[Leaves], Tensor]] = {
@@ -74,6 +76,7 @@ OPEN: dict[str, Callable[[Leaves], Tensor]] = {
     "over-rows": lambda p: p["weight"] / p["weight"].mean((0, 1, 2, 3), keepdim=True),
     "over-part": lambda p: p["weight"] - p["weight"].mean((2, 3), keepdim=True),
     "whole-sum": lambda p: p["weight"].flatten(1) * p["gain"].unsqueeze(1).sum((), keepdim=True),
+    "own-sum": lambda p: p["weight"].flatten(1) * (p["gain"] / p["gain"].sum(())).unsqueeze(1),
     "softmax": lambda p: p["weight"].softmax(1),
     "in-place": lambda p: (p["weight"] * 2).mul_(3),
     "by-columns": lambda p: p["weight"].permute(1, 0, 2, 3)[:, :, 0, 0] * p["gain"],
@@ -114,7 +117,7 @@ def test_closed_form_of_the_weight_is_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPEN)
 def test_what_mixes_rows_has_no_closed_form(name: str) -> None:
-    path = "gain" if name in ("whole-sum", "by-columns") else "weight"
+    path = "gain" if name in ("whole-sum", "own-sum", "by-columns") else "weight"
     assert jacobian_of(OPEN[name], path) is None
 
 

@@ -57,6 +57,11 @@ def test_the_module_is_copied_not_kept() -> None:
     assert torch.equal(model.apply(params, state, x, train=True)[0], want)
 
 
+def test_a_model_holds_no_numbers_of_its_module() -> None:
+    model, params, _ = rf.from_module(nn.Linear(500, 500))
+    assert len(pickle.dumps(model)) < 10_000 < len(pickle.dumps(params))
+
+
 def test_a_misspelled_key_is_refused() -> None:
     """`functional_call` is not strict by default, and would use the module's own tensor without a word."""
     model, params, state = rf.from_module(nn.Linear(2, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,18 @@ def test_a_new_head_of_another_size(name: str | None) -> None:
     rest = [{key: value for key, value in one.items() if key != "fc"} for one in (got, params)]
     assert all(map(torch.equal, tree.leaves(rest[0]), tree.leaves(rest[1])))
     assert all(map(torch.equal, tree.leaves(after), tree.leaves(state)))
+
+
+def test_a_new_head_inside_another_module() -> None:
+    head = nn.Sequential(OrderedDict(norm=nn.BatchNorm1d(4), fc=nn.Linear(4, 3)))
+    module = nn.Sequential(OrderedDict(body=nn.Linear(2, 4), head=head))
+    _, params, state = rf.from_module(module)
+    fresh = tree.map(torch.zeros_like, params), tree.map(torch.zeros_like, state)
+    model = rf.from_module(module)[0]._replace(init=lambda *args, **options: fresh)
+    got, after = rf.from_state_dict(model, module.state_dict(), head="new", generator=generator(0))
+    assert got["head"]["fc"]["weight"].eq(0).all()
+    assert got["head"]["norm"]["weight"].eq(1).all()
+    assert after["head"]["norm"]["running_var"].eq(1).all()
 
 
 def test_a_new_head_needs_a_generator_and_a_known_word() -> None:
