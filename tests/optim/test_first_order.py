@@ -579,6 +579,8 @@ def test_one_cycle_is_torch(anneal: Any, total: int, fraction: float) -> None:
 def test_one_cycle_of_two_steps() -> None:
     schedule = optim.one_cycle(1.0, 2, warmup_fraction=0.0)
     assert schedule(torch.arange(3)).tolist() == [1.0, 0.0, 0.0]
+    falling = optim.one_cycle(1.0, 3, warmup_fraction=2 / 3, start_div=0.5)
+    assert falling(torch.arange(3)).tolist() == [2.0, 1.0, 0.0]
 
 
 def test_one_cycle_default_is_a_triangle_to_zero() -> None:

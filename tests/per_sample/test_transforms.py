@@ -85,7 +85,7 @@ def test_norms_and_clipped_sums_match_the_gradients(
         torch.testing.assert_close(norms, expected, rtol=1e-10, atol=0)
         factors = (max_norm / expected).clamp(max=1)
         assert (factors < 1).any()
-        by_hand = tree.map(lambda g: torch.einsum("n,n...->...", factors, g), grads)  # noqa: B023
+        by_hand = tree.map(lambda g: torch.einsum("n,n...->...", factors, g), grads)
         assert_trees_near(total, by_hand, rtol=1e-10)
 
 
@@ -325,6 +325,10 @@ def test_an_empty_batch(method: Any, views: int | None) -> None:
     assert_trees_equal(moments.mean, tree.map(torch.zeros_like, params))
     assert ps.gram(model, losses.cross_entropy, method=method)(params, state, (x, y)).shape == (0, 0)
     assert ps.sketch(model, losses.cross_entropy, dim=8, method=method)(params, state, x, y).shape == (0, 8)
+    for dtype in (torch.float32, torch.float64):
+        given = tree.map(lambda leaf: leaf.to(dtype), params)
+        found = ps.dot(model, losses.cross_entropy)(given, state, x.to(dtype), y, given)
+        assert_trees_equal(found, torch.zeros(0, dtype=dtype))
 
 
 PREDICATES = {
@@ -460,7 +464,8 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(TypeError, match="trainabel"):
         ps.norms(model, losses.cross_entropy, trainabel=None)
     for more in ({"clipping": "flatt"}, {"nonfinite": "drop"}):
-        with pytest.raises(ValueError, match="must be one of"):
+        (name,) = more
+        with pytest.raises(ValueError, match=f"{name} must be one of"):
             ps.clipped_sum(model, losses.cross_entropy, max_norm=1.0, **more)
     norms = ps.norms(model, losses.cross_entropy)
     for arguments, message in (
