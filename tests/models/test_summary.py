@@ -145,6 +145,12 @@ def test_sides_that_differ_are_all_said():
     assert [row.kind for row in rows] == ["conv 3x1/2x1", "conv 3x3 dilation 1x2"]
 
 
+def test_an_example_of_a_network_with_statistics():
+    module = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 2))
+    rows = summarize_network(*rf.from_module(module), torch.tensor([[0, 3, 6]]))
+    assert [(row.path, row.parameters) for row in rows] == [("0", 28), ("2", 24), ("3", 26)]
+
+
 @pytest.mark.parametrize("image_size", [0, -4])
 def test_too_small_an_image_is_one_clear_error(image_size):
     with pytest.raises(ValueError, match=rf"image_size must be 1 pixel or more; got {image_size}"):
@@ -231,6 +237,7 @@ def test_table_shows_every_row_and_the_totals_in_80_columns(name):
     text = capture.get()
     assert "…" not in text
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert lines["layer"] == ["layer", "kind", "output", "parameters", "MACs"]
     for row in rows:
         macs = format_count(row.macs).split() if row.macs else []
         shape = "x".join(str(side) for side in row.shape)

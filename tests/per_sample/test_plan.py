@@ -154,6 +154,7 @@ def test_explain_prints_every_layer() -> None:
     for amount in (sum(e.flops for e in plan.entries), plan.peak_bytes):
         assert f"{amount / 1e6:,.2f}"[:-1] in total
     assert f"{sum(e.cost for e in plan.entries) / 1e6:.3f}" in total
+    assert f"{sum(e.weights for e in plan.entries):,}" in total
     for header in ("layer", "T", "D", "method", "MFLOP", "MB"):
         assert header in text
 

@@ -79,6 +79,14 @@ def test_every_difference_is_listed() -> None:
         assert line in str(error.value)
 
 
+def test_a_name_in_both_words_is_not_overwritten() -> None:
+    model, params, state = resnet18()
+    state_dict = rf.to_state_dict(model, params, state)
+    state_dict["linear.bias"] = torch.ones(5)
+    with pytest.raises(ValueError, match=r"unexpected linear.bias \[5\]"):
+        rf.from_state_dict(model, state_dict)
+
+
 @pytest.mark.parametrize("more", ["norm='group'", "shortcut='projection'"])
 def test_a_state_dict_of_another_network_is_recognised(more: str) -> None:
     name, value = more.split("=")
