@@ -81,10 +81,10 @@ def test_every_difference_is_listed() -> None:
 
 def test_a_name_in_both_words_is_not_overwritten() -> None:
     model, params, state = resnet18()
-    state_dict = rf.to_state_dict(model, params, state)
-    state_dict["linear.bias"] = torch.ones(5)
-    with pytest.raises(ValueError, match=r"unexpected linear.bias \[5\]"):
-        rf.from_state_dict(model, state_dict)
+    state_dict, extra = rf.to_state_dict(model, params, state), {"linear.bias": torch.ones(5)}
+    for given in (extra | state_dict, state_dict | extra):
+        with pytest.raises(ValueError, match=r"unexpected linear.bias \[5\]"):
+            rf.from_state_dict(model, given)
 
 
 @pytest.mark.parametrize("more", ["norm='group'", "shortcut='projection'"])
