@@ -19,7 +19,10 @@ from torch.overrides import TorchFunctionMode
 from resnet_func import tree
 from resnet_func.testing import generator, named_leaves
 
-LAYERS = (F.conv2d, F.linear, F.batch_norm, F.group_norm, F.layer_norm)
+LAYERS = (
+    *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear),
+    *(F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, F.rms_norm),
+)
 DRAWS = 8
 
 

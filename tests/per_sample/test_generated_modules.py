@@ -6,14 +6,17 @@ and knows nothing of the library but `Model.apply`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import resnet_func as rf
+from parity.rounding import assert_rounded, rounding_noise
 from resnet_func import testing, tree
 from resnet_func.losses import cross_entropy
 from resnet_func.testing import GeneratedModule, assert_trees_near
@@ -38,23 +41,45 @@ def loop(made: GeneratedModule) -> Params:
     return tree.unflatten(dict(zip(flat, stacked, strict=True)))
 
 
+def norms_of(grads: Params) -> Tensor:
+    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in tree.leaves(grads)], 1).norm(dim=1)
+
+
+def clipped_sum_of(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
+    norms = norms_of(grads)
+    factors = torch.where(norms <= max_norm, 1.0, max_norm / norms)
+    return tree.map(lambda leaf: torch.einsum("n,n...->...", factors, leaf), grads), norms
+
+
+def assert_same(got: Any, want: Any, again: Callable[[], Any], params: Params) -> None:
+    """`got` is `want`, up to rounding.
+
+    A norm over values that hardly differ amplifies rounding without limit: where the usual one does not hold,
+    it is what rounding in every layer moves, when `again` computes `want` once more.
+    """
+    try:
+        assert_trees_near(got, want, RTOL)
+    except AssertionError:
+        assert_rounded(got, again, rounding_noise(params, torch.float64))
+
+
 def check(made: GeneratedModule, share: float) -> None:
     """Gradients, norms and clipped sums by the chosen way, by `vmap` and by the loop."""
     model, params, state = rf.from_module(made.module)
     want = loop(made)
-    rows = torch.cat([leaf.reshape(len(leaf), -1) for leaf in tree.leaves(want)], 1)
-    norms = rows.norm(dim=1)
+    norms = norms_of(want)
     max_norm = share * norms.median().item()
-    factors = torch.where(norms <= max_norm, 1.0, max_norm / norms)
-    clipped = tree.map(lambda leaf: torch.einsum("n,n...->...", factors, leaf), want)
+    clipped = clipped_sum_of(want, max_norm)
     methods: tuple[Any, ...] = ("auto", "vmap")
     for method in methods:
         options: dict[str, Any] = {"train": False, "method": method}
         given_batch = (params, state, made.x, made.y)
-        assert_trees_near(ps.grads(model, cross_entropy, **options)(*given_batch), want, RTOL)
-        assert_trees_near(ps.norms(model, cross_entropy, **options)(*given_batch), norms, RTOL)
+        grads = ps.grads(model, cross_entropy, **options)(*given_batch)
+        assert_same(grads, want, lambda: loop(made), params)
+        found = ps.norms(model, cross_entropy, **options)(*given_batch)
+        assert_same(found, norms, lambda: norms_of(loop(made)), params)
         clip = ps.clipped_sum(model, cross_entropy, max_norm=max_norm, **options)
-        assert_trees_near(clip(*given_batch), (clipped, norms), RTOL)
+        assert_same(clip(*given_batch), clipped, lambda: clipped_sum_of(loop(made), max_norm), params)
 
 
 SHARES = st.sampled_from([0.5, 1.0, 2.0])
