@@ -53,7 +53,7 @@ def settle(
         about.append(said)
     elif options.machine.compile == "auto" and machine.compile:
         took = None if begun is None else run_folder.read_machine(begun).get("compile")
-        compiles = budget.compiling_pays(plan) if took is None else bool(took)
+        compiles = budget.compiling_pays(plan, group) if took is None else bool(took)
         plan = plan._replace(machine=replace(machine, compile=compiles))
     promised = [] if plan.budget is None else [guarantee.guarantee(experiment, plan.budget)]
     ranks = [f"ranks: {group.world}; {_about_batch_norm(asked.sync_batchnorm)}"] if group.ranks else []

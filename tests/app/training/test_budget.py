@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from resnet_func.app import data, runtime
 from resnet_func.app.experiment import Experiment, Plan
+from resnet_func.app.ranks.launch import ONE_PROCESS
 from resnet_func.app.recipes import FAST, Recipe
 from resnet_func.app.training import budget
 from resnet_func.app.training.budget import Costs
@@ -207,10 +208,18 @@ def test_small_epochs_count_for_less(splits: data.Splits) -> None:
     assert budget.training_flops(small) == pytest.approx(budget.training_flops(full) * (2 * 0.25 + 2) / 4)
 
 
-def test_compiling_pays_in_long_runs(splits: data.Splits) -> None:
+@pytest.mark.parametrize(
+    ("epochs", "ratio", "pays"), [(1, 0.5, False), (1_000_000, 0.5, True), (1_000_000, 1.1, False)]
+)
+def test_compiling_pays_in_long_runs_where_it_is_faster(
+    epochs: int, ratio: float, pays: bool, splits: data.Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine = runtime.configure(device="cpu", threads=1, compile="off")
-    pays = []
-    for epochs in (1, 1_000_000):
-        experiment = Experiment("digits", None, 0, replace(FAST, epochs=epochs, early_scales=()))
-        pays.append(budget.compiling_pays(planned(experiment, machine, splits)))
-    assert pays == [False, True]
+    experiment = Experiment("digits", None, 0, replace(FAST, epochs=epochs, early_scales=((0.5, 0.5),)))
+
+    def compiled(trial: Plan, eager: budget.Costs, scales: list[float], clock: Any) -> budget.Costs:
+        assert scales == [0.5, 1.0]
+        return eager._replace(step={scale: ratio * eager.step[scale] for scale in scales}, compilation=9.0)
+
+    monkeypatch.setattr(budget, "_try_compiler", compiled)
+    assert budget.compiling_pays(planned(experiment, machine, splits), ONE_PROCESS) == pays
