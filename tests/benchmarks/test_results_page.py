@@ -54,8 +54,10 @@ def copied(name: str, folder: Path, **where: Any) -> dict[str, Any]:
 
 
 def test_machines_stand_side_by_side(tmp_path: Path) -> None:
-    first = copied("per-sample-resnet18-n128", tmp_path)
-    second = copied("per-sample-resnet18-n128", tmp_path, cpu="Intel Xeon", microarchitecture=None, cores=4)
+    first = copied("per-sample-resnet18-n128-32px-epyc-zen3", tmp_path)
+    second = copied(
+        "per-sample-resnet18-n128-32px-epyc-zen3", tmp_path, cpu="Intel Xeon", microarchitecture=None, cores=4
+    )
     assert machine_of(second["environment"]) == "xeon-avx2-4c"
     page = results_page.document(tmp_path)
     (head,) = [line for line in page.splitlines() if line.startswith("| what |")]
@@ -67,8 +69,8 @@ def test_machines_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_variant_that_one_machine_lacks_is_an_empty_cell(tmp_path: Path) -> None:
-    copied("per-sample-resnet18-n128", tmp_path)
-    other = copied("per-sample-resnet18-n128", tmp_path, cores=4)
+    copied("per-sample-resnet18-n128-32px-epyc-zen3", tmp_path)
+    other = copied("per-sample-resnet18-n128-32px-epyc-zen3", tmp_path, cores=4)
     del other["figures"]["grads"]
     (path,) = tmp_path.glob("*-4c.json")
     path.write_text(json.dumps(other), encoding="utf-8")
