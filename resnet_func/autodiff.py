@@ -65,12 +65,7 @@ def is_ordinary(*trees: Any) -> bool:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or _is_inside_a_transform():
         return False
     leaves = [leaf for leaf in tree.leaves(trees) if isinstance(leaf, Tensor)]
-    if leaves and forward_ad._current_level >= 0:
-        return False
-    watched = torch.is_grad_enabled()
-    return not any(
-        leaf.is_inference() or not can_read(leaf) or (watched and leaf.requires_grad) for leaf in leaves
-    )
+    return not any(leaf.is_inference() or not can_read(leaf) or is_differentiated(leaf) for leaf in leaves)
 
 
 def _is_inside_a_transform() -> bool:
@@ -89,7 +84,7 @@ def _by_autograd(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree) -> Gra
         inputs = tree.map(lambda leaf: leaf.detach().requires_grad_(), primals)
         value, aux = fn(inputs)
         leaves = tree.leaves(inputs)
-        if outside and hangs_on_others(value, leaves):
+        if outside and graph_of(value).hangs_on_others(leaves):
             return None
         found: list[Tensor | None] = [None] * len(leaves)
         if value.requires_grad and leaves:
@@ -98,16 +93,6 @@ def _by_autograd(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree) -> Gra
     grads = iter([torch.zeros_like(leaf) if grad is None else grad for leaf, grad in pairs])
     grad = tree.map(lambda leaf: next(grads).detach(), inputs)
     return Gradient(value.detach(), grad, tree.map(Tensor.detach, aux))
-
-
-def hangs_on_others(value: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Whether autograd's graph of a value has other leaves than these.
-
-    >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    >>> hangs_on_others(a * 2, [a]), hangs_on_others(a * b, [a])
-    (False, True)
-    """
-    return graph_of(value).hangs_on_others(leaves)
 
 
 class Graph(NamedTuple):
@@ -125,9 +110,9 @@ class Graph(NamedTuple):
 def graph_of(value: Tensor) -> Graph:
     """Walk autograd's graph of a value, each node once.
 
-    >>> a = torch.ones(2, requires_grad=True)
-    >>> graph_of(a * a).ends[0] is a
-    True
+    >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    >>> graph_of(a * 2).hangs_on_others([a]), graph_of(a * b).hangs_on_others([a])
+    (False, True)
     """
     if value.grad_fn is None:
         return Graph([value] if value.requires_grad else [], False)

@@ -27,7 +27,6 @@ BROADCASTING = {
     *("div", "truediv", "rtruediv", "itruediv", "divide", "where", "maximum", "minimum", "matmul", "rmatmul"),
     "scaled_dot_product_attention",
 }
-SEQUENCES = (list, tuple)
 EXPANDING = (Tensor.expand, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile, Tensor.tile)
 
 
@@ -114,9 +113,7 @@ class Calls:
 
     def meet(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call, and keep what it says about the leaves."""
-        tensors = tensors_of(args, kwargs)
-        if len(tensors) > 1:
-            tensors = list(dict.fromkeys(tensors))
+        tensors = list(dict.fromkeys(tensors_of(args, kwargs)))
         if func is F.batch_norm or func is torch.batch_norm:
             refuse_coupling(args, kwargs, self.sources)
         if self.grad_mode and not torch.is_grad_enabled():
@@ -254,10 +251,10 @@ def kept_statistics(edge: GradientEdge | None) -> list[Tensor]:
 def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors among a call's arguments, and in lists and tuples among them."""
     found = []
-    for value in (*args, *kwargs.values()) if kwargs else args:
+    for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, SEQUENCES):
+        elif isinstance(value, (list, tuple)):
             found.extend([one for one in value if isinstance(one, Tensor)])
     return found
 

@@ -43,8 +43,8 @@ def test_the_command_of_a_file_has_its_options(result: results_page.Result) -> N
 
 
 def copied(name: str, folder: Path, **where: Any) -> dict[str, Any]:
-    """A committed file, as if measured on another machine."""
-    (path,) = RESULTS.glob(f"{name}-*.json")
+    """A committed file of the first machine, as if measured on another."""
+    (path,) = RESULTS.glob(f"{name}-*-epyc-zen3-2c.json")
     content = json.loads(path.read_text(encoding="utf-8"))
     content["environment"] |= where
     stem = path.stem.removesuffix("-epyc-zen3-2c")
@@ -54,10 +54,8 @@ def copied(name: str, folder: Path, **where: Any) -> dict[str, Any]:
 
 
 def test_machines_stand_side_by_side(tmp_path: Path) -> None:
-    first = copied("per-sample-resnet18-n128-32px-epyc-zen3", tmp_path)
-    second = copied(
-        "per-sample-resnet18-n128-32px-epyc-zen3", tmp_path, cpu="Intel Xeon", microarchitecture=None, cores=4
-    )
+    first = copied("per-sample-resnet18-n128", tmp_path)
+    second = copied("per-sample-resnet18-n128", tmp_path, cpu="Intel Xeon", microarchitecture=None, cores=4)
     assert machine_of(second["environment"]) == "xeon-avx2-4c"
     page = results_page.document(tmp_path)
     (head,) = [line for line in page.splitlines() if line.startswith("| what |")]
@@ -69,8 +67,8 @@ def test_machines_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_variant_that_one_machine_lacks_is_an_empty_cell(tmp_path: Path) -> None:
-    copied("per-sample-resnet18-n128-32px-epyc-zen3", tmp_path)
-    other = copied("per-sample-resnet18-n128-32px-epyc-zen3", tmp_path, cores=4)
+    copied("per-sample-resnet18-n128", tmp_path)
+    other = copied("per-sample-resnet18-n128", tmp_path, cores=4)
     del other["figures"]["grads"]
     (path,) = tmp_path.glob("*-4c.json")
     path.write_text(json.dumps(other), encoding="utf-8")

@@ -16,6 +16,7 @@ import resnet_func as rf
 from resnet_func import losses, optim, privacy, tree
 from resnet_func.distributed import Ranks
 from resnet_func.models import layers
+from resnet_func.testing.shadow import cast_floating
 from resnet_func.types import Model, Params, State, TrainState
 
 BATCH, SAMPLES = 12, 40
@@ -104,10 +105,6 @@ def with_batch_norm() -> Model:
     return Model(None, init, apply)
 
 
-def to(dtype: torch.dtype, of: Any) -> Any:
-    return tree.map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, of)
-
-
 def train(
     ranks: Ranks | None, steps: int, *, batch_norm: bool = False, dtype: torch.dtype = torch.float32
 ) -> TrainState:
@@ -116,7 +113,7 @@ def train(
     model = with_batch_norm() if batch_norm else network()
     optimizer = optim.sgd(0.05, 0.9, weight_decay=1e-3)
     params, state = model.init(draw)
-    start = to(dtype, params), to(dtype, state)
+    start = cast_floating(params, dtype), cast_floating(state, dtype)
     train_state = rf.train.init_train_state(*start, optimizer, ema=True)
     step = rf.train.make_train_step(
         model, cross_entropy, optimizer, ema_decay=0.9, ranks=ranks, sync_batch_norm=batch_norm

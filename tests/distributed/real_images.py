@@ -14,7 +14,7 @@ from parity.sections.trajectory import digits
 from resnet_func import distributed, tree
 from resnet_func.distributed import Ranks
 from resnet_func.testing import generator
-from tests.distributed import exact
+from resnet_func.testing.shadow import cast_floating
 
 NORMS: tuple[Literal["group", "batch"], ...] = ("group", "batch")
 DTYPES = (torch.float32, torch.float64)
@@ -27,7 +27,7 @@ def train(
     """The leaves of a small ResNet after so many steps, and its predictions of images it has hardly seen."""
     model = rf.resnet20(depths=(1, 1, 1), norm=norm)
     optimizer = rf.optim.sgd(0.05, 0.9, weight_decay=5e-4)
-    params, state = exact.to(dtype, model.init(generator(0)))
+    params, state = cast_floating(model.init(generator(0)), dtype)
     train_state = rf.train.init_train_state(params, state, optimizer)
     sync = ranks is not None and norm == "batch"
     step = rf.train.make_train_step(

@@ -43,7 +43,7 @@ def test_every_world_trains_the_same_bits(world: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [2, 3], ids="{}-ranks".format)
 def test_ranks_stay_within_the_float64_shadow_of_one_process(world: int, tmp_path: Path) -> None:
     """On real images, whose sums round: in float64 as far away as float32's errors foretell, in float32 the
-    same predictions. (There a rounding may open a ReLU, and parameters go another way from then on.)"""
+    same accuracy. (There a rounding may open a ReLU, and parameters go another way from then on.)"""
     run_ranks(world, "tests.distributed.real_images", str(tmp_path), "40")
     for norm in real_images.NORMS:
         together = torch.load(tmp_path / f"{norm}.pt", weights_only=True)
@@ -54,8 +54,9 @@ def test_ranks_stay_within_the_float64_shadow_of_one_process(world: int, tmp_pat
         for name, leaf in double.items():
             rounding = max((single[name] - leaf).abs().max() / EPS[0], leaf.abs().max())
             assert (exactly[name] - leaf).abs().max() <= SLACK * EPS[1] * rounding, f"{norm} {name}"
-        same = together["torch.float32"][PREDICTIONS] == double[PREDICTIONS]
-        assert same.double().mean() > 0.98, norm
+        differ = together["torch.float32"][PREDICTIONS] != double[PREDICTIONS]
+        # the standard error of an accuracy on so many images, at most
+        assert differ.double().mean() < 0.5 / len(differ) ** 0.5, norm
 
 
 @given(st.integers(0, 50), st.integers(1, 8))

@@ -13,6 +13,7 @@ from torch import Tensor
 import resnet_func as rf
 from resnet_func import distributed, tree
 from resnet_func.distributed import Ranks
+from resnet_func.testing.shadow import cast_floating
 from tests.distributed import exact
 
 
@@ -43,7 +44,7 @@ def check_against_one_process(ranks: Ranks) -> None:
     cases = ("group", False), ("batch", True), ("batch", False)
     for norm, sync in cases:
         model = rf.resnet20(depths=(1, 1, 1), norm=norm)
-        params, state = exact.to(torch.float64, model.init(draw))
+        params, state = cast_floating(model.init(draw), torch.float64)
         start = rf.train.init_train_state(params, state, optimizer)
         step = rf.train.make_train_step(
             model, rf.losses.cross_entropy, optimizer, ranks=ranks, sync_batch_norm=sync

@@ -21,6 +21,7 @@ from resnet_func.per_sample.engine import evaluate
 from resnet_func.per_sample.options import check_options
 from resnet_func.per_sample.quantities.quantity import Quantity, clip_factors
 from resnet_func.testing import assert_trees_equal, assert_trees_near
+from resnet_func.testing.shadow import cast_floating
 from resnet_func.types import Model, Params, State
 from tests.per_sample.cases import (
     CLASSES,
@@ -326,7 +327,7 @@ def test_an_empty_batch(method: Any, views: int | None) -> None:
     assert ps.gram(model, losses.cross_entropy, method=method)(params, state, (x, y)).shape == (0, 0)
     assert ps.sketch(model, losses.cross_entropy, dim=8, method=method)(params, state, x, y).shape == (0, 8)
     for dtype in (torch.float32, torch.float64):
-        given = tree.map(torch.Tensor.double if dtype is torch.float64 else torch.Tensor.float, params)
+        given = cast_floating(params, dtype)
         found = ps.dot(model, losses.cross_entropy)(given, state, x.to(dtype), y, given)
         assert_trees_equal(found, torch.zeros(0, dtype=dtype))
 
