@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from rich.table import Table
 from torch.utils.benchmark import Timer
 
 from benchmarks.forms.networks import Case
-from benchmarks.harness import report
+from benchmarks.harness import markdown, report
 from benchmarks.harness.options import Step
 from resnet_func import calibration
 from resnet_func.calibration import Speeds
@@ -21,6 +21,7 @@ from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.layers.factors import ConvFactors, Direct, num_samples
 
 HOPELESS = 20  # times the other way's estimated cost: not tried, and more memory than there is
+BY = {"the machine's speeds": "chosen", "constants": "typical"}
 WAYS = {"norms": ("ghost", "materialize"), "clipped_sum": ("ghost", "materialize", "keep")}
 
 
@@ -112,3 +113,19 @@ def as_table(title: str, quantity: str, rows: list[dict[str, Any]]) -> Table:
     blank = [""] * (4 + len(WAYS[quantity]))
     table.add_row("all", *blank, *(f"{regret(rows, quantity, by):.3f}" for by in ("chosen", "typical")))
     return table
+
+
+def section(contents: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """The table of RESULTS.md: the time of what was chosen over that of the best, of all layers together."""
+    heads, rows = ["machine", "speeds"], []
+    for machine, content in contents:
+        found = {
+            f"{q}, by {by}": regret(of, q, key)
+            for q, of in content["layers"].items()
+            for by, key in BY.items()
+        }
+        heads = [*heads[:2], *(f"{name}: chosen / best" for name in found)]
+        rows.append(
+            [machine, Speeds(**content["speeds"]).describe(), *(f"{value:.3f}" for value in found.values())]
+        )
+    return markdown.table(heads, rows)

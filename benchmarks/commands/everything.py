@@ -30,6 +30,11 @@ FULL = (
     "private --model resnet18 --batch 32 --peers",
     "allocator --model resnet20 --batch 128",
     "allocator --model resnet18 --batch 32",
+    "winograd --model resnet18 --batch 32",
+    "winograd --model resnet50 --batch 8",
+    "per-sample --model resnet18 --batch 32 --layers",
+    "per-sample --model resnet20 --batch 64 --layers",
+    "per-sample --model resnet18 --batch 32 --phases",
     "roofline --model resnet18 --batch 32",
     "ensembles --model resnet20 --members 4 16 --without matrix",  # those alone take half an hour
     "scaling --model resnet20",
@@ -45,11 +50,13 @@ QUICK = (
     "per-sample --quick",
     "private --quick",
     "allocator --quick",
+    "winograd --quick",
     "roofline --quick",
     "ensembles --quick",
     "scaling --quick",
     "scores --quick",
     "lds --quick",
+    "pruning --quick",
     "curvature --quick",
 )
 

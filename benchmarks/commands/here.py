@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from benchmarks.harness import conditions, measure, report
+from benchmarks.harness import conditions, markdown, measure, report
 from benchmarks.harness.markdown import interval, machine_of
 from benchmarks.harness.options import Threaded
 from benchmarks.harness.statistics import ratio
@@ -185,3 +185,12 @@ def as_table(found: Mapping[str, Mapping[str, Any]], machines: list[str]) -> Tab
         cells = [values[name] for name in machines]
         table.add_row(what, *("-" if cell is None else interval(cell) for cell in cells))
     return table
+
+
+def section(contents: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """The table of RESULTS.md: a row for each figure, a column for each machine."""
+    names = list(dict.fromkeys(what for _, content in contents for what in content["figures"]))
+    found = [[content["figures"].get(name) for _, content in contents] for name in names]
+    cells = [["" if cell is None else interval(cell) for cell in row] for row in found]
+    heads = ["time / time (95 % interval)", *(machine for machine, _ in contents)]
+    return markdown.table(heads, [[name, *row] for name, row in zip(names, cells, strict=True)])

@@ -8,7 +8,7 @@ timed alone, on captured factors. What is left is Python, planning and what part
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.forms.networks import Case
-from benchmarks.harness import measure, report
+from benchmarks.harness import markdown, measure, report
 from benchmarks.harness.options import Compared
 from benchmarks.harness.statistics import Ratio, Seconds, ratio
 from resnet_func import tree
@@ -174,6 +174,24 @@ def check_rest(shares: dict[str, Ratio], seconds: Seconds) -> None:
                 f"the parts of {name.partition(':')[0]} come to more than the whole, by {-share.median:.2f} "
                 f"plain steps (noise {noise:.2f}): others use the machine. Measure again"
             )
+
+
+def section(contents: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """The table of RESULTS.md: a row for each part, the columns of every machine."""
+    names = list(dict.fromkeys(name for _, content in contents for name in content["shares"]))
+    cells = [
+        [
+            name,
+            *(
+                markdown.interval(content["shares"][name]) if name in content["shares"] else ""
+                for _, content in contents
+            ),
+        ]
+        for name in names
+    ]
+    return markdown.table(
+        ["part", *(f"{machine}: time / plain (95 % interval)" for machine, _ in contents)], cells
+    )
 
 
 def as_table(title: str, shares: dict[str, Ratio]) -> Table:

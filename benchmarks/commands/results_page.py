@@ -13,20 +13,25 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from benchmarks.commands import (
     allocator,
+    contractions,
     curvature,
     ensembles,
+    here,
     lds,
     per_sample,
+    phases,
     private,
     processes,
+    pruning,
     roofline,
     scaling,
     scores,
     throughput,
+    winograd,
 )
 from benchmarks.harness import report
 from benchmarks.harness.markdown import command_of, interval, machine_of, table
@@ -36,32 +41,7 @@ from resnet_func.app.names import counted
 
 PAGE = RESULTS.parent / "RESULTS.md"
 OPERATIONS = 12  # rows of a roofline
-MODULES = {
-    "per-sample": per_sample,
-    "private": private,
-    "allocator": allocator,
-    "throughput": throughput,
-    "ensembles": ensembles,
-    "scaling": scaling,
-    "processes": processes,
-    "curvature": curvature,
-    "roofline": roofline,
-    "scores": scores,
-    "lds": lds,
-}
-TITLES = {
-    "per-sample": "Gradients one sample at a time",
-    "private": "The private step against the ordinary one",
-    "allocator": "The training step against a stock loop",
-    "throughput": "Every form of a step",
-    "ensembles": "Several networks at once",
-    "scaling": "Batch size and threads",
-    "processes": "Processes, and a simulation of many GPUs",
-    "curvature": "Curvature",
-    "roofline": "The roofline",
-    "scores": "Scores of every sample",
-    "lds": "Attribution against retraining",
-}
+Section: TypeAlias = "Callable[[Sequence[Result]], list[str]]"
 
 
 @dataclass(frozen=True)
@@ -104,17 +84,17 @@ def document(folder: Path) -> str:
     lines = ["# Results", "", "<!-- written by `python -m benchmarks report`; do not edit -->", ""]
     lines += [preface.read_text(encoding="utf-8")] if preface.exists() else []
     lines += machines(results)
-    for kind, module in MODULES.items():
+    for kind, of in KINDS.items():
         cases: dict[str, list[Result]] = defaultdict(list)
         for result in results:
             if result.kind == kind:
                 cases[result.case].append(result)
         if not cases:
             continue
-        lines += [f"## {TITLES[kind]}", "", (module.__doc__ or "").split("\n\n")[0].strip(), ""]
+        lines += [f"## {of.title}", "", (of.module.__doc__ or "").split("\n\n")[0].strip(), ""]
         for case, group in cases.items():
             lines += [f"### {case}", "", *(provenance(result) for result in group), ""]
-            lines += SECTIONS.get(kind, comparison)(group)
+            lines += of.section(group)
     lines += accuracy(folder)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -127,7 +107,7 @@ def read(folder: Path) -> list[Result]:
     """
     results = []
     for path in sorted(folder.glob("*.json")):
-        kind = next((kind for kind in MODULES if path.name.startswith(f"{kind}-")), None)
+        kind = next((kind for kind in KINDS if path.name.startswith(f"{kind}-")), None)
         if kind is None:
             continue
         try:
@@ -140,7 +120,7 @@ def read(folder: Path) -> list[Result]:
         if not path.stem.endswith(machine) or not date:
             raise ValueError(f"{path.name} is of {machine}, which its name does not say, or has no date")
         if not options.get("quick"):
-            case = path.stem.removeprefix(f"{kind}-").removesuffix(f"-{machine}")
+            case = path.stem.removeprefix(f"{kind}-").removesuffix(machine).removesuffix("-")
             results.append(Result(path, kind, in_words(case), content))
     return results
 
@@ -183,7 +163,8 @@ def provenance(result: Result) -> str:
     picture = result.path.with_suffix(".png")
     links = [f"[figures](results/{result.path.name})"]
     links += [f"[picture](results/{picture.name})"] if picture.exists() else []
-    command = command_of(result.kind, options, MODULES[result.kind].Options)
+    kind = KINDS[result.kind]
+    command = command_of(kind.command or result.kind, options, kind.options)
     return (
         f"- {result.machine}, {result.content['date']}, commit {where['commit']}, {threads}, "
         f"torch {where['torch']}; {' and '.join(links)}; `{command}`"
@@ -273,11 +254,54 @@ def roofline_tables(group: Sequence[Result]) -> list[str]:
     return lines
 
 
-SECTIONS: dict[str, Callable[[Sequence[Result]], list[str]]] = {
-    "scaling": scaling_tables,
-    "processes": lambda group: processes.section([(result.machine, result.content) for result in group]),
-    "roofline": roofline_tables,
-    "lds": lambda group: lds.section([(result.machine, result.content) for result in group]),
+def by(module: Any) -> Section:
+    """The section that a benchmark's module writes."""
+    return lambda group: module.section([(result.machine, result.content) for result in group])
+
+
+class Kind(NamedTuple):
+    """A kind of result file.
+
+    Args:
+        module: The benchmark's; its first sentence stands below the title.
+        title: Of the section.
+        section: Its tables, of one case on every machine.
+        command: What measures it; the kind's own name if left out.
+        owner: The module whose options the command has; the benchmark's own if left out.
+    """
+
+    module: Any
+    title: str
+    section: Section = comparison
+    command: str = ""
+    owner: Any = None
+
+    @property
+    def options(self) -> type[Any]:
+        return (self.owner or self.module).Options
+
+
+KINDS = {
+    "here": Kind(here, "The figures of README", by(here)),
+    "per-sample": Kind(per_sample, "Gradients one sample at a time"),
+    "phases": Kind(
+        phases, "Where the time of per-sample gradients goes", by(phases), "per-sample", per_sample
+    ),
+    "layers": Kind(
+        contractions, "What the plan chose, layer by layer", by(contractions), "per-sample", per_sample
+    ),
+    "private": Kind(private, "The private step against the ordinary one"),
+    "allocator": Kind(allocator, "The training step against a stock loop"),
+    "throughput": Kind(throughput, "Every form of a step"),
+    "winograd": Kind(winograd, "Minimal filtering, convolution by convolution", by(winograd)),
+    "ensembles": Kind(ensembles, "Several networks at once"),
+    "scaling": Kind(scaling, "Batch size and threads", scaling_tables),
+    "processes": Kind(processes, "Processes, and a simulation of many GPUs", by(processes)),
+    "curvature": Kind(curvature, "Curvature"),
+    "roofline": Kind(roofline, "The roofline", roofline_tables),
+    "scores": Kind(scores, "Scores of every sample"),
+    "lds": Kind(lds, "Attribution against retraining", by(lds)),
+    "pruning": Kind(pruning, "What may be left out of a training set", by(pruning)),
 }
 
 

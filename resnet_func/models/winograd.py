@@ -230,18 +230,25 @@ def convolution(
             tile = cheapest_tile(n, c_in, len(weight), height, width, speeds)
             y = conv2d(input, weight, tile) if tile else None
         elif products and form == (1, 1, 0, 0, 1, 1):
-            y = _product(input, weight, _pair(stride), speeds)
+            rows, columns = _pair(stride)
+            height, width = -(-input.shape[2] // rows), -(-input.shape[3] // columns)
+            if product_pays(input.shape[1], len(weight), height, width, speeds):
+                y = as_product(input, weight, (rows, columns))
     if y is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return y if bias is None else y + bias[:, None, None]
 
 
-def _product(x: Tensor, weight: Tensor, stride: tuple[int, ...], speeds: Speeds) -> Tensor | None:
-    """A 1x1 convolution with these strides, where that pays as a matrix product."""
+def as_product(
+    x: Float[Tensor, "n c_in h w"], weight: Float[Tensor, "c_out c_in 1 1"], stride: tuple[int, int] = (1, 1)
+) -> Float[Tensor, "n c_out rows columns"]:
+    """`F.conv2d(x, weight, stride=stride)` of a 1x1 kernel as one matrix product; channels_last in memory.
+
+    >>> as_product(torch.ones(1, 2, 4, 4), torch.ones(3, 2, 1, 1), (2, 2)).shape
+    torch.Size([1, 3, 2, 2])
+    """
     rows, columns = stride
     strided = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
-    if not product_pays(x.shape[1], len(weight), strided.shape[1], strided.shape[2], speeds):
-        return None
     return (strided @ weight.flatten(1).T).permute(0, 3, 1, 2)
 
 

@@ -11,7 +11,7 @@ import torch
 
 import resnet_func as rf
 from benchmarks.__main__ import main
-from benchmarks.commands import lds, results_page, scores
+from benchmarks.commands import lds, scores
 from benchmarks.forms import attribution_peers, networks, retraining
 from resnet_func import attribution
 from resnet_func import per_sample as ps
@@ -76,7 +76,6 @@ def test_halves_are_halves_and_the_page_has_their_table() -> None:
     assert torch.equal(masks[1], retraining.subset(1, 41))
     content = {"figures": {"TRAK-1": {"mean": 0.1234, "low": 0.1, "high": 0.15, "seconds": 3.0}}}
     assert "| TRAK-1 | 0.123 (0.100-0.150) | 3.0 |" in lds.section([("epyc", content)])
-    assert results_page.SECTIONS["lds"]
 
 
 # --------------------------------------------------------------------------- the peers

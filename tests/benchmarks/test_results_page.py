@@ -16,6 +16,7 @@ from benchmarks.commands import results_page
 from benchmarks.harness import markdown
 from benchmarks.harness.markdown import NOT_WRITTEN, command_of, machine_of
 from benchmarks.harness.options import RESULTS
+from resnet_func.calibration import TYPICAL
 
 FILES = results_page.read(RESULTS)
 
@@ -34,7 +35,8 @@ def test_every_result_file_is_on_the_page() -> None:
 @pytest.mark.parametrize("result", FILES, ids=[result.path.stem for result in FILES])
 def test_the_command_of_a_file_has_its_options(result: results_page.Result) -> None:
     recorded = result.content["options"]
-    command = command_of(result.kind, recorded, results_page.MODULES[result.kind].Options)
+    kind = results_page.KINDS[result.kind]
+    command = command_of(kind.command or result.kind, recorded, kind.options)
     _, options = parse(shlex.split(command.partition("-m benchmarks ")[2]))
     understood = json.loads(json.dumps({k: v for k, v in vars(options).items() if k not in NOT_WRITTEN}))
     assert {name: understood[name] for name in recorded if name not in NOT_WRITTEN} == {
@@ -99,3 +101,42 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
 def test_examples_in_docstrings(module: ModuleType) -> None:
     attempted = doctest.testmod(module, raise_on_error=True).attempted
     assert attempted
+
+
+NOISE = {"median": 1.0, "low": 0.9, "high": 1.1}
+ROW = {"layer": "conv", "times": 1, "T": 4, "D": 9, "chosen": "ghost", "typical": "keep"}
+WAYS = {"ghost": 2.0, "materialize": 1.0, "keep": 1.0}
+KERNEL = {"image": [2, 3, 8, 8], "filters": [4, 3, 3, 3], "stride": 1, "times": 2, "chosen": "tile 4"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "line"),
+    [
+        ("here", {"figures": {"norms": NOISE}}, "| norms | 1.00 (0.90-1.10) |"),
+        ("phases", {"shares": {"forward": NOISE}}, "| forward | 1.00 (0.90-1.10) |"),
+        (
+            "layers",
+            {
+                "layers": {"norms": [ROW | WAYS], "clipped_sum": [ROW | WAYS]},
+                "speeds": TYPICAL.as_numbers(),
+            },
+            "| 2.000 | ",
+        ),
+        (
+            "winograd",
+            {"layers": [KERNEL | {"typical": "definition", "definition": 3.0, "tile 2": 2.5, "tile 4": 2.0}]},
+            "| 3x3, 3 to 4, 8 px, stride 1 | 2 | 3.00 | 2.50 | 2.00 |  | tile 4 | 1.00 |",
+        ),
+    ],
+)
+def test_kinds_without_a_file_of_their_own_have_a_table(
+    kind: str, content: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    like = copied("per-sample-resnet18-n128", tmp_path)
+    like["options"] = {"batch": 8, "model": "resnet18"}
+    (path,) = tmp_path.glob("*.json")
+    path.unlink()
+    (tmp_path / f"{kind}-resnet18-epyc-zen3-2c.json").write_text(json.dumps(like | content), encoding="utf-8")
+    page = results_page.document(tmp_path)
+    assert f"## {results_page.KINDS[kind].title}" in page
+    assert line in page
