@@ -16,7 +16,7 @@ from resnet_func.per_sample import over_dataset, sketch_quantity
 from resnet_func.per_sample.dataset import Batches
 from resnet_func.per_sample.layers.factors import Direct
 from resnet_func.per_sample.options import Options
-from resnet_func.per_sample.quantities.projections import Projection
+from resnet_func.per_sample.quantities.projections import Projection, add_up, sketch_leaf
 from resnet_func.per_sample.quantities.quantity import loss as loss_quantity
 from resnet_func.types import Model, Params, State
 
@@ -103,6 +103,8 @@ def sketch_tree(of: Params, sketch: Sketch) -> Float[Tensor, "n dim"]:
     >>> sketch_tree(gradients, Sketch(dim=8)).shape
     torch.Size([3, 8])
     """
-    quantity = sketch_quantity(*sketch)
-    parts = [quantity.leaf(path, Direct(leaf), "materialize") for path, leaf in tree.flatten(of).items()]
-    return torch.stack(parts).sum(0)
+    parts = {
+        path: sketch_leaf(*sketch, path, Direct(leaf), "materialize")
+        for path, leaf in tree.flatten(of).items()
+    }
+    return add_up(sketch.dim, parts)

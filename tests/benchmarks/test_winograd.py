@@ -1,4 +1,4 @@
-"""The benchmark of minimal filtering at toy size: it times what `winograd.wrap` does, and finds its choices."""
+"""The benchmark of minimal filtering at toy size: its choices are those of `winograd.wrap`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample import dataset
-from resnet_func.per_sample.quantities import quantity
+from resnet_func.per_sample.quantities import projections, quantity
 from resnet_func.per_sample.quantities.projections import leaf_seed, signs, split_dim
 from resnet_func.testing import assert_trees_near, generator
 from resnet_func.types import Params
@@ -131,6 +131,27 @@ def test_sketches_project_the_gradients(config: rf.ResNetConfig, views: int | No
         assert_trees_near(actual, reference(params, state, x, y))
         parts = ps.sketch(model, losses.cross_entropy, microbatch=2, **options)
         assert_trees_near(parts(params, state, x, y), actual)
+
+
+@pytest.mark.parametrize("views", [None, 2])
+def test_whichever_way_takes_less_work_the_sketch_is_the_same(
+    views: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, params, state = network(small(), 0)
+    x, y = batch(3, 1, views=views)
+    sketch = ps.sketch(model, losses.cross_entropy, dim=20, train=False)
+    found = []
+    for first, chunk in (
+        (True, 2**22),
+        (False, 2**22),
+        (False, 20 * 5),
+    ):  # the last: 5 rows of signs at a time
+        monkeypatch.setattr(projections, "projecting_first_pays", lambda *_, first=first: first)
+        monkeypatch.setattr(projections, "DENSE_CHUNK", chunk)
+        found.append(sketch(params, state, x, y))
+    for other in found[1:]:
+        assert_trees_near(other, found[0])
+        assert not torch.equal(other, found[0])  # it did go another way
 
 
 @pytest.mark.parametrize("projection", ["factorized", "dense"])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from math import prod
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.layers.contract import Way
 from resnet_func.per_sample.layers.factors import (
     ConvFactors,
+    Direct,
     Factors,
     LinearFactors,
     grad_rows,
@@ -44,23 +46,43 @@ def sketch_quantity(dim: int, seed: int, projection: Projection) -> Quantity:
         raise ValueError(f"dim must be 1 or more; got {dim}. 4096 is common")
     if projection not in ("factorized", "dense"):
         raise ValueError(f"projection must be 'factorized' or 'dense'; got {projection!r}")
-    return Quantity("sketch", partial(_sketch_leaf, dim, seed, projection), partial(_add_up, dim), torch.cat)
+    return Quantity("sketch", partial(sketch_leaf, dim, seed, projection), partial(_finish, dim), torch.cat)
 
 
-def _sketch_leaf(
+class Rows(NamedTuple):
+    """Gradients that are still to be projected densely, and the seed of their signs."""
+
+    grads: Float[Tensor, "n d"]
+    seed: int
+
+
+def sketch_leaf(
     dim: int, seed: int, projection: Projection, path: str, factors: Factors, way: Way
-) -> Tensor:
+) -> Float[Tensor, "n dim"] | Rows:
+    """One leaf's part of the sketches; a vector as it is, for `add_up` to project all of them at once."""
     own = leaf_seed(seed, path)
-    if projection == "dense":
-        grads = (grad_rows(contract.grads(part)) for part in sample_slices(factors))
-        return torch.cat([dense(part, dim, own) for part in grads])
-    return factorized(factors, dim, own)
+    if projection == "factorized":
+        return factorized(factors, dim, own)
+    return _each_slice(factors, lambda grads: dense([Rows(grad_rows(grads), own)], dim))
 
 
-def _add_up(dim: int, answers: dict[str, Tensor], captured: Captured) -> Tensor:
+def add_up(dim: int, answers: Mapping[str, Tensor | Rows]) -> Float[Tensor, "n dim"]:
+    """The sketches: the sum of one or more leaves' parts."""
+    rows = [part for part in answers.values() if isinstance(part, Rows)]
+    parts = [part for part in answers.values() if isinstance(part, Tensor)]
+    return reduce(torch.add, parts + ([dense(rows, dim)] if rows else []))
+
+
+def _finish(dim: int, answers: dict[str, Tensor | Rows], captured: Captured) -> Tensor:
     if not answers:
         return captured.losses.new_zeros((captured.losses.shape[0], dim))
-    return torch.stack(list(answers.values())).sum(0)
+    return add_up(dim, answers)
+
+
+def _each_slice(factors: Factors, project: Callable[[Tensor], Tensor]) -> Tensor:
+    """Projections of the gradients, of which some samples' exist at a time."""
+    found = [project(contract.grads(part)) for part in sample_slices(factors)]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @torch.compiler.assume_constant_result
@@ -79,9 +101,11 @@ def signs(rows: int, columns: int, like: Tensor, seed: int, first: int = 0) -> F
     start, stop = first * columns, (first + rows) * columns
     words = torch.arange(start // 32, -(-stop // 32), dtype=torch.int64, device=like.device)
     words = _hash(_hash(words ^ (seed & MASK)) ^ (seed >> 32))
-    bits = (words[:, None] >> torch.arange(32, dtype=torch.int64, device=like.device)) & 1
+    eight = torch.arange(8, dtype=torch.uint8, device=like.device)
+    octets = (words[:, None] >> (8 * eight[:4].long())).to(torch.uint8)  # the lowest first, on any machine
+    bits = (octets.flatten()[:, None] >> eight) & 1
     drawn = bits.flatten()[start % 32 : start % 32 + rows * columns].reshape(rows, columns)
-    return (2 * drawn - 1).to(like.dtype)
+    return drawn.to(like.dtype).mul_(2).sub_(1)
 
 
 def _hash(x: Tensor) -> Tensor:
@@ -91,41 +115,70 @@ def _hash(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def dense(grads: Float[Tensor, "n d"], dim: int, seed: int) -> Float[Tensor, "n dim"]:
-    """`grads @ R / sqrt(dim)` with R of independent signs (Achlioptas 2003), drawn a chunk at a time."""
-    total = grads.new_zeros((grads.shape[0], dim))
+def dense(leaves: Sequence[Rows], dim: int) -> Float[Tensor, "n dim"]:
+    """The sum of `grads @ R / sqrt(dim)`, R of independent signs (Achlioptas 2003), some rows at a time."""
     step = max(1, DENSE_CHUNK // dim)
-    for start in range(0, grads.shape[1], step):
-        chunk = grads[:, start : start + step]
-        total = total + chunk @ signs(chunk.shape[1], dim, grads, seed, start)
-    return total / math.sqrt(dim)
+    products, chunk, held = [], list[tuple[Tensor, Tensor]](), 0
+    for grads, seed in leaves:
+        for start in range(0, grads.shape[1], step):
+            part = grads[:, start : start + step]
+            if held + part.shape[1] > step and chunk:
+                products.append(_product(chunk))
+                chunk, held = [], 0
+            chunk.append((part, signs(part.shape[1], dim, grads, seed, start)))
+            held += part.shape[1]
+    return reduce(torch.add, [*products, _product(chunk)]) / math.sqrt(dim)
 
 
-def factorized(factors: Factors, dim: int, seed: int) -> Float[Tensor, "n dim"]:
-    """`P gradient Q^T`, flattened: input and cotangent are projected before their outer product.
+def _product(chunk: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    grads, drawn = zip(*chunk, strict=True)
+    return torch.cat(grads, 1) @ torch.cat(drawn)
 
-    `rows * columns = dim`. Inner products are unbiased as with a dense projection; their error is larger, and
-    falls with the smaller of the two factors (LoGra: Choe et al. 2024, https://arxiv.org/abs/2405.13954).
-    Leaves that are vectors are projected densely.
+
+def factorized(factors: Factors, dim: int, seed: int) -> Float[Tensor, "n dim"] | Rows:
+    """`P gradient Q^T`, flattened, `rows * columns = dim`; vectors are to be projected densely.
+
+    Inner products are unbiased as with a dense projection; their error is larger, and falls with the smaller
+    of the two factors (LoGra: Choe et al. 2024, https://arxiv.org/abs/2405.13954). Input and cotangent are
+    projected before their outer product, or the gradient after it, whichever takes fewer multiplications.
     """
     if isinstance(factors, ConvFactors) and factors.spec.groups == 1:
-        return _factorized_conv(factors, dim, seed)
-    if isinstance(factors, LinearFactors):
+        if projecting_first_pays(factors.spec, factors.views * prod(factors.cotangents.shape[2:]), dim):
+            return _factorized_conv(factors, dim, seed)
+    elif isinstance(factors, LinearFactors):
         rows, columns = split_dim(dim)
         inputs, g = factors.inputs.to(factors.cotangents.dtype), factors.cotangents
         p, q = signs(rows, g.shape[1], g, seed), signs(columns, inputs.shape[1], g, seed + 1)
         a, g = (split_views(t, factors.views) for t in (inputs @ q.T, g @ p.T))
         return torch.einsum("knr,knc->nrc", g, a).flatten(1) / math.sqrt(dim)
-    return torch.cat([_factorized_grads(contract.grads(part), dim, seed) for part in sample_slices(factors)])
+    leaf_ndim = factors.grads.ndim - 1 if isinstance(factors, Direct) else factors.weight.ndim
+    if leaf_ndim < 2:
+        return Rows(grad_rows(contract.grads(factors)), seed)
+    return _each_slice(factors, lambda grads: _factorized_grads(grads, dim, seed))
+
+
+def projecting_first_pays(spec: ConvSpec, positions: int, dim: int) -> bool:
+    """Whether a convolution's input and cotangent are projected with fewer multiplications than its gradient.
+
+    It does with many channels and few output pixels.
+
+    >>> def spec(channels):
+    ...     return ConvSpec((channels, channels, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    >>> projecting_first_pays(spec(512), 16, 4096), projecting_first_pays(spec(16), 1024, 4096)
+    (True, False)
+    """
+    rows, columns = split_dim(dim)
+    c_out, weights = spec.c_out, prod(spec.weight_shape[1:])
+    first = positions * (columns * weights + rows * c_out + rows * columns)
+    after = c_out * weights * positions + c_out * weights * columns + rows * c_out * columns
+    return first < after
 
 
 def _factorized_grads(grads: Tensor, dim: int, seed: int) -> Tensor:
-    if grads.ndim < 3:
-        return dense(grad_rows(grads), dim, seed)
     grouped = grads.flatten(2)
     rows, columns = split_dim(dim)
     p, q = signs(rows, grouped.shape[1], grads, seed), signs(columns, grouped.shape[2], grads, seed + 1)
-    return torch.einsum("ro,noi,ci->nrc", p, grouped, q).flatten(1) / math.sqrt(dim)
+    return (p @ (grouped @ q.T)).flatten(1) / math.sqrt(dim)
 
 
 def _factorized_conv(factors: ConvFactors, dim: int, seed: int) -> Tensor:
