@@ -132,7 +132,7 @@ def describe(runtime: Runtime) -> str:
         f"{runtime.precision}{_precision_reason(runtime)}",
         "channels_last" if runtime.memory_format == torch.channels_last else "contiguous",
         *(["Winograd"] if runtime.winograd else []),
-        "compiled" if runtime.compile else f"not compiled ({obstacle or 'not asked for'})",
+        "compiled" if runtime.compile else f"not compiled ({obstacle})" if obstacle else "not compiled",
         f"allocator {runtime.allocator}",
     ]
     return f"runtime: {', '.join(parts)}"
