@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from resnet_func.app import data
+from resnet_func.app.batches import make_generator
 from resnet_func.app.data import members
 from resnet_func.app.errors import AppError
 from resnet_func.app.experiment import Experiment, TrainingSet
@@ -94,7 +95,7 @@ def _kept(changes: TrainingSet, n: int, seed: int) -> Int64[Tensor, "k"]:
     """The places of what is kept, in the data set's order."""
     count = max(1, round(changes.keep * n))
     if changes.which == "random":
-        draw = torch.Generator("cpu").manual_seed(seed)
+        draw = make_generator("cpu", seed, 4)
         order = torch.randperm(n, generator=draw, device="cpu", dtype=torch.int64)
     else:
         order = suspicion_order(read_scores(Path(changes.scores), changes.by, n), changes.by)

@@ -65,9 +65,8 @@ def score_dataset(
         names: Of the scores. "loss". "margin": logit of the given label minus the largest other (Pleiss et
             al. 2020). "el2n": length of the error of the probabilities (Paul et al. 2021,
             https://arxiv.org/abs/2107.07075). "grand": length of the gradient (the same paper):
-            the error times how strongly the network reacts to the sample. Early in training the reaction
-            differs more between samples than the error does, so that for wrong labels late checkpoints tell
-            more.
+            the error times how strongly the network reacts to the sample. The reaction is weak where the
+            network is sure, as it is of most samples with a wrong label: for those take another score.
             "self_influence": its square (TracIn of a sample on itself; Pruthi et al. 2020,
             https://arxiv.org/abs/2002.08484). "self_influence_diagonal": the same by the inverse of the
             diagonal Fisher matrix (Koh and Liang 2017, https://arxiv.org/abs/1703.04730), which takes one

@@ -63,6 +63,17 @@ def test_random_ones_are_the_seeds() -> None:
     assert torch.equal(first.source.labels != clean, first.planted)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_kept_at_random_does_not_depend_on_what_is_planted(seed: int) -> None:
+    """Of equal seeds, too: drawn alike, all wrong labels would be kept."""
+    changes = TrainingSet(keep=0.5, which="random", corrupt=0.5, corrupt_seed=seed)
+    training = training_set.prepare(changes, DIGITS, seed)
+    kept, planted, n = len(training.planted), round(0.5 * DIGITS.num_samples), DIGITS.num_samples
+    expected = kept * planted / n
+    deviation = (expected * (1 - planted / n) * (n - kept) / (n - 1)) ** 0.5  # hypergeometric
+    assert abs(int(training.planted.sum()) - expected) < 5 * deviation
+
+
 def test_streams_and_files(tmp_path: Path) -> None:
     root = make_image_folder(tmp_path, train=4)
     stream = open_stream(list_images(root / "train"), 8, "images train")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_func import curvature, files
 from resnet_func.app.answers import scoring
-from resnet_func.app.batches import Preparer
+from resnet_func.app.batches import Preparer, make_generator
 from resnet_func.app.commands.common import configure, load, plain_console, say
 from resnet_func.app.inference import Trained
 from resnet_func.app.names import counted
@@ -35,7 +35,7 @@ def main(options: Curvature) -> None:
     machine = replace(scoring.exact(configure(options.machine)), precision="fp32")
     trained = load(folder, options.checkpoint, machine)
     data = _draw_images(options, trained, Preparer(trained.task, machine))
-    generator = torch.Generator("cpu").manual_seed(options.seed)
+    generator = make_generator("cpu", options.seed, 0)
     asked = {"matrix": options.matrix, "compiled": compiled, "progress": output.is_terminal, "train": False}
     spectrum = curvature.spectrum(trained.model, cross_entropy, steps=options.steps, **asked)(
         trained.params, trained.state, data, generator=generator
@@ -60,7 +60,7 @@ def _draw_images(options: Curvature, trained: Trained, prepare: Preparer) -> lis
         experiment = replace(experiment, data_dir=str(options.data_dir))
     source = load_training(experiment)[0].source
     check_classes(trained.task, source)
-    draw = torch.Generator("cpu").manual_seed(options.seed)
+    draw = make_generator("cpu", options.seed, 1)
     picks = torch.randperm(source.num_samples, generator=draw, device="cpu")[: options.images]
     read = source.read(picks.sort().values.split(options.batch_size))
     return [(prepare(images), labels.to(prepare.runtime.device)) for images, labels in read]
