@@ -65,8 +65,8 @@ class Options(Output):
     """Of each training."""
     batch: int = 64
     """Images a step of training."""
-    learning_rate: float = 0.01
-    """Of SGD with momentum 0.9."""
+    learning_rate: float = 0.1
+    """The highest of SGD with momentum 0.9."""
     subsets: int = 100
     """Networks trained on halves."""
     networks: int = 10
@@ -150,7 +150,7 @@ def prepare(options: Options) -> tuple[Task, Tensor | None]:
     changes: dict[str, Any] = {"num_classes": classes, "in_channels": train_set.x.shape[1]}
     size = train_set.x.shape[2]
     model = networks.make_model(options.model, size, widths=widths, **changes)
-    recipe = Recipe(options.epochs, options.batch, options.learning_rate, 0.9, 5e-4)
+    recipe = Recipe(options.epochs, options.batch, options.learning_rate)
     key = {**recipe._asdict(), "model": options.model, "width": options.width, "data": train_set.key}
     folder = Path(options.work)
     store = open_store(

@@ -4,10 +4,9 @@
 
 Drives `resnet-func train` and `resnet-func scores`, as a reader would: networks on all images, whose EL2N is
 averaged; networks whose learning rate is 0, whose gradient norms are those of the initialisation; then
-networks on the hardest by each score, on the easiest by EL2N, and on as many drawn at random. Runs that are
-in the work folder are not run again, and one that was stopped goes on. GraNd at initialisation was found to
-follow the norm of the input (Kirsch 2023, https://arxiv.org/abs/2303.14753): their rank correlation stands
-below the table.
+networks on the hardest by each score, and on as many drawn at random. Runs that are in the work folder are
+not run again, and one that was stopped goes on. GraNd at initialisation was found to follow the norm of the
+input (Kirsch 2023, https://arxiv.org/abs/2303.14753): their rank correlation stands below the table.
 """
 
 from __future__ import annotations
@@ -29,15 +28,9 @@ from benchmarks.harness.options import Output
 from resnet_func.app import cli, data, training_set
 from resnet_func.app.storage import run_folder
 
-ALL, RANDOM, EL2N, EASY, GRAND = (
-    "all images",
-    "random",
-    "hardest by EL2N",
-    "easiest by EL2N",
-    "hardest by GraNd",
-)
-COLOURS = {RANDOM: pictures.GREY, EL2N: pictures.BLUE, GRAND: pictures.ORANGE, EASY: pictures.GREEN}
-NAMES = {RANDOM: "random", EL2N: "el2n", GRAND: "grand", EASY: "easy"}  # of run folders
+ALL, RANDOM, EL2N, GRAND = "all images", "random", "hardest by EL2N", "hardest by GraNd at the start"
+COLOURS = {RANDOM: pictures.GREY, EL2N: pictures.BLUE, GRAND: pictures.ORANGE}
+NAMES = {RANDOM: "random", EL2N: "el2n", GRAND: "grand"}  # of run folders
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ def run(options: Options) -> None:
     untrained = ["--epochs", "1", "--learning-rate", "0", "--rest-learning-rate", "0"]
     initial = [train(options, f"initial-{seed}", seed, *untrained) for seed in range(options.seeds)]
     el2n, grand = score(options, whole, "el2n"), score(options, initial, "grand")
-    kept = {RANDOM: (None, "random"), EL2N: (el2n, "hard"), GRAND: (grand, "hard"), EASY: (el2n, "easy")}
+    kept = {RANDOM: (None, "random"), EL2N: (el2n, "hard"), GRAND: (grand, "hard")}
     accuracies: dict[str, dict[str, list[float]]] = {ALL: {"1": [accuracy(folder) for folder in whole]}}
     for kind, (by, which) in kept.items():
         accuracies[kind] = {

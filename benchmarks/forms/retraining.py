@@ -21,13 +21,18 @@ EVALUATED = 250  # images at a time
 
 
 class Recipe(NamedTuple):
-    """How every network is trained: SGD at a constant rate, without augmentation."""
+    """How every network is trained: SGD, whose rate goes up and down in a triangle, without augmentation.
+
+    At a constant rate the last steps' noise moves a network to one class or the other, all test images alike:
+    that was half of the variance between networks on halves, and hid what the halves do.
+    """
 
     epochs: int
     batch: int
     learning_rate: float
-    momentum: float
-    weight_decay: float
+    warmup: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
 
 
 class Images(NamedTuple):
@@ -78,7 +83,9 @@ def subset(index: int, n: int) -> Bool[Tensor, "n"]:
 
 def trained(model: Model, recipe: Recipe, x: Tensor, y: Tensor, seed: int) -> Checkpoint:
     """A network's parameters and state after training, from a seed."""
-    optimizer = optim.sgd(recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay)
+    steps = max(1, len(y) // recipe.batch) * recipe.epochs
+    rate = optim.one_cycle(recipe.learning_rate, steps, recipe.warmup)
+    optimizer = optim.sgd(rate, recipe.momentum, weight_decay=recipe.weight_decay)
     step = train.make_train_step(model, losses.cross_entropy, optimizer)
     start = train.init_train_state(*model.init(torch.Generator("cpu").manual_seed(seed)), optimizer)
     shuffle = torch.Generator("cpu").manual_seed(2**20 + seed)

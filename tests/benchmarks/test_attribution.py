@@ -63,7 +63,7 @@ def test_lds_of_another_network_needs_another_folder(
     words = ["lds", "--quick", "--threads", "1", "--work", str(tmp_path), "--rank", "1", "--ranks", "2"]
     assert main(words) == 0
     assert main([*words, "--learning-rate", "0.5"]) == 2
-    assert "learning_rate 0.01, not 0.5" in capsys.readouterr().err
+    assert "learning_rate 0.1, not 0.5" in capsys.readouterr().err
     assert main(["lds", "--rank", "2", "--ranks", "2"]) == 2
     assert main(["lds", "--quick", "--classes", "eleven", "--work", str(tmp_path / "x")]) == 2
     assert "has no class 'eleven'" in capsys.readouterr().err

@@ -32,7 +32,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(cli, "main", stop_at_the_third)
     assert main(words) == 130
     assert main(words) == 0
-    assert len(asked) == 1 + 8  # two networks, two scores and four trainings; one was stopped
+    assert len(asked) == 1 + 7  # two networks, two scores and three trainings; one was stopped
     (path,) = (tmp_path / "results").glob("pruning-*.json")
     result = json.loads(path.read_text())
     assert path.with_suffix(".png").stat().st_size > 10_000
@@ -40,7 +40,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     assert -1 <= result["norm_correlation"] <= 1
     assert str(tmp_path) not in path.read_text()
     by = [argv[argv.index("--which") + 1] for argv in asked if "--which" in argv]
-    assert by == ["random", "hard", "hard", "easy"]
+    assert by == ["random", "hard", "hard"]
     monkeypatch.setattr(cli, "main", lambda argv: 1)  # nothing is run again
     assert main(words) == 0
     assert json.loads(path.read_text())["figures"] == result["figures"]
