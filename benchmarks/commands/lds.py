@@ -57,6 +57,8 @@ class Options(Output):
     """At most, of the training split."""
     test_images: int = 500
     """At most, of the test split."""
+    image_size: int = 0
+    """To which images are resized; 0 is the data set's own."""
     model: str = TOY
     """A network of the zoo, or its smallest relative."""
     width: int = 16
@@ -75,8 +77,9 @@ class Options(Output):
     """Numbers in a sketch."""
     damping: float = 0.1
     """Of TRAK, as a share of the mean diagonal entry."""
-    peers: bool = False
-    """Measure traker and dattri, too; needs the extra `bench`."""
+    peers: int = 0
+    """Networks that traker and dattri look at; none by default. Needs the extra `bench`, and, since their
+    projections are dense, minutes for each network."""
     work: str = "runs/lds"
     """The folder that keeps what is trained."""
     rank: int = 0
@@ -144,14 +147,18 @@ def run(options: Options) -> None:
 def prepare(options: Options) -> tuple[Task, Tensor | None]:
     """The task, and the outcomes of all halves; None where other ranks have not done theirs."""
     most = (options.train_images, options.test_images)
-    train_set, test = retraining.load(options.dataset, options.data_dir, options.classes, most)
+    if options.image_size < 0 or not 0 <= options.peers <= options.networks:
+        raise ValueError("--image-size must be 0 or more, and --peers from 0 to --networks")
+    which = (options.dataset, options.data_dir, options.classes)
+    train_set, test = retraining.load(*which, most, options.image_size)
     classes = int(train_set.y.max()) + 1
     widths = tuple(options.width * 2**stage for stage in range(3))
     changes: dict[str, Any] = {"num_classes": classes, "in_channels": train_set.x.shape[1]}
     size = train_set.x.shape[2]
     model = networks.make_model(options.model, size, widths=widths, **changes)
     recipe = Recipe(options.epochs, options.batch, options.learning_rate)
-    key = {**recipe._asdict(), "model": options.model, "width": options.width, "data": train_set.key}
+    key = {**recipe._asdict(), "model": options.model, "width": options.width}
+    key |= {"data": train_set.key, "image_size": options.image_size}
     folder = Path(options.work)
     store = open_store(
         folder / "outcomes",
@@ -200,9 +207,10 @@ def methods(options: Options) -> dict[str, Callable[[Task], Tensor]]:
     if several > 1:
         found[f"TRAK-{several}"] = lambda task: by_trak(task, several)
     if options.peers:
-        for number in sorted({1, several}):
-            found[f"TRAK-{number} by traker"] = lambda task, n=number: by_peer(task, n, "traker")
-            found[f"TRAK-{number} by dattri"] = lambda task, n=number: by_peer(task, n, "dattri")
+        for name in attribution_peers.SCORES:
+            found[f"TRAK-{options.peers} by {name}"] = lambda task, name=name: by_peer(
+                task, options.peers, name
+            )
     return found
 
 

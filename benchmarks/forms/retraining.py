@@ -12,6 +12,7 @@ from torch import Tensor
 import resnet_func as rf
 from resnet_func import attribution, losses, optim, train
 from resnet_func.app import data, training_set
+from resnet_func.app.data import augment
 from resnet_func.app.storage import checkpoint
 from resnet_func.attribution.quantities import Checkpoint, log_odds
 from resnet_func.attribution.store import Store
@@ -46,8 +47,16 @@ class Images(NamedTuple):
         return list(zip(self.x.split(size), self.y.split(size), strict=True))
 
 
-def load(name: str, data_dir: str, classes: tuple[str, ...], most: tuple[int, int]) -> tuple[Images, Images]:
+def load(
+    name: str, data_dir: str, classes: tuple[str, ...], most: tuple[int, int], size: int = 0
+) -> tuple[Images, Images]:
     """Train and test images of some classes (none: all), at most so many, as many of each class.
+
+    Args:
+        name, data_dir: As in `resnet-func train`.
+        classes: By name.
+        most: Of the training and of the test split.
+        size: Their side in pixels; 0 is the data set's own.
 
     Raises:
         ValueError: the data cannot be loaded, or there is no such class.
@@ -61,7 +70,12 @@ def load(name: str, data_dir: str, classes: tuple[str, ...], most: tuple[int, in
         raise ValueError(f"{name} has no class {min(wrong)!r}; it has {', '.join(splits.train.classes)}")
     kept = [splits.train.classes.index(c) for c in classes or splits.train.classes]
     mean, std = data.channel_statistics(splits.train)
-    return tuple(_some(source, kept, count, mean, std) for source, count in zip(splits, most, strict=True))  # type: ignore[return-value]
+    train_set, test = (
+        _some(source, kept, count, mean, std) for source, count in zip(splits, most, strict=True)
+    )
+    if not size:
+        return train_set, test
+    return tuple(images._replace(x=augment.resize(images.x, size)) for images in (train_set, test))  # type: ignore[return-value]
 
 
 def _some(source: data.Source, kept: list[int], most: int, mean: Tensor, std: Tensor) -> Images:

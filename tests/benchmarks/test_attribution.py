@@ -65,6 +65,8 @@ def test_lds_of_another_network_needs_another_folder(
     assert main([*words, "--learning-rate", "0.5"]) == 2
     assert "learning_rate 0.1, not 0.5" in capsys.readouterr().err
     assert main(["lds", "--rank", "2", "--ranks", "2"]) == 2
+    assert main(["lds", "--peers", "11"]) == 2
+    assert main(["lds", "--image-size", "-1"]) == 2
     assert main(["lds", "--quick", "--classes", "eleven", "--work", str(tmp_path / "x")]) == 2
     assert "has no class 'eleven'" in capsys.readouterr().err
 
