@@ -35,8 +35,9 @@ from resnet_func.losses import cross_entropy
 
 BASELINE, AGAIN, JAX_PLAIN = "plain", "plain again", "plain, JAX"
 FROM_MODULE = ", from_module"  # the network taken from a plain module, not from its config
+IN_HALVES = ", in halves"  # one half of the batch after the other: less memory
 OURS = (
-    *("norms", "clipped_sum", "grads", "clipped_sum, vmap", "clipped_sum, loop"),
+    *("norms", "clipped_sum", f"clipped_sum{IN_HALVES}", "grads", "clipped_sum, vmap", "clipped_sum, loop"),
     *(f"norms{FROM_MODULE}", f"clipped_sum{FROM_MODULE}"),
 )
 OTHERS = (*PEERS, JAX_PLAIN)
@@ -222,6 +223,8 @@ def make_function(name: str, case: Case, speeds: Speeds = calibration.TYPICAL) -
     if name == "grads":
         grads = ps.grads(model, cross_entropy, **options)
         return lambda params, x, y: (grads(params, state, x, y), None)
+    if name.endswith(IN_HALVES):
+        name, options["microbatch"] = name.removesuffix(IN_HALVES), -(-len(case.y) // 2)
     method: Any = name.partition(", ")[2] or "auto"
     clipped = ps.clipped_sum(model, cross_entropy, max_norm=MAX_NORM, method=method, **options)
     return lambda params, x, y: clipped(params, state, x, y)
@@ -286,7 +289,7 @@ def publish(options: Options, where: dict[str, Any], rows: list[Row], found: dic
 def group(name: str) -> str:
     if name in OTHERS:
         return "JAX" if "JAX" in name else "Opacus"
-    return "the references" if "," in name.removesuffix(FROM_MODULE) else "ours"
+    return "the references" if name.endswith((", vmap", ", loop")) else "ours"
 
 
 STYLE = report.Bars(

@@ -33,7 +33,8 @@ from resnet_func.losses import cross_entropy
 from resnet_func.types import Params
 
 BASELINE, AGAIN, PLAIN_VIEWS = "plain", "plain again", "plain, views"
-OURS = ("private", "private, adaptive", "private, views")
+IN_HALVES = "private, in halves"  # one half of the batch after the other: less memory
+OURS = ("private", IN_HALVES, "private, adaptive", "private, views")
 PEERS = ("Opacus, hooks", "Opacus, ghost")
 VARIANTS = (BASELINE, AGAIN, PLAIN_VIEWS, *OURS, *PEERS)
 MAX_NORM, SIGMA, LR = 1.0, 1.0, 0.1
@@ -125,6 +126,8 @@ def private_step(case: Case, x: Tensor, sigma: float, name: str) -> Step:
     optimizer = optim.sgd(LR)
     begin = privacy.init_private_state(case.params, case.state, optimizer, max_norm=bound)
     rule: dict[str, Any] = {"noise_multiplier": sigma, "expected_batch_size": len(case.y)}
+    if name == IN_HALVES:
+        rule["microbatch"] = -(-len(case.y) // 2)
     step = privacy.make_private_step(case.model, cross_entropy, optimizer, max_norm=bound, **rule)
     mask, steps = torch.ones(len(case.y), dtype=torch.bool, device=case.y.device), count()
 

@@ -254,5 +254,13 @@ def test_a_worker_with_another_loss_is_not_timed(
 
 def test_private_steps(tmp_path: Path) -> None:
     result = toy_run("private --threads 1 --views 2 --no-memory", tmp_path)
-    names = {"plain", "plain again", "plain, views", "private", "private, adaptive", "private, views"}
+    names = {
+        "plain",
+        "plain again",
+        "plain, views",
+        "private",
+        "private, in halves",
+        "private, adaptive",
+        "private, views",
+    }
     check_figures(result["figures"], names)
