@@ -7,6 +7,7 @@ Times are of one convolution with both of its gradients, in float32, channels_la
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from resnet_func.models import winograd
 DEFINITION = "definition"
 WAYS = (DEFINITION, "tile 2", "tile 4", "product")
 CHOOSERS = ("chosen", "typical", DEFINITION)
+SIGNATURE = inspect.signature(winograd.convolution)  # F.conv2d itself has none
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,20 @@ class _Shapes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.conv2d:
-            x, weight, _, stride, padding, dilation, groups = arguments(*args, **(kwargs or {}))
-            form = (*weight.shape[2:], padding, dilation, groups)
+            bound = SIGNATURE.bind(*args, **(kwargs or {}))
+            bound.apply_defaults()
+            of = bound.arguments
+            stride, padding, dilation = (_number(of[name]) for name in ("stride", "padding", "dilation"))
+            form = (*of["weight"].shape[2:], padding, dilation, of["groups"])
             if form == (1, 1, 0, 1, 1) or (form == (3, 3, 1, 1, 1) and stride == 1):
-                kind = (tuple(x.shape), tuple(weight.shape), stride)
+                kind = (tuple(of["input"].shape), tuple(of["weight"].shape), stride)
                 self.found[kind] = self.found.get(kind, 0) + 1
         return func(*args, **(kwargs or {}))
 
 
-def arguments(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> tuple[Any, ...]:
-    """What `F.conv2d` is called with; pairs of equal numbers as one."""
-    pairs = [v if isinstance(v, int | str) or v[0] != v[-1] else v[0] for v in (stride, padding, dilation)]
-    return (input, weight, bias, *pairs, groups)
+def _number(pair: Any) -> Any:
+    """Two equal numbers as one."""
+    return pair[0] if isinstance(pair, tuple) and len(set(pair)) == 1 else pair
 
 
 def run(options: Options) -> None:
