@@ -277,6 +277,9 @@ def write_csv(path: Path, scores: Scores, training: Training, rank_by: str) -> N
         ) from error
 
 
+UNTRAINED = 0.5  # share of the labels from which on a network that disagrees says nothing of them
+
+
 def advice(scores: Scores, training: Training, rank_by: str, folder: Path, experiment: Experiment) -> str:
     """What to do next, in one line."""
     labels = training.source.labels.cpu()
@@ -286,12 +289,17 @@ def advice(scores: Scores, training: Training, rank_by: str, folder: Path, exper
     where = ["--dataset", experiment.dataset]
     if experiment.data_dir is not None:
         where += ["--data-dir", experiment.data_dir]
+    disagrees = f"the network disagrees with {differ:,} of {len(labels):,} labels ({share:.1%})"
     text = (
-        f"the network disagrees with {differ:,} of {len(labels):,} labels ({share:.1%}): look at {folder}/"
-        f"suspects.png, correct what is wrong, or leave the {out:.0%} most suspicious out with: "
-        f"resnet-func train {shlex.join(where)} --keep {1 - out:.2f} --which easy --by {rank_by} "
-        f"--scores {shlex.quote(f'{folder}/scores.csv')}"
+        f"{disagrees}: look at {folder}/suspects.png, correct what is wrong, or leave the {out:.0%} most "
+        f"suspicious out with: resnet-func train {shlex.join(where)} --keep {1 - out:.2f} --which easy "
+        f"--by {rank_by} --scores {shlex.quote(f'{folder}/scores.csv')}"
     )
+    if share > UNTRAINED:
+        text = (
+            f"{disagrees}: it has not learnt these images, and says little about their labels. Train it "
+            "longer, and score them again"
+        )
     if training.planted.any():
         found = found_by_score(scores, training.planted)
         best = max(found, key=lambda name: (found[name].in_tenth, found[name].in_fifth))

@@ -147,6 +147,10 @@ def test_advice_names_the_best_score() -> None:
     said = scoring.advice(scores, clean, "loss", Path("a run"), experiment)
     assert "train --dataset folder --data-dir 'my images' --keep 0.99 --which easy --by loss" in said
     assert said.endswith("--scores 'a run/scores.csv'")
+    untrained = scores._replace(predictions=(source.labels + 1) % 10)
+    said = scoring.advice(untrained, clean, "loss", Path("run"), experiment)
+    assert "disagrees with 10 of 10 labels (100.0%): it has not learnt these images" in said
+    assert "--keep" not in said
     found = scoring.found_by_score(scores, planted)
     assert found["el2n"] == (1.0, 1.0)
     assert found["loss"] == (0.0, 0.0)
