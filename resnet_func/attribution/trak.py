@@ -115,7 +115,9 @@ def gram_factor(blocks: Blocks, damping: float = 0.1) -> Float64[Tensor, "dim di
     Args:
         blocks: The training set's features.
         damping: Share of the mean diagonal entry; 0 is the published TRAK, which needs clearly more samples
-            than dimensions.
+            than dimensions. With hardly more of them take more: of 5,000 images in 4,096 dimensions
+            (`python -m benchmarks lds`, cats and dogs) one network's scores had an LDS of 0.07 with 0.01,
+            0.12 with 0.1, 0.16 with 1 and 0.17 with 10.
 
     Raises:
         ValueError: the matrix is singular: fewer samples than dimensions, and too little damping.
