@@ -148,13 +148,21 @@ def factorized(factors: Factors, dim: int, seed: int) -> Float[Tensor, "n dim"] 
     elif isinstance(factors, LinearFactors):
         rows, columns = split_dim(dim)
         inputs, g = factors.inputs.to(factors.cotangents.dtype), factors.cotangents
-        p, q = signs(rows, g.shape[1], g, seed), signs(columns, inputs.shape[1], g, seed + 1)
+        p, q = _factors(rows, g.shape[1], columns, inputs.shape[1], g, seed)
         a, g = (split_views(t, factors.views) for t in (inputs @ q.T, g @ p.T))
-        return torch.einsum("knr,knc->nrc", g, a).flatten(1) / math.sqrt(dim)
+        return torch.einsum("knr,knc->nrc", g, a).flatten(1)
     leaf_ndim = factors.grads.ndim - 1 if isinstance(factors, Direct) else factors.weight.ndim
     if leaf_ndim < 2:
         return Rows(grad_rows(contract.grads(factors)), seed)
     return _each_slice(factors, lambda grads: _factorized_grads(grads, dim, seed))
+
+
+def _factors(
+    rows: int, c_out: int, columns: int, weights: int, like: Tensor, seed: int
+) -> tuple[Float[Tensor, "rows c_out"], Float[Tensor, "columns weights"]]:
+    """P and Q of independent signs; the scale of their product is in P, the smaller."""
+    p, q = signs(rows, c_out, like, seed), signs(columns, weights, like, seed + 1)
+    return p / math.sqrt(rows * columns), q
 
 
 def projecting_first_pays(spec: ConvSpec, positions: int, dim: int) -> bool:
@@ -177,19 +185,19 @@ def projecting_first_pays(spec: ConvSpec, positions: int, dim: int) -> bool:
 def _factorized_grads(grads: Tensor, dim: int, seed: int) -> Tensor:
     grouped = grads.flatten(2)
     rows, columns = split_dim(dim)
-    p, q = signs(rows, grouped.shape[1], grads, seed), signs(columns, grouped.shape[2], grads, seed + 1)
-    return (p @ (grouped @ q.T)).flatten(1) / math.sqrt(dim)
+    p, q = _factors(rows, grouped.shape[1], columns, grouped.shape[2], grads, seed)
+    return (p @ (grouped @ q.T)).flatten(1)
 
 
 def _factorized_conv(factors: ConvFactors, dim: int, seed: int) -> Tensor:
     spec, views = factors.spec, factors.views
     rows, columns = split_dim(dim)
     g = factors.cotangents
-    p, q = signs(rows, spec.c_out, g, seed), signs(columns, prod(spec.weight_shape[1:]), g, seed + 1)
+    p, q = _factors(rows, spec.c_out, columns, prod(spec.weight_shape[1:]), g, seed)
     inputs = _convolve(spec, factors.inputs.to(g.dtype), q.reshape(columns, *spec.weight_shape[1:]))
     cotangents = torch.einsum("ro,not->nrt", p, g.flatten(2))
     a, g = (split_views(t.flatten(2), views) for t in (inputs, cotangents))
-    return torch.einsum("knrt,knct->nrc", g, a).flatten(1) / math.sqrt(dim)
+    return torch.einsum("knrt,knct->nrc", g, a).flatten(1)
 
 
 def _convolve(spec: ConvSpec, x: Tensor, weight: Tensor) -> Tensor:
