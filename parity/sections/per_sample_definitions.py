@@ -10,10 +10,9 @@ from torch import Tensor
 
 from parity.sections.per_sample_networks import Case
 from resnet_func import losses, tree
-from resnet_func import per_sample as ps
 from resnet_func.per_sample.layers.factors import Direct
 from resnet_func.per_sample.quantities import quantity
-from resnet_func.per_sample.quantities.projections import Projection
+from resnet_func.per_sample.quantities.projections import Projection, add_up, sketch_leaf
 from resnet_func.types import LossFn
 
 loss_fn = losses.cross_entropy
@@ -91,6 +90,6 @@ def moments(of: Gradients) -> Any:
 
 def sketched(of: Gradients, projection: Projection, dim: int) -> Tensor:
     """Of the gradients as they are: the projection is linear in them."""
-    leaf = ps.sketch_quantity(dim, 0, projection).leaf
-    parts = [leaf(path, Direct(g), "materialize") for path, g in of.grads.items()]
-    return torch.stack(parts).sum(0)
+    leaves = of.grads.items()
+    parts = {path: sketch_leaf(dim, 0, projection, path, Direct(g), "materialize") for path, g in leaves}
+    return add_up(dim, parts)
