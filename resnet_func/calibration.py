@@ -307,7 +307,7 @@ def _pixels(device: torch.device, dtype: torch.dtype, scale: int) -> Probe:
 def _stream(device: torch.device, dtype: torch.dtype, scale: int) -> Probe:
     # more than fits into the caches of the cores together: each has its own part of both tensors
     threads = min(max(torch.get_num_threads(), 2), 8)
-    a = torch.ones(2**23 * (threads if device.type == "cpu" else scale), device=device)
+    a = torch.ones(2**23 * (threads if device.type == "cpu" else scale), device=device, dtype=torch.float32)
     b = torch.ones_like(a)
     return lambda: torch.add(a, b, out=b), 0, 3 * 4 * a.numel()
 

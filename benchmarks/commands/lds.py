@@ -24,7 +24,7 @@ from benchmarks.forms import attribution_peers, networks, retraining
 from benchmarks.forms.retraining import Images, Recipe
 from benchmarks.harness import conditions, markdown, measure, pictures, report
 from benchmarks.harness.measure import Skipped
-from benchmarks.harness.options import TOY, Output
+from benchmarks.harness.options import TOY, Kept
 from resnet_func.app.storage.checkpoint import CheckpointError
 from resnet_func.attribution import (
     Lds,
@@ -44,13 +44,9 @@ from resnet_func.types import Model
 
 
 @dataclass(frozen=True)
-class Options(Output):
+class Options(Kept):
     """Measure how well attributions predict what retraining does."""
 
-    dataset: str = "digits"
-    """As in `resnet-func train`."""
-    data_dir: str = ""
-    """Where the data set is."""
     classes: tuple[str, ...] = ()
     """Of the data set; all by default."""
     train_images: int = 5000
@@ -86,8 +82,6 @@ class Options(Output):
     """Which of several processes this one is; only the first one measures, when all halves are done."""
     ranks: int = 1
     """How many processes there are."""
-    threads: int | None = None
-    """Inside one operation, on the CPU."""
 
 
 class Row(NamedTuple):
@@ -265,7 +259,7 @@ def publish(options: Options, where: dict[str, Any], rows: list[Row], skipped: d
     }
     words = [options.dataset, *options.classes, options.model, f"w{options.width}", f"s{options.subsets}"]
     report.publish(
-        replace(options, data_dir="DIR" if options.data_dir else "", work=Options.work, threads=None),
+        options.portable(),
         where,
         f"lds-{'-'.join(words)}",
         {"figures": figures, "skipped": skipped},

@@ -24,7 +24,7 @@ from rich.table import Table
 from scipy import stats
 
 from benchmarks.harness import conditions, markdown, measure, pictures, report
-from benchmarks.harness.options import Output
+from benchmarks.harness.options import Kept
 from resnet_func.app import cli, data, training_set
 from resnet_func.app.storage import run_folder
 
@@ -34,13 +34,9 @@ NAMES = {RANDOM: "random", EL2N: "el2n", GRAND: "grand"}  # of run folders
 
 
 @dataclass(frozen=True)
-class Options(Output):
+class Options(Kept):
     """Measure what may be left out of a training set."""
 
-    dataset: str = "digits"
-    """As in `resnet-func train`."""
-    data_dir: str = ""
-    """Where the data set is."""
     model: str = "resnet20"
     """The network that is trained, and scored."""
     batch: int = 128
@@ -53,8 +49,6 @@ class Options(Output):
     """Trainings of each kind."""
     work: str = "runs/pruning"
     """The folder that keeps the runs."""
-    threads: int | None = None
-    """Inside one operation, on the CPU."""
 
 
 class Score(NamedTuple):
@@ -81,8 +75,8 @@ def run(options: Options) -> None:
         raise ValueError(str(error)) from error
     machine = conditions.set_up("cpu", options.threads)
     whole = [train(options, f"full-{seed}", seed) for seed in range(options.seeds)]
-    untrained = ["--epochs", "1", "--learning-rate", "0", "--rest-learning-rate", "0"]
-    initial = [train(options, f"initial-{seed}", seed, *untrained) for seed in range(options.seeds)]
+    untrained, once = ["--learning-rate", "0", "--rest-learning-rate", "0"], replace(options, epochs=1)
+    initial = [train(once, f"initial-{seed}", seed, *untrained) for seed in range(options.seeds)]
     el2n, grand = score(options, whole, "el2n"), score(options, initial, "grand")
     kept = {RANDOM: (None, "random"), EL2N: (el2n, "hard"), GRAND: (grand, "hard")}
     accuracies: dict[str, dict[str, list[float]]] = {ALL: {"1": [accuracy(folder) for folder in whole]}}
@@ -103,9 +97,8 @@ def train(options: Options, name: str, seed: int, *words: str) -> Path:
     """The folder of a finished training."""
     folder = Path(options.work) / name
     machine = ["--threads", str(options.threads or 0), "--compile", "off"]
-    epochs = int(words[words.index("--epochs") + 1]) if "--epochs" in words else options.epochs
     if run_folder.can_resume(folder):
-        if epochs > len(records(folder)):
+        if options.epochs > len(records(folder)):
             command("train", "--resume", str(folder), *machine)
         return folder
     which = ["--dataset", options.dataset, *(["--data-dir", options.data_dir] if options.data_dir else [])]
@@ -181,7 +174,7 @@ def publish(
     for kind, of in accuracies.items():
         table.add_row(kind, *cells(of, options.shares))
     report.publish(
-        replace(options, data_dir="DIR" if options.data_dir else "", work=Options.work, threads=None),
+        options.portable(),
         where,
         f"pruning-{options.dataset}-{options.model}",
         {"figures": accuracies, "norm_correlation": correlation},

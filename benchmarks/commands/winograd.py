@@ -143,7 +143,7 @@ def regret(rows: Sequence[Mapping[str, Any]], by: str) -> float:
     >>> regret([row], "chosen"), regret([row], "definition")
     (1.0, 1.5)
     """
-    taken = sum(row["times"] * row[row.get(by, by) if by != DEFINITION else by] for row in rows)
+    taken = sum(row["times"] * row[by if by == DEFINITION else row[by]] for row in rows)
     best = sum(row["times"] * min(row[way] for way in WAYS if way in row) for row in rows)
     return taken / best
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from benchmarks.harness.statistics import Rule
 
@@ -45,6 +45,24 @@ class Output:
     def stopping_rule(self, seconds: float) -> Rule:
         """When to stop timing."""
         return QUICK if self.quick else Rule(seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Kept(Output):
+    """Networks trained on a data set, kept in a folder so that a run that was stopped goes on."""
+
+    dataset: str = "digits"
+    """As in `resnet-func train`."""
+    data_dir: str = ""
+    """Where the data set is."""
+    work: str = "runs/benchmark"
+    """The folder that keeps what is trained."""
+    threads: int | None = None
+    """Inside one operation, on the CPU."""
+
+    def portable(self) -> Self:
+        """What a result file says: nothing of this machine's folders."""
+        return replace(self, data_dir="DIR" if self.data_dir else "", work=type(self).work, threads=None)
 
 
 @dataclass(frozen=True)

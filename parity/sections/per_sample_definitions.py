@@ -10,9 +10,9 @@ from torch import Tensor
 
 from parity.sections.per_sample_networks import Case
 from resnet_func import losses, tree
-from resnet_func.per_sample.layers.factors import Direct
+from resnet_func.attribution.features import Sketch, sketch_tree
 from resnet_func.per_sample.quantities import quantity
-from resnet_func.per_sample.quantities.projections import Projection, add_up, sketch_leaf
+from resnet_func.per_sample.quantities.projections import Projection
 from resnet_func.types import LossFn
 
 loss_fn = losses.cross_entropy
@@ -90,6 +90,4 @@ def moments(of: Gradients) -> Any:
 
 def sketched(of: Gradients, projection: Projection, dim: int) -> Tensor:
     """Of the gradients as they are: the projection is linear in them."""
-    leaves = of.grads.items()
-    parts = {path: sketch_leaf(dim, 0, projection, path, Direct(g), "materialize") for path, g in leaves}
-    return add_up(dim, parts)
+    return sketch_tree(of.grads, Sketch(dim, 0, projection))

@@ -233,8 +233,8 @@ PRIVATE = Recipe(
 decay, GroupNorm, averaged parameters; scaled down to minutes by a shallow network and small images. The norm
 comes after the ReLU, as Klause et al. 2022 found. Images are made 24 pixels wide: with noise in every step,
 what larger ones show is learnt too late. Twice the batch for as many steps is worth more than its time: a
-third less noise in each step; 56 epochs take two cores of a
-Zen 5 half an hour."""
+third less noise in each step; 56 epochs take two cores of a Zen 5
+half an hour."""
 
 PRIVATE_DIGITS = replace(
     PRIVATE,
