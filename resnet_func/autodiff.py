@@ -62,10 +62,17 @@ def is_ordinary(*trees: Any) -> bool:
     >>> is_ordinary({"w": torch.ones(2)}), is_ordinary(torch.ones(2, requires_grad=True))
     (True, False)
     """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or _is_inside_a_transform():
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False
-    leaves = [leaf for leaf in tree.leaves(trees) if isinstance(leaf, Tensor)]
-    return not any(leaf.is_inference() or not can_read(leaf) or is_differentiated(leaf) for leaf in leaves)
+    if forward_ad._current_level >= 0 or _is_inside_a_transform():
+        return False
+    keeps_graph = torch.is_grad_enabled()
+    return not any(
+        leaf.is_inference() or leaf.is_meta or (keeps_graph and leaf.requires_grad)
+        if type(leaf) is Tensor
+        else isinstance(leaf, Tensor) and not can_read(leaf)
+        for leaf in tree.leaves(trees)
+    )
 
 
 def _is_inside_a_transform() -> bool:
@@ -86,13 +93,13 @@ def _by_autograd(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree) -> Gra
         leaves = tree.leaves(inputs)
         if outside and graph_of(value).hangs_on_others(leaves):
             return None
-        found: list[Tensor | None] = [None] * len(leaves)
+        found: Sequence[Tensor | None] = [None] * len(leaves)
         if value.requires_grad and leaves:
-            found = [*torch.autograd.grad(value, leaves, torch.ones_like(value), allow_unused=True)]
-    pairs = zip(leaves, found, strict=True)
-    grads = iter([torch.zeros_like(leaf) if grad is None else grad for leaf, grad in pairs])
-    grad = tree.map(lambda leaf: next(grads).detach(), inputs)
-    return Gradient(value.detach(), grad, tree.map(Tensor.detach, aux))
+            found = torch.autograd.grad(value, leaves, torch.ones_like(value), allow_unused=True)
+    grads = iter(found)
+    grad = tree.map(lambda leaf: torch.zeros_like(leaf) if (g := next(grads)) is None else g, inputs)
+    aux = tree.map(lambda leaf: leaf.detach() if leaf.requires_grad else leaf, aux)
+    return Gradient(value.detach(), grad, aux)
 
 
 class Graph(NamedTuple):
@@ -150,7 +157,7 @@ def _requires_grad(value: Tensor) -> bool:
 
 def can_read(tensor: Tensor) -> bool:
     """Whether a tensor has values that may be looked at: not in compiled code, under a transform, on meta."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+    if torch.compiler.is_compiling() or tensor.is_meta:
         return False
     plain = type(tensor) in (Tensor, torch.nn.Parameter)
     return plain and debug_unwrap(tensor, recurse=False) is tensor
@@ -165,6 +172,8 @@ def detach_leaves(of: Tree) -> Tree:
     >>> detach_leaves({"w": torch.nn.Parameter(torch.ones(1))})
     {'w': tensor([1.])}
     """
+    if not (torch.compiler.is_compiling() or any(leaf.requires_grad for leaf in tree.leaves(of))):
+        return of
     return tree.map(lambda leaf: leaf.detach() if _requires_grad_itself(leaf) else leaf, of)
 
 

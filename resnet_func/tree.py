@@ -35,6 +35,18 @@ def map_unzip(fn: Callable[..., tuple[Any, ...]], outputs: int, tree: Any, *rest
     return tuple(map(lambda _, result, i=i: result[i], tree, results) for i in range(outputs))
 
 
+def are_alike(a: Any, b: Any) -> bool:
+    """Whether two trees of tensors have the same structure and the same shapes.
+
+    >>> are_alike({"w": torch.ones(2)}, {"w": torch.ones(3)})
+    False
+    """
+    (ours, structure), (theirs, other) = optree.tree_flatten(a), optree.tree_flatten(b)
+    if structure != other:
+        return False
+    return all(getattr(x, "shape", None) == getattr(y, "shape", 0) for x, y in zip(ours, theirs, strict=True))
+
+
 def leaves(tree: Any) -> list[Any]:
     """All leaves, in the order `map` visits them.
 
@@ -106,6 +118,11 @@ def _collect(tree: Any, path: str, flat: dict[str, Any]) -> None:
 
 def _branches(tree: Any) -> Iterable[tuple[Any, Any]] | None:
     """Names and subtrees of a node; None for a leaf."""
+    kind = type(tree)
+    if kind is dict:  # these two are nearly all there are, and asking for an abstract class takes longer
+        return tree.items()
+    if kind is Tensor:
+        return None
     if tree is None:
         return ()
     if isinstance(tree, Mapping):
@@ -113,7 +130,7 @@ def _branches(tree: Any) -> Iterable[tuple[Any, Any]] | None:
     fields = getattr(tree, "_fields", None)
     if isinstance(tree, tuple) and fields is not None:
         return zip(fields, tree, strict=True)
-    return enumerate(tree) if type(tree) in (list, tuple) else None
+    return enumerate(tree) if kind in (list, tuple) else None
 
 
 def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
@@ -145,13 +162,15 @@ def _rebuilt(tree: Any, path: str, fn: Callable[[str, Any], Any]) -> Any:
     branches = _branches(tree)
     if branches is None:
         return fn(path, tree)
-    built = [(key, _rebuilt(value, f"{path}.{key}" if path else str(key), fn)) for key, value in branches]
-    if built and all(value is _LEFT_OUT for _, value in built):
+    built = {key: _rebuilt(value, f"{path}.{key}" if path else str(key), fn) for key, value in branches}
+    kept = {key: value for key, value in built.items() if value is not _LEFT_OUT}
+    if built and not kept:
         return _LEFT_OUT
+    if type(tree) is dict:
+        return kept
     if isinstance(tree, Mapping):
-        kept = [(key, value) for key, value in built if value is not _LEFT_OUT]
-        return OrderedDict(kept) if isinstance(tree, OrderedDict) else dict(kept)
-    values = [None if value is _LEFT_OUT else value for _, value in built]
+        return OrderedDict(kept) if isinstance(tree, OrderedDict) else kept
+    values = [kept.get(key) for key in built]
     if isinstance(tree, list):
         return values
     return None if tree is None else type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
@@ -204,4 +223,10 @@ def prune(tree: Mapping[str, Any]) -> dict[str, Any]:
     >>> prune({"fc": {"bias": 2}, "layer1": {"0": {}}})
     {'fc': {'bias': 2}}
     """
-    return unflatten(flatten(tree))
+    kept = {}
+    for key, value in tree.items():
+        if _branches(value) is None:
+            kept[key] = value
+        elif isinstance(value, Mapping) and (below := prune(value)):
+            kept[key] = below
+    return kept

@@ -99,8 +99,10 @@ def check_fit(grads: Params, params: Params, *states: Params) -> None:
 
 
 def _check_like(given_tree: Params, params: Params, name: str, remedy: str) -> None:
+    if tree.are_alike(given_tree, params):
+        return
     given, wanted = _shapes(given_tree), _shapes(params)
-    if given == wanted:
+    if given == wanted:  # of other kinds of dicts
         return
     path = next(path for path in {**wanted, **given} if given.get(path) != wanted.get(path))
     raise ValueError(

@@ -192,7 +192,9 @@ class _TrainStep:
             *total, state = _mean_over_ranks(
                 total[0], total[1], state, len(x), self.ranks, average_state=not self.sync_batch_norm
             )
-        grads, measured = {path: grad.to(leaves[path].dtype) for path, grad in total[0].items()}, total[1]
+        grads, measured = total
+        if self.microbatches > 1 or self.ranks is not None:  # which sum in wider dtypes
+            grads = {path: grad.to(leaves[path].dtype) for path, grad in grads.items()}
         moved, opt_state = self.optimizer.step(tree.replace(trained, grads), opt_state, trained)
         if self.ema_decay is not None and tree.flatten(ema_params):
             steps = to_float64(opt_state.step)
