@@ -15,7 +15,7 @@ hyper-parameters, the step's metrics), and a noise seed that somebody learns.
 
 The noise of a step is independent of that of others. Correlated noise (banded matrix factorisation) is left
 out: what is known of its amplification (Choquette-Choo et al. 2023, https://arxiv.org/abs/2306.08153) is for
-batches from fixed parts of the data in turn, and dp-accounting has none under Poisson batches.
+batches from fixed parts of the data in turn, and dp-accounting computes none for Poisson batches.
 """
 
 from resnet_func.privacy.accounting import NoiseMultiplier, epsilon, epsilon_curve, noise_multiplier
