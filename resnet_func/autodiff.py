@@ -67,11 +67,9 @@ def is_ordinary(*trees: Any) -> bool:
     if forward_ad._current_level >= 0 or _is_inside_a_transform():
         return False
     keeps_graph = torch.is_grad_enabled()
+    leaves = [leaf for leaf in tree.leaves(trees) if isinstance(leaf, Tensor)]
     return not any(
-        leaf.is_inference() or leaf.is_meta or (keeps_graph and leaf.requires_grad)
-        if type(leaf) is Tensor
-        else isinstance(leaf, Tensor) and not can_read(leaf)
-        for leaf in tree.leaves(trees)
+        leaf.is_inference() or (keeps_graph and leaf.requires_grad) or not can_read(leaf) for leaf in leaves
     )
 
 
@@ -98,8 +96,7 @@ def _by_autograd(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree) -> Gra
             found = torch.autograd.grad(value, leaves, torch.ones_like(value), allow_unused=True)
     grads = iter(found)
     grad = tree.map(lambda leaf: torch.zeros_like(leaf) if (g := next(grads)) is None else g, inputs)
-    aux = tree.map(lambda leaf: leaf.detach() if leaf.requires_grad else leaf, aux)
-    return Gradient(value.detach(), grad, aux)
+    return Gradient(*tree.map(lambda leaf: leaf.detach() if leaf.requires_grad else leaf, (value, grad, aux)))
 
 
 class Graph(NamedTuple):

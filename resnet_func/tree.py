@@ -35,18 +35,6 @@ def map_unzip(fn: Callable[..., tuple[Any, ...]], outputs: int, tree: Any, *rest
     return tuple(map(lambda _, result, i=i: result[i], tree, results) for i in range(outputs))
 
 
-def are_alike(a: Any, b: Any) -> bool:
-    """Whether two trees of tensors have the same structure and the same shapes.
-
-    >>> are_alike({"w": torch.ones(2)}, {"w": torch.ones(3)})
-    False
-    """
-    (ours, structure), (theirs, other) = optree.tree_flatten(a), optree.tree_flatten(b)
-    if structure != other:
-        return False
-    return all(getattr(x, "shape", None) == getattr(y, "shape", 0) for x, y in zip(ours, theirs, strict=True))
-
-
 def leaves(tree: Any) -> list[Any]:
     """All leaves, in the order `map` visits them.
 
@@ -166,8 +154,6 @@ def _rebuilt(tree: Any, path: str, fn: Callable[[str, Any], Any]) -> Any:
     kept = {key: value for key, value in built.items() if value is not _LEFT_OUT}
     if built and not kept:
         return _LEFT_OUT
-    if type(tree) is dict:
-        return kept
     if isinstance(tree, Mapping):
         return OrderedDict(kept) if isinstance(tree, OrderedDict) else kept
     values = [kept.get(key) for key in built]
@@ -223,10 +209,4 @@ def prune(tree: Mapping[str, Any]) -> dict[str, Any]:
     >>> prune({"fc": {"bias": 2}, "layer1": {"0": {}}})
     {'fc': {'bias': 2}}
     """
-    kept = {}
-    for key, value in tree.items():
-        if _branches(value) is None:
-            kept[key] = value
-        elif isinstance(value, Mapping) and (below := prune(value)):
-            kept[key] = below
-    return kept
+    return unflatten(flatten(tree))

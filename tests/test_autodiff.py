@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -228,3 +229,33 @@ def test_inference_tensors_are_left_to_vjp() -> None:
     with torch.inference_mode():
         w = torch.ones(2)
     assert not is_ordinary(w)
+
+
+def test_a_parameter_that_requires_grad_is_differentiated() -> None:
+    """As any tensor that does, where it is a primal and where it was named."""
+    w, x = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5])
+    owned, named = torch.nn.Parameter(w), torch.nn.Parameter(x)
+    assert not is_ordinary({"w": owned})
+    assert is_ordinary(torch.nn.Parameter(w, requires_grad=False))
+    assert torch.equal(torch.autograd.grad(gradient_of_squares(owned, x).sum(), owned)[0], 2 * x * x)
+    assert torch.equal(torch.autograd.grad(gradient_of_squares(w, named).sum(), named)[0], 4 * w * x)
+
+
+class TimesItself(torch.autograd.Function):
+    """Half the square, whose backward pass gives the very tensor that it kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x * x).sum() / 2
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        return ctx.saved_tensors[0]
+
+
+def test_no_gradient_requires_grad_itself() -> None:
+    w = torch.tensor([1.0, -2.0])
+    found = value_and_grad(lambda p: (TimesItself.apply(p), p), w, others=())
+    assert torch.equal(found.grad, w)
+    assert not any(tensor.requires_grad for tensor in found)
