@@ -250,7 +250,7 @@ class TimesItself(torch.autograd.Function):
         return (x * x).sum() / 2
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         return ctx.saved_tensors[0]
 
 
