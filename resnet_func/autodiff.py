@@ -100,10 +100,14 @@ def _by_autograd(fn: Callable[[Tree], tuple[Tensor, Any]], primals: Tree) -> Gra
 
 
 class Graph(NamedTuple):
-    """What autograd's graph of a value ends in, and whether an `autograd.Function` is in it."""
+    """What autograd's graph of a value ends in, and whether an `autograd.Function` is in it.
+
+    `following` has the nodes that each node passes gradients on to.
+    """
 
     ends: list[Tensor]
     functions: bool
+    following: dict[Any, list[Any]]
 
     def hangs_on_others(self, leaves: Sequence[Tensor]) -> bool:
         """Whether it ends in other leaves than these."""
@@ -119,20 +123,21 @@ def graph_of(value: Tensor) -> Graph:
     (False, True)
     """
     if value.grad_fn is None:
-        return Graph([value] if value.requires_grad else [], False)
+        return Graph([value] if value.requires_grad else [], False, {})
     ends, functions = [], False
     waiting: list[Any] = [value.grad_fn]
+    following: dict[Any, list[Any]] = {}
     seen = {value.grad_fn}
     for node in waiting:
-        following = node.next_functions
-        if not following and (end := getattr(node, "variable", None)) is not None:
+        following[node] = after = [one for one, _ in node.next_functions if one is not None]
+        if not after and (end := getattr(node, "variable", None)) is not None:
             ends.append(end)
         functions = functions or isinstance(node, BackwardCFunction)
-        for one, _ in following:
-            if one is not None and one not in seen:
+        for one in after:
+            if one not in seen:
                 seen.add(one)
                 waiting.append(one)
-    return Graph(ends, functions)
+    return Graph(ends, functions, following)
 
 
 def is_differentiated(value: Tensor) -> bool:

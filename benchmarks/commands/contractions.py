@@ -16,9 +16,10 @@ from resnet_func import calibration
 from resnet_func.calibration import Speeds
 from resnet_func.losses import cross_entropy
 from resnet_func.per_sample import plan
-from resnet_func.per_sample.capture import Batch, capture, make_task
+from resnet_func.per_sample.capture import capture
 from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.layers.factors import ConvFactors, Direct, num_samples
+from resnet_func.per_sample.task import Batch, make_task
 
 HOPELESS = 20  # times the other way's estimated cost: not tried, and more memory than there is
 BY = {"the machine's speeds": "chosen", "constants": "typical"}
@@ -47,7 +48,7 @@ def measure(case: Case, quantity: str, speeds: Speeds, min_run_time: float) -> l
     }
     entries = {entry.path: entry for entry in by_speeds["chosen"].entries}
     task = make_task(model, cross_entropy, lambda path: path in entries, params, state)
-    found = capture(task, Batch(x, y, len(x), 1)).factors
+    found = capture(task, Batch(x, y, len(x), 1)).factors()
     done: dict[Any, dict[str, Any]] = {}
     for path, factors in found.items():
         entry = entries[path]

@@ -26,10 +26,12 @@ from benchmarks.harness.statistics import Ratio, Seconds, ratio
 from resnet_func import tree
 from resnet_func.calibration import Speeds
 from resnet_func.losses import cross_entropy
-from resnet_func.per_sample.capture import Batch, capture, make_task, run_under_interception
+from resnet_func.per_sample.capture import capture
+from resnet_func.per_sample.collect import Seen
 from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.layers.factors import Direct, Factors
 from resnet_func.per_sample.plan import plan_factors
+from resnet_func.per_sample.task import Batch, make_task
 
 Step = Callable[[], Any]
 PLAIN, AGAIN, QUANTITIES = "plain", "plain again", ("norms", "clipped_sum")
@@ -96,18 +98,26 @@ def make_parts(case: Case) -> dict[str, Step]:
             loss = forward()
         return torch.autograd.grad(loss, [first.edge])
 
+    def intercepted() -> None:
+        pending = capture(task, batch).pending
+        assert pending is not None
+        pending.backward.hand_over(_drop)
+
     return {
         FORWARD: forward,
         BACKWARD: backward,
-        INTERCEPTED: lambda: run_under_interception(task, batch),
-        CAPTURED: lambda: capture(task, batch),
+        INTERCEPTED: intercepted,
+        CAPTURED: lambda: capture(task, batch).factors(),
     }
+
+
+def _drop(index: int, seen: Seen) -> None: ...
 
 
 def make_contractions(case: Case, speeds: Speeds) -> dict[str, Step]:
     """Of each quantity and kind of leaf, what is done with captured factors."""
     task = make_task(case.model, cross_entropy, lambda path: True, case.params, case.state)
-    factors = capture(task, Batch(case.x, case.y, len(case.x), 1)).factors
+    factors = capture(task, Batch(case.x, case.y, len(case.x), 1)).factors()
     steps: dict[str, Step] = {}
     for quantity in QUANTITIES:
         ways = plan_factors(factors, quantity, speeds=speeds).ways

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parity.museum.exhibit import Exhibit, both, edit
-from resnet_func.per_sample import capture, intercept, options, reference
+from resnet_func.per_sample import capture, collect, intercept, options, reference
 from resnet_func.per_sample.layers import contract, ghost, layer
 from resnet_func.per_sample.quantities import noise_scale, quantity
 
@@ -166,7 +166,7 @@ EXHIBITS = [
         "a wrapped network gets the gradients of what it wraps: the second call of a weight is not counted",
         "this library's first version, which read the layers off the config",
         "properties/wrapped-networks-have-the-gradients-of-what-they-compute",
-        edit(capture._as_one, ("    alike = parts[0]", "    alike, parts = parts[0], parts[:1]")),
+        edit(collect._as_one, ("    alike = parts[0]", "    alike, parts = parts[0], parts[:1]")),
     ),
     Exhibit(
         "tied-weights-norms-added",

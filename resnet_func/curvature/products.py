@@ -14,10 +14,10 @@ from resnet_func import tree
 from resnet_func.autodiff import detach_leaves
 from resnet_func.losses import check_per_sample
 from resnet_func.numerics import widen
-from resnet_func.per_sample.capture import Task, leaves_like, make_task
 from resnet_func.per_sample.constants import ConstantUnderNoGrad
 from resnet_func.per_sample.engine import fold_batch, parts, refuse_unstated_statistics
 from resnet_func.per_sample.options import Settings, check_options
+from resnet_func.per_sample.task import Task, leaves_like, make_task
 from resnet_func.types import Logits, LossFn, Model, Params, State, Trainable
 
 # `product(params, state, x, y, direction) -> tree`

@@ -1,11 +1,12 @@
-"""One ordinary backward pass that leaves every leaf's factors behind, for any network.
+"""One forward and one ordinary backward pass that leave every leaf's factors behind, for any network.
 
 The forward pass runs under `intercept.Interception`, and the backward pass is asked for the gradients of the
-calls' outputs, not of the leaves: no weight gradient is computed. `layer_factors` makes factors of the calls.
+calls' outputs, not of the leaves: no weight gradient is computed. `collect` makes factors of the calls.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -16,75 +17,79 @@ from torch.func import debug_unwrap
 from resnet_func import tree
 from resnet_func.autodiff import graph_of, is_differentiated, is_ordinary
 from resnet_func.losses import check_per_sample
-from resnet_func.per_sample.intercept import (
-    Call,
-    Calls,
-    Interception,
-    ancestors,
-    derivation,
-    kept_statistics,
-    substitute,
-    tensors_of,
-)
-from resnet_func.per_sample.layers.any_call import any_call
-from resnet_func.per_sample.layers.factors import ConvFactors, Derived, Direct, Factors, Several
-from resnet_func.per_sample.layers.layer import Layer
-from resnet_func.per_sample.layers.layer_factors import factors_of_layer
-from resnet_func.per_sample.layers.rows import row_jacobian
-from resnet_func.train.trainable import trained_leaves
-from resnet_func.types import Logits, LossFn, Model, Params, PerSample, State, Trainable
-
-
-class Batch(NamedTuple):
-    """A batch with its views folded in: leaves lead with `views * N`, views first."""
-
-    x: Any
-    y: Any
-    samples: int
-    views: int
+from resnet_func.per_sample.backward import Backward, gradients, refuse_hidden, with_gradient
+from resnet_func.per_sample.collect import Receive, Seen, Visit, collect, shapes_of_factors
+from resnet_func.per_sample.intercept import Calls, Interception, kept_statistics, tensors_of
+from resnet_func.per_sample.layers.factors import Factors
+from resnet_func.per_sample.task import Batch, Task
+from resnet_func.types import Logits, PerSample
 
 
 class Captured(NamedTuple):
     """What one pass over a batch leaves behind.
 
-    `factors` holds every trainable leaf by its dotted path, in the order of the parameters; `losses [N]` are
-    averaged over views; `logits [views * N, classes]`, views first; `targets [views * N, ...]`.
+    `losses [N]` are averaged over views; `logits [views * N, classes]`, views first; `targets [views * N,
+    ...]`; `dtypes` are those that the network computed in. `leaves` holds every trainable leaf's factors by
+    its dotted path; it is `{}` where `pending`, the backward pass, makes them one after another.
     """
 
     losses: PerSample
     logits: Logits
     targets: Any
-    factors: dict[str, Factors]
     views: int
+    dtypes: list[torch.dtype]
+    leaves: dict[str, Factors]
+    pending: Pending | None = None
+
+    def factors(self) -> dict[str, Factors]:
+        """All leaves, in the order of the parameters; only once where the backward pass is still to run."""
+        if self.pending is None:
+            return self.leaves
+        found: dict[str, Factors] = {}
+        self.pending.visit_leaves(found.update)
+        return {path: found[path] for path in self.paths()}
+
+    def paths(self) -> list[str]:
+        """Of all trainable leaves, in the order of the parameters."""
+        return list(self.leaves if self.pending is None else self.pending.task.trained)
 
 
-class Task(NamedTuple):
-    """What is differentiated: the loss of a network, with respect to its trainable leaves.
+class Pending(NamedTuple):
+    """A backward pass that is still to run, once."""
 
-    `like` has the structure of the parameters; its leaves are not looked at.
-    """
+    task: Task
+    batch: Batch
+    calls: Calls
+    backward: Backward
 
-    model: Model
-    loss_fn: LossFn
-    trained: dict[str, Tensor]
-    frozen: dict[str, Tensor]
-    state: State
-    like: Params
+    def visit_leaves(self, visit: Visit) -> None:
+        """Run it, and give `visit` each trainable leaf as soon as its factors are there.
 
-    def params(self, trained: dict[str, Tensor]) -> Params:
-        """The parameters as the network takes them."""
-        return tree.replace(self.like, {**self.frozen, **trained})
+        What `visit` does not keep is freed, while the pass goes on: never are all leaves held at once.
 
+        Raises:
+            ValueError: a leaf is used in a way that cannot be followed; whatever `visit` raises.
+        """
+        collect(self.task, self.batch, self.calls, self.backward.hand_over, visit)
 
-def make_task(model: Model, loss_fn: LossFn, trainable: Trainable, params: Params, state: State) -> Task:
-    """Split the leaves; a frozen one costs nothing."""
-    trained = trained_leaves(params, trainable)
-    frozen = {path: leaf for path, leaf in tree.flatten(params).items() if path not in trained}
-    return Task(model, loss_fn, trained, frozen, state, params)
+    def shapes(self) -> dict[str, Factors] | None:
+        """The factors that are to come, on the meta device; None where a call does not run there."""
+        try:
+            return shapes_of_factors(self.task, self.batch, self.calls)
+        except (RuntimeError, TypeError):
+            return None
+
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for passes of equal sizes."""
+        return (
+            self.batch.samples,
+            self.batch.views,
+            *[(out.shape, out.dtype) for out in self.calls.outputs()],
+        )
 
 
 def capture(task: Task, batch: Batch) -> Captured:
-    """The factors of every trainable leaf.
+    """One pass, whose backward half is pending where no transform looks on.
 
     Running statistics are used, never updated. The result can be differentiated where the losses are being
     differentiated; otherwise the backward pass keeps no graph.
@@ -93,11 +98,24 @@ def capture(task: Task, batch: Batch) -> Captured:
         ValueError: the loss is not per-sample, samples are coupled, or a leaf is used in a way that cannot be
             followed.
     """
-    passed = (
-        _run_with_taps(task, batch) if torch.compiler.is_compiling() else run_under_interception(task, batch)
-    )
-    factors = _collect(task, batch, passed)
-    return Captured(passed.losses, passed.logits, batch.y, factors, batch.views)
+    if torch.compiler.is_compiling():
+        passed = _run_with_taps(task, batch)
+    else:
+        # vjp has its price
+        ordinary = is_ordinary(task.trained, task.frozen, task.state, batch.x, batch.y)
+        begun = _begin(task, batch) if ordinary else None
+        if begun is not None:
+            return begun
+        passed = _run_under_vjp(task, batch)
+    leaves: dict[str, Factors] = dict.fromkeys(task.trained)  # type: ignore[misc]
+
+    def visit(complete: dict[str, Factors]) -> None:
+        for path, factors in complete.items():
+            leaves[path] = factors
+
+    collect(task, batch, passed.calls, partial(_hand_over, passed), visit)
+    dtypes = _dtypes(passed.losses, passed.logits, passed.calls)
+    return Captured(passed.losses, passed.logits, batch.y, batch.views, dtypes, leaves)
 
 
 class _Pass(NamedTuple):
@@ -115,6 +133,15 @@ class _Pass(NamedTuple):
     statistics: list[list[Tensor]]
 
 
+def _hand_over(passed: _Pass, receive: Receive) -> None:
+    start = 0
+    for index, (call, tensors) in enumerate(zip(passed.calls.calls, passed.tensors, strict=True)):
+        outputs = slice(start, start + len(call.outputs))
+        start = outputs.stop
+        seen = Seen(call, tensors, passed.cotangents[outputs], _joined(passed.statistics[outputs]))
+        receive(index, seen)
+
+
 def _forward(task: Task, batch: Batch, trained: dict[str, Tensor], calls: Calls) -> tuple[Tensor, Tensor]:
     """Losses `[N]` and logits."""
     with Interception(calls):
@@ -122,23 +149,6 @@ def _forward(task: Task, batch: Batch, trained: dict[str, Tensor], calls: Calls)
     losses = task.loss_fn(logits, batch.y)
     check_per_sample(losses, batch.samples * batch.views)
     return losses.reshape(batch.views, batch.samples).mean(0), logits
-
-
-def leaves_like(trained: dict[str, Tensor], given: Params, name: str) -> dict[str, Tensor]:
-    """The leaves of a tree that have their namesake among `trained`, in that order.
-
-    Raises:
-        ValueError: one is missing, or has another shape.
-    """
-    flat = tree.flatten(given)
-    for path, leaf in trained.items():
-        if path not in flat or flat[path].shape != leaf.shape:
-            got = list(flat[path].shape) if path in flat else f"leaves {', '.join(list(flat)[:3])}, ..."
-            raise ValueError(
-                f"expected a {name} like the trainable parameters, with {path} of {list(leaf.shape)}; "
-                f"got {got}. Make one by tree.map(torch.randn_like, params)"
-            )
-    return {path: flat[path].to(leaf.dtype) for path, leaf in trained.items()}
 
 
 def losses_of(task: Task, batch: Batch, trained: dict[str, Tensor]) -> Tensor:
@@ -151,27 +161,48 @@ def _make_calls(task: Task, batch: Batch, trained: dict[str, Tensor], **more: An
     return Calls(trained, constants, batch.samples * batch.views, **more)
 
 
-def run_under_interception(task: Task, batch: Batch) -> _Pass:
-    """A forward and a backward pass to the gradient edges of the calls' outputs; nothing is added to the
-    network."""
+def _begin(task: Task, batch: Batch) -> Captured | None:
+    """A forward pass by ordinary autograd; None where only `vjp` would do.
+
+    That is where somebody else differentiates the losses, and where there are `autograd.Function`s, which
+    only `vjp` shows as one call.
+    """
+    outside = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inside = {path: leaf.detach().requires_grad_() for path, leaf in task.trained.items()}
+        calls = _make_calls(task, batch, inside)
+        losses, logits = _forward(task, batch, inside, calls)
+        value = losses.sum()
+    graph = graph_of(value)
+    others = outside and graph.hangs_on_others([*inside.values()])
+    if others or graph.functions or any(output.edge is None for output in calls.outputs()):
+        return None
+    backward = Backward(calls, value, graph, _unmet(calls))
+    pending = Pending(task, batch, calls, backward)
+    dtypes = _dtypes(losses, logits, calls)
+    return Captured(losses.detach(), logits.detach(), batch.y, batch.views, dtypes, {}, pending)
+
+
+def _dtypes(losses: Tensor, logits: Tensor, calls: Calls) -> list[torch.dtype]:
+    return [losses.dtype, logits.dtype, *[output.dtype for output in calls.outputs()]]
+
+
+def _run_under_vjp(task: Task, batch: Batch) -> _Pass:
+    """A forward and a backward pass to the gradient edges of the calls' outputs, seen by the transforms
+    around; nothing is added to the network."""
     made: list[Calls] = []
 
-    def run(trained: dict[str, Tensor], *, ordinary: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def run(trained: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         calls = _make_calls(task, batch, trained)
         made.append(calls)
         losses, logits = _forward(task, batch, trained, calls)
-        met = _met(calls)
-        unmet = [leaf for path, leaf in trained.items() if path not in met]
         value = losses.sum()
         outputs = calls.outputs()
         statistics = [kept_statistics(output.edge) for output in outputs]  # the backward pass frees them
-        if ordinary and not _is_transparent(value, [*trained.values()], calls, grad_mode):
-            return value, []
-        differentiable = not ordinary and is_differentiated(debug_unwrap(value, recurse=False))
-        found = _gradients(value, [*[output.edge for output in outputs], *unmet], differentiable)
-        unseen = zip(_unmet(trained, met), found[len(outputs) :], strict=True)
-        hidden = [path for path, grad in unseen if grad is not None]
-        _refuse_hidden(hidden)
+        unmet = _unmet(calls)
+        differentiable = is_differentiated(debug_unwrap(value, recurse=False))
+        found = gradients(value, [*[output.edge for output in outputs], *unmet.values()], differentiable)
+        refuse_hidden(with_gradient(unmet, found[len(outputs) :]))
         cotangents = [
             torch.zeros(output.shape, dtype=output.dtype, device=value.device) if grad is None else grad
             for output, grad in zip(outputs, found, strict=False)
@@ -182,27 +213,11 @@ def run_under_interception(task: Task, batch: Batch) -> _Pass:
         return value, [losses, logits, *cotangents, *_joined(tensors), *_joined(statistics)]
 
     lengths: list[list[int]] = []
-    grad_mode, left = torch.is_grad_enabled(), []
-    if is_ordinary(task.trained, task.frozen, task.state, batch.x, batch.y):  # vjp has its price
-        with torch.enable_grad():
-            inside = {path: leaf.detach().requires_grad_() for path, leaf in task.trained.items()}
-            left = [tensor.detach() for tensor in run(inside, ordinary=True)[1]]
-    if not left:
-        _, _, left = torch.func.vjp(run, task.trained, has_aux=True)  # type: ignore[misc]
-    losses, logits, *rest = left
+    _, _, (losses, logits, *rest) = torch.func.vjp(run, task.trained, has_aux=True)  # type: ignore[misc]
     tensors, statistics = lengths
     count = len(rest) - sum(tensors) - sum(statistics)
     cotangents, *lists = _cut(rest, [count, *tensors, *statistics])
-    return _Pass(made[-1], losses, logits, lists[: len(tensors)], cotangents, lists[len(tensors) :])
-
-
-def _is_transparent(value: Tensor, leaves: list[Tensor], calls: Calls, grad_mode: bool) -> bool:
-    """Whether ordinary autograd sees what `vjp` does: nobody else differentiates the value, and there are no
-    `autograd.Function`s, which only `vjp` shows as one call."""
-    graph = graph_of(value)
-    if grad_mode and graph.hangs_on_others(leaves):
-        return False
-    return not graph.functions and all(output.edge is not None for output in calls.outputs())
+    return _Pass(made[0], losses, logits, lists[: len(tensors)], cotangents, lists[len(tensors) :])
 
 
 def _joined(lists: list[list[Tensor]]) -> list[Tensor]:
@@ -213,18 +228,6 @@ def _cut(tensors: list[Tensor], lengths: list[int]) -> list[list[Tensor]]:
     """The inverse of `_joined`."""
     rest = iter(tensors)
     return [list(islice(rest, length)) for length in lengths]
-
-
-def _gradients(value: Tensor, wanted: list[Any], differentiable: bool) -> tuple[Tensor | None, ...]:
-    """One for each place; None where there is no edge, as of a detached leaf, or no part in the value."""
-    places = [place for place, edge in enumerate(wanted) if edge is not None]
-    found: list[Tensor | None] = [None] * len(wanted)
-    if places and value.requires_grad:
-        edges = [wanted[place] for place in places]
-        grads = torch.autograd.grad(value, edges, allow_unused=True, create_graph=differentiable)
-        for place, grad in zip(places, grads, strict=True):
-            found[place] = grad
-    return tuple(found)
 
 
 def _run_with_taps(task: Task, batch: Batch) -> _Pass:
@@ -245,7 +248,7 @@ def _run_with_taps(task: Task, batch: Batch) -> _Pass:
         losses, logits = _forward(task, batch, trained, calls)
         # values cannot be looked at: what became something that never met the batch may hide in the loss
         derived = {path for source in calls.sources.values() if source.step >= 0 for path in source.paths}
-        _refuse_hidden([path for path in _unmet(trained, _met(calls)) if path in derived])
+        refuse_hidden([path for path in _unmet(calls) if path in derived])
         tensors = [tensors_of(call.args, call.kwargs) for call in calls.calls]
         return losses.sum(), (losses, logits, tensors)
 
@@ -254,87 +257,7 @@ def _run_with_taps(task: Task, batch: Batch) -> _Pass:
     return _Pass(made[0], losses, logits, tensors, cotangents, [[] for _ in cotangents])
 
 
-def _refuse_hidden(paths: list[str]) -> None:
-    if paths:
-        raise ValueError(
-            f"the loss depends on {', '.join(paths)} in a way that cannot be followed. "
-            "Use method='vmap', or leave it out by trainable="
-        )
-
-
-def _met(calls: Calls) -> set[str]:
-    return {path for call in calls.calls for _, source in call.parameters for path in source.paths}
-
-
-def _unmet(trained: dict[str, Tensor], met: set[str]) -> list[str]:
-    return [path for path in trained if path not in met]
-
-
-# --------------------------------------------------------------------------- factors
-
-
-def _collect(task: Task, batch: Batch, passed: _Pass) -> dict[str, Factors]:
-    """Every leaf's factors, from all calls that it has a part in."""
-    parts: dict[str, list[Factors]] = {path: [] for path in task.trained}
-    start = 0
-    for call, tensors in zip(passed.calls.calls, passed.tensors, strict=True):
-        outputs = slice(start, start + len(call.outputs))
-        start = outputs.stop
-        of_outputs = passed.cotangents[outputs], _joined(passed.statistics[outputs])
-        _add_call(task, batch, passed.calls, call, tensors, of_outputs, parts)
-    return {path: _as_one(task.trained[path], found, batch.samples) for path, found in parts.items()}
-
-
-def _add_call(
-    task: Task,
-    batch: Batch,
-    calls: Calls,
-    call: Call,
-    tensors: list[Tensor],
-    of_outputs: tuple[list[Tensor], list[Tensor]],
-    parts: dict[str, list[Factors]],
-) -> None:
-    """`of_outputs`: their cotangents, and the statistics that were kept."""
-    inside = tensors_of(call.args, call.kwargs)
-    values = dict(zip(inside, tensors, strict=True))
-    args, kwargs = substitute((call.args, call.kwargs), values)
-    batched = [values[tensor] for tensor in values if tensor not in calls.sources]
-    parameters = [values[tensor] for tensor, _ in call.parameters]
-    layer = Layer(
-        call.func, args, kwargs, parameters, batched, call.indices, *of_outputs, batch.samples, batch.views
-    )
-    once = all(sum(tensor is other for other in inside) == 1 for tensor, _ in call.parameters)
-    found = factors_of_layer(layer) if once else any_call(layer)  # no rule knows one leaf in two places
-    for tensor, source in call.parameters:
-        factors = found[values[tensor]]
-        for path in source.paths:
-            leaf = task.trained[path]
-            if source.step < 0:
-                parts[path].append(factors)
-            else:
-                derive = derivation(calls, tensor, source, path, task.trained)
-                own = {inner: task.trained[name] for name, inner in calls.leaves.items()}
-                jacobian = row_jacobian(ancestors(calls, source), tensor, calls.leaves[path], own)
-                parts[path].append(Derived(derive, leaf, factors, jacobian))
-
-
-def _as_one(leaf: Tensor, parts: list[Factors], samples: int) -> Factors:
-    if not parts:  # the loss does not depend on it
-        return Direct(leaf.new_zeros(()).expand(samples, *leaf.shape))
-    alike = parts[0]
-    for part in parts[1:]:
-        joined = _as_views(alike, part)
-        if joined is None:
-            return Several(leaf, tuple(parts))
-        alike = joined
-    return alike
-
-
-def _as_views(a: Factors, b: Factors) -> ConvFactors | None:
-    """Two uses of a weight that differ in their images only are two views of each sample."""
-    if not (isinstance(a, ConvFactors) and isinstance(b, ConvFactors)) or a.spec != b.spec:
-        return None
-    if a.inputs.shape[1:] != b.inputs.shape[1:] or a.cotangents.dtype != b.cotangents.dtype:
-        return None
-    inputs, cotangents = torch.cat([a.inputs, b.inputs]), torch.cat([a.cotangents, b.cotangents])
-    return ConvFactors(a.spec, a.weight, inputs, cotangents, a.views + b.views)
+def _unmet(calls: Calls) -> dict[str, Tensor]:
+    """The leaves that no call took."""
+    met = {path for call in calls.calls for _, source in call.parameters for path in source.paths}
+    return {path: leaf for path, leaf in calls.leaves.items() if path not in met}

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.autodiff import can_read
-from resnet_func.per_sample.capture import Batch, Captured, Task, capture
+from resnet_func.per_sample.capture import Captured, capture
 from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.layers.factors import split_views
 from resnet_func.per_sample.reference import reference
+from resnet_func.per_sample.task import Batch, Task
 
 SAMPLES = 2
 
@@ -134,16 +135,17 @@ def _first_that_differs(task: Task, few: Batch) -> str | None:
     with torch.enable_grad():
         try:
             ours = capture(task, _in_order(few, order))
+            leaves = ours.factors()
         except RuntimeError as error:
             raise ValueError(
                 f"the network takes no batch of {len(order)} samples to compare ({error}). Does it depend on "
                 "the size of the batch? Pass check=False if that is meant"
             ) from error
-        alone = reference(task, few, how="loop").factors
+        alone = reference(task, few, how="loop").leaves
     scale = math.hypot(*[_finite_norm(contract.grads(factors)) for factors in alone.values()])
     dtype = _coarsest(ours)
     for path, factors in alone.items():
-        if _differ(contract.grads(ours.factors[path]), contract.grads(factors)[order], scale, dtype):
+        if _differ(contract.grads(leaves[path]), contract.grads(factors)[order], scale, dtype):
             return path
     return None
 
@@ -189,9 +191,5 @@ def _differ(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> bool:
 
 def _coarsest(captured: Captured) -> torch.dtype:
     """The dtype of least precision that the pass computed in."""
-    dtypes = [captured.losses.dtype, captured.logits.dtype]
-    for factors in captured.factors.values():
-        dtypes += [tensor.dtype for tensor in tree.leaves(tuple(factors)) if isinstance(tensor, Tensor)]
-    return max(
-        (dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: torch.finfo(dtype).eps
-    )
+    dtypes = [dtype for dtype in captured.dtypes if dtype.is_floating_point]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

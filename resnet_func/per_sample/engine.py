@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from resnet_func import tree
 from resnet_func.autodiff import can_read
 from resnet_func.numerics import without_autocast
-from resnet_func.per_sample.capture import Batch, Captured, capture, leaves_like, losses_of, make_task
+from resnet_func.per_sample.capture import Captured, Pending, capture, losses_of
 from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.layers.contract import Way
 from resnet_func.per_sample.layers.factors import Derived, Direct, Factors, sample_slices
@@ -21,6 +21,7 @@ from resnet_func.per_sample.options import Settings, refuse_batch_statistics
 from resnet_func.per_sample.plan import check_plan, plan_factors
 from resnet_func.per_sample.quantities.quantity import Quantity
 from resnet_func.per_sample.reference import reference
+from resnet_func.per_sample.task import Batch, leaves_like, make_task
 from resnet_func.types import Params, State
 
 # --------------------------------------------------------------------------- batches
@@ -81,7 +82,7 @@ def refuse_unstated_statistics(settings: Settings, state: State) -> None:
 
 
 def capture_batch(settings: Settings, params: Params, state: State, x: Any, y: Any) -> Captured:
-    """The factors of one batch by the chosen method."""
+    """One pass over a batch by the chosen method."""
     refuse_unstated_statistics(settings, state)
     batch = fold_batch(settings, x, y)
     task = make_task(settings.model, settings.loss_fn, settings.trainable, params, state)
@@ -90,7 +91,7 @@ def capture_batch(settings: Settings, params: Params, state: State, x: Any, y: A
             path: Direct(leaf.new_zeros((0, *leaf.shape))) for path, leaf in task.trained.items()
         }
         empty = tree.leaves(x)[0].new_zeros(0, dtype=_float_dtype(params))
-        return Captured(empty, empty.new_zeros((0, 0)), batch.y, factors, batch.views)
+        return Captured(empty, empty.new_zeros((0, 0)), batch.y, batch.views, [empty.dtype], factors)
     if settings.method != "contract":
         return reference(task, batch, how=settings.method)
     captured = capture(task, batch)
@@ -120,39 +121,74 @@ def _evaluate_part(
     settings: Settings, quantities: Sequence[Quantity], params: Params, state: State, x: Any, y: Any
 ) -> list[Any]:
     captured = capture_batch(settings, params, state, x, y)
-    # autocast is for the network: what is summed here keeps the parameters' dtype
-    with without_autocast(captured.losses.device.type):
-        return _contract(settings, quantities, captured)
-
-
-def _contract(settings: Settings, quantities: Sequence[Quantity], captured: Captured) -> list[Any]:
-    """Every quantity of a captured batch, leaf by leaf."""
-    ways = [
-        plan_ways(settings, quantity.name, captured.factors) if quantity.name else {}
-        for quantity in quantities
-    ]
+    device_type = captured.losses.device.type
     answers: list[dict[str, Any]] = [{} for _ in quantities]
-    paths = list(captured.factors)
+    names = tuple([quantity.name for quantity in quantities])
+    paths = captured.paths()
+    if any(names):  # the others look at logits only
+        ways = None if captured.pending is None else _plan_ahead(settings, names, captured.pending)
+        if captured.pending is None or ways is None:
+            leaves = captured.factors()
+            ways = [plan_ways(settings, name, leaves) for name in names]
+            _answer(quantities, ways, answers, device_type, leaves)
+        else:
+            visit = partial(_answer, quantities, ways, answers, device_type)
+            captured.pending.visit_leaves(visit)
+    in_order = [{path: answer[path] for path in paths if path in answer} for answer in answers]
+    with without_autocast(device_type):
+        return [quantity.finish(in_order[i], captured) for i, quantity in enumerate(quantities)]
+
+
+def _plan_ahead(settings: Settings, names: tuple[str, ...], pending: Pending) -> list[dict[str, Way]] | None:
+    """The ways of each quantity before the backward pass, once for batches of a size; None where a call of
+    the network does not run on the meta device."""
+    key = names, pending.signature()
+    if key not in settings.planned:
+        shapes = pending.shapes()
+        settings.planned[key] = (
+            None if shapes is None else [plan_ways(settings, name, shapes) for name in names]
+        )
+    return settings.planned[key]
+
+
+def _answer(
+    quantities: Sequence[Quantity],
+    ways: list[dict[str, Way]],
+    answers: list[dict[str, Any]],
+    device_type: str,
+    factors: dict[str, Factors],
+) -> None:
+    """Add what every quantity says of these leaves, whose factors are taken out of `factors`."""
+    # autocast is for the network: what is summed here keeps the parameters' dtype
+    with without_autocast(device_type):
+        for together in _derived_together(factors):
+            leaves = {path: factors.pop(path) for path in together}  # the last references, unless kept
+            _answer_together(quantities, ways, answers, leaves)
+
+
+def _answer_together(
+    quantities: Sequence[Quantity],
+    ways: list[dict[str, Way]],
+    answers: list[dict[str, Any]],
+    leaves: dict[str, Factors],
+) -> None:
+    """Of leaves that make one tensor together, or of a single one."""
     as_captured = [i for i, quantity in enumerate(quantities) if quantity.name and quantity.as_captured]
     others = [i for i, quantity in enumerate(quantities) if quantity.name and not quantity.as_captured]
-    for together in _derived_together(captured.factors):
-        leaves = {path: captured.factors.pop(path) for path in together}  # the last references, unless kept
-        for i in as_captured:
-            for path, factors in leaves.items():
-                answers[i][path] = quantities[i].leaf(path, factors, ways[i].get(path, "materialize"))
-        if others:
-            leaves = contract.form_derived(leaves)
-        for path in together if others else []:
-            factors = leaves.pop(path)
-            wanted: list[tuple[int, Way]] = [(i, ways[i].get(path, "materialize")) for i in others]
-            if sum(way != "ghost" for _, way in wanted) > 1 and len(sample_slices(factors)) == 1:
-                factors = Direct(contract.grads(factors))  # formed once for all, where that is small enough
-            for i, way in wanted:
-                answers[i][path] = quantities[i].leaf(path, factors, way)
-            del factors
-        del leaves
-    in_order = [{path: answer[path] for path in paths if path in answer} for answer in answers]
-    return [quantity.finish(in_order[i], captured) for i, quantity in enumerate(quantities)]
+    for i in as_captured:
+        for path, leaf in leaves.items():
+            answers[i][path] = quantities[i].leaf(path, leaf, ways[i].get(path, "materialize"))
+    if not others:
+        return
+    leaves = contract.form_derived(leaves)
+    for path in list(leaves):
+        leaf = leaves.pop(path)
+        wanted: list[tuple[int, Way]] = [(i, ways[i].get(path, "materialize")) for i in others]
+        if sum(way != "ghost" for _, way in wanted) > 1 and len(sample_slices(leaf)) == 1:
+            leaf = Direct(contract.grads(leaf))  # formed once for all, where that is small enough
+        for i, way in wanted:
+            answers[i][path] = quantities[i].leaf(path, leaf, way)
+        del leaf
 
 
 def _derived_together(factors: dict[str, Factors]) -> list[list[str]]:

@@ -103,8 +103,8 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 def _block(settings: Settings, params: Params, state: State, a: Batch, b: Batch | None) -> dict[str, Tensor]:
     """Layer Gram matrices of two blocks, or of one with itself."""
-    left = capture_batch(settings, params, state, *a).factors
-    right = left if b is None else capture_batch(settings, params, state, *b).factors
+    left = capture_batch(settings, params, state, *a).factors()
+    right = left if b is None else capture_batch(settings, params, state, *b).factors()
     ways = plan_ways(settings, "gram", left, right)
     # autocast is for the network: what is summed here keeps the parameters' dtype
     with without_autocast(tree.leaves(a[0])[0].device.type):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 from resnet_func.calibration import TYPICAL, Speeds
 from resnet_func.per_sample.checks import Checks
+from resnet_func.per_sample.layers.contract import Way
 from resnet_func.per_sample.plan import Plan
 from resnet_func.types import LossFn, Model, Trainable
 
@@ -57,6 +58,7 @@ class Settings(NamedTuple):
     views: bool | None
     checks: Checks
     speeds: Speeds
+    planned: dict[Any, list[dict[str, Way]] | None]  # the ways for each size of batch that came
 
 
 def check_options(
@@ -104,6 +106,7 @@ def check_options(
         views,
         Checks(check),
         speeds or TYPICAL,
+        {},
     )
 
 

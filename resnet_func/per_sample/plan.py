@@ -11,7 +11,7 @@ from rich.table import Table
 
 from resnet_func import tree
 from resnet_func.calibration import TYPICAL, Speeds
-from resnet_func.per_sample.capture import Batch, capture, make_task
+from resnet_func.per_sample.capture import capture
 from resnet_func.per_sample.layers.contract import Way
 from resnet_func.per_sample.layers.costs import (
     Layer,
@@ -24,6 +24,7 @@ from resnet_func.per_sample.layers.costs import (
     weighted_sum_cost,
 )
 from resnet_func.per_sample.layers.factors import Factors
+from resnet_func.per_sample.task import Batch, make_task
 from resnet_func.types import Logits, Model, Params, PerSample, State, Trainable
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")
@@ -169,7 +170,7 @@ def plan(
             f"the network does not take a batch {list(x.shape)} of {x.dtype} ({str(error)[:120]}). Look at "
             "the shape, and pass plan(..., input_dtype=torch.int64) where it takes tokens"
         ) from error
-    return plan_factors(captured.factors, quantity, memory_budget, speeds=speeds, input_shape=shape)
+    return plan_factors(captured.factors(), quantity, memory_budget, speeds=speeds, input_shape=shape)
 
 
 def _as_meta(leaf: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from resnet_func import tree
 from resnet_func.losses import check_per_sample
-from resnet_func.per_sample.capture import Batch, Captured, Task
+from resnet_func.per_sample.capture import Captured
 from resnet_func.per_sample.layers.factors import Direct, Factors, split_views
+from resnet_func.per_sample.task import Batch, Task
 
 # `(trained, x, y) -> (gradients, (loss, logits))` of one sample; the leaves of x lead with its views.
 GradientOfOne: TypeAlias = Callable[
@@ -36,7 +37,8 @@ def reference(task: Task, batch: Batch, *, how: Literal["vmap", "loop"]) -> Capt
         losses = torch.stack([loss for _, (loss, _) in results])
         logits = torch.stack([logits for _, (_, logits) in results])
     factors: dict[str, Factors] = {path: Direct(grads[path]) for path in task.trained}
-    return Captured(losses, logits.transpose(0, 1).flatten(0, 1), batch.y, factors, batch.views)
+    dtypes = [losses.dtype, logits.dtype]
+    return Captured(losses, logits.transpose(0, 1).flatten(0, 1), batch.y, batch.views, dtypes, factors)
 
 
 def _sample(batch: Any, index: int) -> Any:

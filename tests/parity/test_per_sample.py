@@ -12,7 +12,7 @@ from torch import Tensor
 from parity.cell import Cell, run
 from parity.sections import per_sample
 from parity.sections.per_sample_networks import HAND_WRITTEN, TIMM, TORCHVISION
-from resnet_func.per_sample import capture
+from resnet_func.per_sample import collect
 from resnet_func.per_sample.layers import contract, layer_factors
 
 CELLS = {cell.name: cell for cell in per_sample.cells(quick=False)}
@@ -51,8 +51,8 @@ def test_a_billionth_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_tied_weight_that_is_counted_once_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = capture._as_one
-    monkeypatch.setattr(capture, "_as_one", lambda leaf, parts, n: whole(leaf, parts[:1], n))
+    whole = collect._as_one
+    monkeypatch.setattr(collect, "_as_one", lambda leaf, parts: whole(leaf, parts[:1]))
     assert run(CELLS["tied-autoencoder"]).outcome == "failed"
 
 

@@ -19,10 +19,11 @@ import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample import dataset
-from resnet_func.per_sample.capture import Batch, capture, make_task
+from resnet_func.per_sample.capture import capture
 from resnet_func.per_sample.layers import contract, layer_factors
 from resnet_func.per_sample.layers.factors import ConvFactors, sample_slices
 from resnet_func.per_sample.layers.layer import Found, Layer
+from resnet_func.per_sample.task import Batch, make_task
 from resnet_func.testing import assert_trees_near, randn
 from resnet_func.types import Model, Params, State
 from tests.per_sample.cases import batch, generator, network, small
@@ -212,7 +213,7 @@ def test_layers_of_a_known_kind_need_no_vmap(name: str, monkeypatch: pytest.Monk
 def test_uses_of_a_convolution_that_differ_in_images_only_are_views() -> None:
     model, params, state, x = build("tied convolution")
     task = make_task(model, losses.cross_entropy, lambda path: True, params, state)
-    factors = capture(task, Batch(x, torch.arange(N) % CLASSES, N, 1)).factors["conv.weight"]
+    factors = capture(task, Batch(x, torch.arange(N) % CLASSES, N, 1)).factors()["conv.weight"]
     assert isinstance(factors, ConvFactors)
     assert factors.views == 3
 
@@ -249,7 +250,7 @@ def test_slices_of_factors_are_those_samples(name: str, views: int) -> None:
     task = make_task(model, losses.cross_entropy, lambda path: True, params, state)
     y = torch.arange(N) % CLASSES
     folded = Batch(torch.cat([x, x.flip(0)][:views]), y.repeat(views), N, views)
-    for factors in capture(task, folded).factors.values():
+    for factors in capture(task, folded).factors().values():
         parts = sample_slices(factors, max_elements=1)
         assert len(parts) == N or not contract.grads(factors).numel()
         assert_trees_near(torch.cat([contract.grads(part) for part in parts]), contract.grads(factors))

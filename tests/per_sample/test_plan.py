@@ -13,8 +13,8 @@ import resnet_func as rf
 from resnet_func import losses, tree
 from resnet_func import per_sample as ps
 from resnet_func.per_sample import engine
-from resnet_func.per_sample.layers import contract
 from resnet_func.per_sample.plan import Plan, plan_factors
+from resnet_func.per_sample.quantities import quantity as quantity_of_leaves
 from tests.per_sample.cases import batch, network, small
 
 QUANTITIES = ("grads", "norms", "clipped_sum", "gram", "sketch", "moments")
@@ -70,16 +70,17 @@ def test_the_ways_of_a_plan_are_taken(quantity: str, monkeypatch: pytest.MonkeyP
     x, y = batch(3, 1)
     made = ps.plan(model, tuple(x.shape), quantity, 600)
     assert set(made.ways.values()) >= {"ghost", "materialize"}
-    squared_norms, taken = contract.squared_norms, []
+    first_look = "_squared_norms" if quantity == "norms" else "_first_pass"
+    look, taken = getattr(quantity_of_leaves, first_look), {}
 
-    def note(factors: Any, way: Any) -> torch.Tensor:
-        taken.append(way)
-        return squared_norms(factors, way)
+    def note(path: str, factors: Any, way: Any) -> Any:
+        taken[path] = way
+        return look(path, factors, way)
 
-    monkeypatch.setattr(contract, "squared_norms", note)
+    monkeypatch.setattr(quantity_of_leaves, first_look, note)
     options = {"max_norm": 1.0} if quantity == "clipped_sum" else {}
     getattr(ps, quantity)(model, losses.cross_entropy, method=made, **options)(params, state, x, y)
-    assert taken == [made.ways.get(path, "materialize") for path in tree.flatten(params)]
+    assert taken == {path: made.ways.get(path, "materialize") for path in tree.flatten(params)}
 
 
 def test_views_count_as_pixels() -> None:
