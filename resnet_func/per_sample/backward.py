@@ -40,13 +40,15 @@ class Backward(NamedTuple):
         asked, hooks = self._follow(arrivals)
         try:
             wanted = [*[edge for _, _, edge in asked], *self.unmet.values()]
-            found = gradients(self.value, wanted, differentiable=False)
+            found = list(gradients(self.value, wanted, differentiable=False))
         finally:
             for hook in hooks:
                 hook.remove()
         refuse_hidden(with_gradient(self.unmet, found[len(asked) :]))
-        for (index, place, _), grad in zip(asked, found, strict=False):
-            arrivals.take(index, place, grad)
+        del found[len(asked) :]
+        while asked:
+            index, place, _ = asked.pop()
+            arrivals.take(index, place, found.pop())
         arrivals.take_rest()
 
     def _follow(self, arrivals: _Arrivals) -> tuple[list[tuple[int, int, GradientEdge]], list[Any]]:
@@ -57,7 +59,7 @@ class Backward(NamedTuple):
             for place, output in enumerate(call.outputs)
             if output.edge is not None and output.edge.node in self.graph.following
         ]
-        first = _reaching_no_other(self.graph, self.value, {edge.node for _, _, edge in outputs})
+        first = _reaching_no_other(self.graph, {edge.node for _, _, edge in outputs})
         asked = [output for output in outputs if output[2].node in first]
         hooks = [
             edge.node.register_prehook(partial(_take, arrivals, index, place, edge.output_nr))
@@ -116,19 +118,22 @@ def _take(
     arrivals.take(index, place, grads[output_nr])
 
 
-def _reaching_no_other(graph: Graph, value: Tensor, nodes: set[Any]) -> set[Any]:
-    """The ones of `nodes` in the graph that no other of them comes before, in the forward pass."""
-    reaches: dict[Any, bool] = {}
-    waiting: list[Any] = [value.grad_fn] if value.grad_fn is not None else []
-    while waiting:
-        node = waiting[-1]
-        if node not in reaches:
-            reaches[node] = False
-            waiting.extend([one for one in graph.following[node] if one not in reaches])
-        else:  # all that follow it were here
-            waiting.pop()
-            reaches[node] = any(one in nodes or reaches[one] for one in graph.following[node])
-    return {node for node in nodes if reaches.get(node) is False}
+def _reaching_no_other(graph: Graph, nodes: set[Any]) -> set[Any]:
+    """The ones of these nodes that no other of them comes before, in the forward pass."""
+    return {node for node in nodes if not _reaches(graph, node, nodes)}
+
+
+def _reaches(graph: Graph, start: Any, nodes: set[Any]) -> bool:
+    """Whether gradients that leave a node pass another one of `nodes`; few steps away, where they do."""
+    waiting, seen = [start], {start}
+    for node in waiting:
+        for one in graph.following[node]:
+            if one in nodes:
+                return True
+            if one not in seen:
+                seen.add(one)
+                waiting.append(one)
+    return False
 
 
 def gradients(value: Tensor, wanted: Sequence[Any], differentiable: bool) -> tuple[Tensor | None, ...]:

@@ -136,7 +136,8 @@ class Calls:
     def _run(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
-        known = [(tensor, self.sources[tensor]) for tensor in tensors if tensor in self.sources]
+        found = [(tensor, self.sources.get(tensor)) for tensor in tensors]
+        known = [(tensor, source) for tensor, source in found if source is not None]
         parameters = [(tensor, source) for tensor, source in known if source.paths]
         if parameters:
             self._refuse_unseen_changes(func, args, parameters)

@@ -18,6 +18,7 @@ from resnet_func.per_sample.layers.costs import (
     ghost_bytes,
     ghost_cost,
     ghost_flops,
+    kept_cost,
     layers_of,
     materialize_cost,
     materialize_flops,
@@ -252,7 +253,7 @@ def _keep_what_pays(
     kept = {}
     extra = {layer.path: layer.gradient_bytes - layer.capture_bytes for layer in layers}
     for layer, entry in sorted(zip(layers, entries, strict=True), key=lambda pair: extra[pair[0].path]):
-        keep_cost = materialize_cost(layer, speeds) + layer.gradient_bytes * speeds.byte
+        keep_cost = materialize_cost(layer, speeds) + kept_cost(layer, speeds)
         costs = {way: cost + weighted_sum_cost(layer, speeds) for way, cost in entry.costs.items()} | {
             "keep": keep_cost
         }

@@ -211,3 +211,14 @@ def test_a_plan_of_tokens_and_of_one_logit() -> None:
         for method in (plan, "loop")
     )
     torch.testing.assert_close(got, want)
+
+
+def test_a_kept_gradient_is_paid_for_in_memory_that_no_cache_holds() -> None:
+    """Where forming and looking twice come to the same, keeping gradients of every layer is slower."""
+    model = rf.resnet20(norm="group")
+    plan = ps.plan(model, (64, 3, 32, 32), "clipped_sum")
+    entry = {entry.path: entry for entry in plan.entries}["layer3.1.conv2.weight"]
+    norms = ps.plan(model, (64, 3, 32, 32), "norms")
+    formed = {entry.path: entry for entry in norms.entries}[entry.path]
+    traffic = entry.costs["keep"] - formed.costs["materialize"]
+    assert traffic == pytest.approx(3 * 64 * entry.weights * 4 * plan.speeds.byte)

@@ -294,7 +294,8 @@ def squared_norms(factors: Factors, way: Way) -> Float[Tensor, "n"]:
         if isinstance(factors, ConvFactors) and has_ghost(factors):
             return ghost.conv_squared_norms(factors.spec, factors.inputs, factors.cotangents, factors.views)
         raise ValueError(f"{type(factors).__name__} have no ghost norm; use 'materialize'")
-    return torch.cat([materialized_squared_norms(_unrounded_grads(part)) for part in sample_slices(factors)])
+    squares = [materialized_squared_norms(_unrounded_grads(part)) for part in sample_slices(factors)]
+    return squares[0] if len(squares) == 1 else torch.cat(squares)
 
 
 def _unrounded_grads(factors: Factors) -> Tensor:

@@ -99,6 +99,15 @@ def materialize_cost(layer: Layer, speeds: Speeds) -> float:
     return materialize_flops(layer) * speeds.grouped_flop + traffic
 
 
+def kept_cost(layer: Layer, speeds: Speeds) -> float:
+    """Nanoseconds of holding on to every sample's gradient for a weighted sum, beyond forming it.
+
+    Each layer's lie in memory of their own, which no cache holds: read before it is written, written back,
+    and read for the sum.
+    """
+    return 3 * layer.gradient_bytes * speeds.byte
+
+
 def weighted_sum_cost(layer: Layer, speeds: Speeds) -> float:
     """Nanoseconds of a weighted sum of gradients that were not kept: scaled cotangents, one weight pass."""
     scaled = 2 * layer.n * layer.positions * layer.c_out * layer.element_size
