@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -19,8 +20,8 @@ from resnet_func.per_sample.intercept import (
 )
 from resnet_func.per_sample.layers.any_call import any_call
 from resnet_func.per_sample.layers.factors import ConvFactors, Derived, Direct, Factors, Several
-from resnet_func.per_sample.layers.layer import Layer
-from resnet_func.per_sample.layers.layer_factors import factors_of_layer
+from resnet_func.per_sample.layers.layer import Found, Layer
+from resnet_func.per_sample.layers.layer_factors import CHOSEN, factors_of_layer
 from resnet_func.per_sample.layers.rows import row_jacobian
 from resnet_func.per_sample.task import Batch, Task
 
@@ -40,12 +41,22 @@ class Seen(NamedTuple):
 
 # Takes a call by its place in the forward pass
 Receive: TypeAlias = Callable[[int, Seen], None]
+FactorsOf: TypeAlias = Callable[[Layer, bool], Found]
 # Takes leaves by their dotted paths, which it may keep or drop: nobody else holds their factors
 Visit: TypeAlias = Callable[[dict[str, Factors]], None]
 
 
+def _factors_of_call(layer: Layer, once: bool) -> Found:
+    return factors_of_layer(layer) if once else any_call(layer)  # no rule knows one leaf in two places
+
+
 def collect(
-    task: Task, batch: Batch, calls: Calls, hand_over: Callable[[Receive], None], visit: Visit
+    task: Task,
+    batch: Batch,
+    calls: Calls,
+    hand_over: Callable[[Receive], None],
+    visit: Visit,
+    factors_of: FactorsOf = _factors_of_call,
 ) -> None:
     """Give `visit` every trainable leaf once, as soon as all calls that it has a part in were handed over.
 
@@ -53,6 +64,7 @@ def collect(
         task, batch, calls: What was passed over, and how.
         hand_over: Gives its argument every call once, in any order.
         visit: Gets together what a call completes.
+        factors_of: The factors of a layer's parameters; told whether each is there only once.
     """
     uses: dict[str, int] = dict.fromkeys(task.trained, 0)
     for call in calls.calls:
@@ -63,7 +75,7 @@ def collect(
 
     def receive(index: int, seen: Seen) -> None:
         complete = {}
-        for path, factors in _factors_of_leaves(task, batch, calls, seen):
+        for path, factors in _factors_of_leaves(task, batch, calls, seen, factors_of):
             parts[path].append((index, factors))
             if len(parts[path]) == uses[path]:
                 # in the order of the forward pass, whatever order they came in
@@ -80,12 +92,23 @@ def collect(
 def shapes_of_factors(task: Task, batch: Batch, calls: Calls) -> dict[str, Factors]:
     """What `collect` will give, on the meta device: for a plan, before the backward pass.
 
+    Of leaves whose way no plan chooses it is a placeholder, for which nothing is computed.
+
     Raises:
         RuntimeError, TypeError: a call cannot run on the meta device.
     """
     found: dict[str, Factors] = {}
-    collect(task, batch, calls, lambda receive: _hand_over_shapes(calls, receive), found.update)
+    hand_over = partial(_hand_over_shapes, calls)
+    collect(task, batch, calls, hand_over, found.update, _shapes_of_call)
     return found
+
+
+def _shapes_of_call(layer: Layer, once: bool) -> Found:
+    if once and layer.func in CHOSEN:
+        return factors_of_layer(layer)
+    return {
+        leaf: Direct(torch.empty((layer.samples, *leaf.shape), device="meta")) for leaf in layer.parameters
+    }
 
 
 def _hand_over_shapes(calls: Calls, receive: Receive) -> None:
@@ -96,7 +119,9 @@ def _hand_over_shapes(calls: Calls, receive: Receive) -> None:
         receive(index, Seen(call, [shapes[tensor] for tensor in inside], cotangents, []))
 
 
-def _factors_of_leaves(task: Task, batch: Batch, calls: Calls, seen: Seen) -> Iterator[tuple[str, Factors]]:
+def _factors_of_leaves(
+    task: Task, batch: Batch, calls: Calls, seen: Seen, factors_of: FactorsOf
+) -> Iterator[tuple[str, Factors]]:
     """Of every leaf that a call depends on, once for each of its parameters that do."""
     call = seen.call
     inside = tensors_of(call.args, call.kwargs)
@@ -117,7 +142,7 @@ def _factors_of_leaves(task: Task, batch: Batch, calls: Calls, seen: Seen) -> It
         batch.views,
     )
     once = all(sum(tensor is other for other in inside) == 1 for tensor, _ in call.parameters)
-    found = factors_of_layer(layer) if once else any_call(layer)  # no rule knows one leaf in two places
+    found = factors_of(layer, once)
     for tensor, source in call.parameters:
         factors = found[values[tensor]]
         for path in source.paths:

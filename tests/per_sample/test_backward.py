@@ -137,6 +137,24 @@ def test_a_backward_pass_runs_once() -> None:
         captured.factors()
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_plans_made_ahead_are_those_of_the_factors(name: str) -> None:
+    """Though nothing is computed for leaves that have no choice: not even on the meta device."""
+    model, params, state, x = build(name)
+    task = make_task(model, losses.cross_entropy, lambda path: True, params, state)
+
+    def captured() -> capture.Captured:
+        return capture.capture(task, Batch(x, torch.arange(N) % CLASSES, N, 1))
+
+    for quantity in ("norms", "clipped_sum", "gram"):
+        pending = captured().pending
+        assert pending is not None
+        shapes = pending.shapes()
+        assert shapes is not None
+        ahead, after = (engine.plan_factors(f, quantity) for f in (shapes, captured().factors()))
+        assert ahead.ways == after.ways
+
+
 def test_an_error_of_a_quantity_comes_out_as_it_is_and_leaves_nothing_behind() -> None:
     model, params, state = network(small(), 0)
     x, y = batch(3, 1)

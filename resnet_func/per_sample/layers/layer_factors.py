@@ -36,6 +36,10 @@ RULES: dict[Callable[..., Any], Rule] = {
 }
 
 
+# of which a plan chooses the way
+CHOSEN = (*CONVOLUTIONS, *TRANSPOSED, F.linear)
+
+
 def factors_of_layer(layer: Layer) -> Found:
     """The factors of every parameter of a call, by the tensor that the call was given.
 
