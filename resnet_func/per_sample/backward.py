@@ -7,13 +7,13 @@ needs it itself.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from resnet_func.autodiff import Graph
 from resnet_func.per_sample.collect import Receive, Seen
@@ -35,9 +35,22 @@ class Backward(NamedTuple):
             ValueError: the value depends on a leaf in a way that cannot be followed.
         """
         assert self.calls.calls or not self.calls.count, "a backward pass runs once"
-        arrivals = _Arrivals(dict(enumerate(self.calls.calls)), self.value, self.graph, receive)
+        calls = dict(enumerate(self.calls.calls))
         self.calls.calls.clear()
-        asked, hooks = self._follow(arrivals)
+        outputs = [
+            (index, place, output.edge)
+            for index, call in calls.items()
+            for place, output in enumerate(call.outputs)
+            if output.edge is not None and output.edge.node in self.graph.following
+        ]
+        arrivals = _Arrivals(calls, Counter([index for index, _, _ in outputs]), self.value.device, receive)
+        first = _reaching_no_other(self.graph, {edge.node for _, _, edge in outputs})
+        asked = [output for output in outputs if output[2].node in first]
+        hooks = [
+            edge.node.register_prehook(partial(arrivals.take_from, index, place, edge.output_nr))
+            for index, place, edge in outputs
+            if edge.node not in first
+        ]
         try:
             wanted = [*[edge for _, _, edge in asked], *self.unmet.values()]
             found = list(gradients(self.value, wanted, differentiable=False))
@@ -51,30 +64,16 @@ class Backward(NamedTuple):
             arrivals.take(index, place, found.pop())
         arrivals.take_rest()
 
-    def _follow(self, arrivals: _Arrivals) -> tuple[list[tuple[int, int, GradientEdge]], list[Any]]:
-        """The outputs whose gradients to ask for, each by call and place; hooks that take the others'."""
-        outputs = [
-            (index, place, output.edge)
-            for index, call in arrivals.calls.items()
-            for place, output in enumerate(call.outputs)
-            if output.edge is not None and output.edge.node in self.graph.following
-        ]
-        first = _reaching_no_other(self.graph, {edge.node for _, _, edge in outputs})
-        asked = [output for output in outputs if output[2].node in first]
-        hooks = [
-            edge.node.register_prehook(partial(_take, arrivals, index, place, edge.output_nr))
-            for index, place, edge in outputs
-            if edge.node not in first
-        ]
-        return asked, hooks
-
 
 class _Arrivals:
     """The gradients of outputs that are there, until those of all outputs of their call are."""
 
-    def __init__(self, calls: dict[int, Call], value: Tensor, graph: Graph, receive: Receive) -> None:
+    def __init__(
+        self, calls: dict[int, Call], awaited: Counter[int], device: torch.device, receive: Receive
+    ) -> None:
         self.calls = calls
-        self.device = value.device
+        self.awaited = awaited
+        self.device = device
         self.receive = receive
         # read now: the backward pass frees them
         self.statistics = {
@@ -82,10 +81,10 @@ class _Arrivals:
             for index, call in calls.items()
         }
         self.found: dict[int, dict[int, Tensor | None]] = {index: {} for index in calls}
-        self.awaited = {
-            index: sum(out.edge is not None and out.edge.node in graph.following for out in call.outputs)
-            for index, call in calls.items()
-        }
+
+    def take_from(self, index: int, place: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
+        """`take`, as a hook before the node of the output."""
+        self.take(index, place, grads[output_nr])
 
     def take(self, index: int, place: int, grad: Tensor | None) -> None:
         """The gradient of an output of a call; None is zero."""
@@ -109,13 +108,6 @@ class _Arrivals:
         for index in list(self.calls):
             assert not self.awaited[index], f"autograd left out {self.calls[index].func}"
             self.pass_on(index)
-
-
-def _take(
-    arrivals: _Arrivals, index: int, place: int, output_nr: int, grads: tuple[Tensor | None, ...]
-) -> None:
-    """A hook before a node."""
-    arrivals.take(index, place, grads[output_nr])
 
 
 def _reaching_no_other(graph: Graph, nodes: set[Any]) -> set[Any]:

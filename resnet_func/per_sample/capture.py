@@ -18,7 +18,7 @@ from resnet_func import tree
 from resnet_func.autodiff import graph_of, is_differentiated, is_ordinary
 from resnet_func.losses import check_per_sample
 from resnet_func.per_sample.backward import Backward, gradients, refuse_hidden, with_gradient
-from resnet_func.per_sample.collect import Receive, Seen, Visit, collect, shapes_of_factors
+from resnet_func.per_sample.collect import Receive, Seen, Visit, collect, collect_all, shapes_of_factors
 from resnet_func.per_sample.intercept import Calls, Interception, kept_statistics, tensors_of
 from resnet_func.per_sample.layers.factors import Factors
 from resnet_func.per_sample.task import Batch, Task
@@ -45,9 +45,8 @@ class Captured(NamedTuple):
         """All leaves, in the order of the parameters; only once where the backward pass is still to run."""
         if self.pending is None:
             return self.leaves
-        found: dict[str, Factors] = {}
-        self.pending.visit_leaves(found.update)
-        return {path: found[path] for path in self.paths()}
+        task, batch, backward = self.pending
+        return collect_all(task, batch, backward.calls, backward.hand_over)
 
     def paths(self) -> list[str]:
         """Of all trainable leaves, in the order of the parameters."""
@@ -59,7 +58,6 @@ class Pending(NamedTuple):
 
     task: Task
     batch: Batch
-    calls: Calls
     backward: Backward
 
     def visit_leaves(self, visit: Visit) -> None:
@@ -70,22 +68,20 @@ class Pending(NamedTuple):
         Raises:
             ValueError: a leaf is used in a way that cannot be followed; whatever `visit` raises.
         """
-        collect(self.task, self.batch, self.calls, self.backward.hand_over, visit)
+        collect(self.task, self.batch, self.backward.calls, self.backward.hand_over, visit)
 
     def shapes(self) -> dict[str, Factors] | None:
         """The factors that are to come, on the meta device; None where a call does not run there."""
         try:
-            return shapes_of_factors(self.task, self.batch, self.calls)
+            return shapes_of_factors(self.task, self.batch, self.backward.calls)
         except (RuntimeError, TypeError):
             return None
 
     def signature(self) -> tuple[Any, ...]:
-        """Equal for passes of equal sizes."""
-        return (
-            self.batch.samples,
-            self.batch.views,
-            *[(out.shape, out.dtype) for out in self.calls.outputs()],
-        )
+        """Equal for passes of equal sizes, of the batch and of the leaves."""
+        leaves = [(path, leaf.shape) for path, leaf in self.task.trained.items()]
+        outputs = [(out.shape, out.dtype) for out in self.backward.calls.outputs()]
+        return self.batch.samples, self.batch.views, *leaves, *outputs
 
 
 def capture(task: Task, batch: Batch) -> Captured:
@@ -107,13 +103,7 @@ def capture(task: Task, batch: Batch) -> Captured:
         if begun is not None:
             return begun
         passed = _run_under_vjp(task, batch)
-    leaves: dict[str, Factors] = dict.fromkeys(task.trained)  # type: ignore[misc]
-
-    def visit(complete: dict[str, Factors]) -> None:
-        for path, factors in complete.items():
-            leaves[path] = factors
-
-    collect(task, batch, passed.calls, partial(_hand_over, passed), visit)
+    leaves = collect_all(task, batch, passed.calls, partial(_hand_over, passed))
     dtypes = _dtypes(passed.losses, passed.logits, passed.calls)
     return Captured(passed.losses, passed.logits, batch.y, batch.views, dtypes, leaves)
 
@@ -178,7 +168,7 @@ def _begin(task: Task, batch: Batch) -> Captured | None:
     if others or graph.functions or any(output.edge is None for output in calls.outputs()):
         return None
     backward = Backward(calls, value, graph, _unmet(calls))
-    pending = Pending(task, batch, calls, backward)
+    pending = Pending(task, batch, backward)
     dtypes = _dtypes(losses, logits, calls)
     return Captured(losses.detach(), logits.detach(), batch.y, batch.views, dtypes, {}, pending)
 

@@ -89,26 +89,34 @@ def collect(
     hand_over(receive)
 
 
+def collect_all(
+    task: Task,
+    batch: Batch,
+    calls: Calls,
+    hand_over: Callable[[Receive], None],
+    factors_of: FactorsOf = _factors_of_call,
+) -> dict[str, Factors]:
+    """All leaves that `collect` gives, in the order of the parameters."""
+    found: dict[str, Factors] = {}
+    collect(task, batch, calls, hand_over, found.update, factors_of)
+    return {path: found[path] for path in task.trained}
+
+
 def shapes_of_factors(task: Task, batch: Batch, calls: Calls) -> dict[str, Factors]:
-    """What `collect` will give, on the meta device: for a plan, before the backward pass.
+    """What `collect_all` will give, on the meta device: for a plan, before the backward pass.
 
     Of leaves whose way no plan chooses it is a placeholder, for which nothing is computed.
 
     Raises:
         RuntimeError, TypeError: a call cannot run on the meta device.
     """
-    found: dict[str, Factors] = {}
-    hand_over = partial(_hand_over_shapes, calls)
-    collect(task, batch, calls, hand_over, found.update, _shapes_of_call)
-    return found
+    return collect_all(task, batch, calls, partial(_hand_over_shapes, calls), _shapes_of_call)
 
 
 def _shapes_of_call(layer: Layer, once: bool) -> Found:
     if once and layer.func in CHOSEN:
         return factors_of_layer(layer)
-    return {
-        leaf: Direct(torch.empty((layer.samples, *leaf.shape), device="meta")) for leaf in layer.parameters
-    }
+    return {leaf: Direct(leaf.new_empty((layer.samples, *leaf.shape))) for leaf in layer.parameters}
 
 
 def _hand_over_shapes(calls: Calls, receive: Receive) -> None:

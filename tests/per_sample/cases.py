@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_func as rf
 from resnet_func.models.config import ActivationOrder
@@ -85,3 +87,10 @@ def small(**changes: Any) -> rf.ResNetConfig:
         "num_classes": CLASSES,
     }
     return rf.ResNetConfig(**{**fields, **changes})
+
+
+def flops(apply: Callable[[], Any]) -> int:
+    """Floating-point operations of a call."""
+    with FlopCounterMode(display=False) as counter:
+        apply()
+    return counter.get_total_flops()

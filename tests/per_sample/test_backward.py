@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_func as rf
 from resnet_func import losses, tree
@@ -19,10 +18,8 @@ from resnet_func import per_sample as ps
 from resnet_func.per_sample import capture, engine
 from resnet_func.per_sample.task import Batch, make_task
 from resnet_func.testing import assert_trees_equal, assert_trees_near, randn
-from tests.per_sample.cases import batch, network, small
+from tests.per_sample.cases import batch, flops, network, small
 from tests.per_sample.test_any_network import CLASSES, NETWORKS, N, build, quantities
-
-Applied = Callable[[], Any]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of batching rules
@@ -79,7 +76,7 @@ class _Live(TorchDispatchMode):
         return result
 
 
-def peak(apply: Applied) -> int:
+def peak(apply: Callable[[], Any]) -> int:
     with _Live() as live:
         apply()
     return live.peak
@@ -105,12 +102,9 @@ def test_norms_take_hardly_more_memory_than_a_plain_step() -> None:
 def test_what_looks_at_logits_only_has_no_backward_pass() -> None:
     model, params, state = network(small(), 0)
     x, y = batch(3, 1)
-    with FlopCounterMode(display=False) as forward:
-        model.apply(params, state, x, train=False)
-    with FlopCounterMode(display=False) as looked:
-        looks = ps.over_dataset(model, losses.cross_entropy, ["el2n", "loss", "correct"], check=False)
-        looks(params, state, [(x, y)])
-    assert looked.get_total_flops() == forward.get_total_flops()
+    forward = flops(lambda: model.apply(params, state, x, train=False))
+    looks = ps.over_dataset(model, losses.cross_entropy, ["el2n", "loss", "correct"], check=False)
+    assert flops(lambda: looks(params, state, [(x, y)])) == forward
 
 
 def test_a_plan_is_made_once_for_each_size_of_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +119,20 @@ def test_a_plan_is_made_once_for_each_size_of_batch(monkeypatch: pytest.MonkeyPa
     for size, plans in ((3, 1), (3, 1), (2, 2), (3, 2)):
         norms(params, state, *batch(size, size))
         assert len(made) == plans
+
+
+def test_a_plan_is_refused_for_leaves_of_another_size_that_give_the_same_outputs() -> None:
+    def apply(params: Any, state: Any, x: Tensor, *, train: bool) -> tuple[Tensor, Any]:
+        padding = params["conv"].shape[2] // 2
+        return F.conv2d(x, params["conv"], padding=padding).mean((2, 3)), state
+
+    model, x, y = rf.from_function(apply), randn(2, 3, 5, 5, seed=0), torch.tensor([0, 1])
+    wide, narrow = ({"conv": randn(4, 3, side, side, seed=1)} for side in (3, 1))
+    plan = ps.plan(model, tuple(x.shape), "norms", params=wide)
+    norms = ps.norms(model, losses.cross_entropy, method=plan)
+    norms(wide, {}, x, y)
+    with pytest.raises(ValueError, match="made for another network"):
+        norms(narrow, {}, x, y)
 
 
 def test_a_backward_pass_runs_once() -> None:
